@@ -1,0 +1,93 @@
+"""The errors this package raises on bad input; each message says what was expected, what came, and what is known."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class RapError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class UnknownName(RapError, KeyError):
+    """A component, model, agent, task or policy kind that nothing is registered under.
+
+    Args:
+        kind: What was looked up, as a user would call it ("component", "model", ...).
+        name: The name that was given.
+        known: The names that would have worked.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known[:12])}"
+        more = f" (and {len(known) - 12} more)" if not close and len(known) > 12 else ""
+        super().__init__(f"unknown {kind} {name!r}; {hint}{more}")
+
+    def __str__(self) -> str:
+        return self.args[0]  # KeyError would print the repr
+
+
+class InvalidMask(RapError, ValueError):
+    """A pruning mask that does not belong to the model: wrong length, wrong values, or components of another shape."""
+
+
+class InvalidWorkload(RapError, ValueError):
+    """A batch size or length that is not a positive integer, or that is beyond the model's context."""
+
+
+class InvalidReward(RapError, ValueError):
+    """Reward terms and weights that do not match, or a term that is not a finite number."""
+
+
+class InfeasibleBudget(RapError, ValueError):
+    """A memory budget that no pruning mask can meet.
+
+    Attributes:
+        budget_bytes: The budget that was asked for.
+        smallest_bytes: What the model needs for the workload with every component dropped.
+    """
+
+    def __init__(self, budget_bytes: int, smallest_bytes: int, workload: object) -> None:
+        self.budget_bytes = budget_bytes
+        self.smallest_bytes = smallest_bytes
+        super().__init__(
+            f"no pruning mask fits {budget_bytes:,} bytes for {workload}: with every component dropped"
+            f" the model still needs {smallest_bytes:,} bytes"
+        )
+
+
+class ModelUnavailable(RapError, OSError):
+    """A model that can't be loaded: no such folder, no network, a gated repository, or weights in an unsafe format."""
+
+
+class UnsupportedArchitecture(RapError, ValueError):
+    """A model whose layers the architecture table does not describe."""
+
+
+class EvaluationFailed(RapError, ValueError):
+    """Tasks that can't be scored: none named, no multiple-choice form, or no such metric."""
+
+
+class ContaminationFound(RapError, ValueError):
+    """Calibration text that shares 13-grams with evaluation items, or a search task used for reporting."""
+
+
+class CorpusUnavailable(RapError, OSError):
+    """A calibration corpus that is missing, empty or too short for the samples asked of it."""
+
+
+class StoreDamaged(RapError, OSError):
+    """A result store that can't be read; it is left exactly as it was found."""
+
+
+class PolicyUnreadable(RapError, ValueError):
+    """A policy folder that holds anything but the expected JSON and safetensors."""
+
+
+class RecordExists(RapError, FileExistsError):
+    """A record that is already there; records are written once."""
+
+
+class SearchExhausted(RapError):
+    """An evaluation budget that is used up; searches catch it and return the best found so far."""
