@@ -1,0 +1,82 @@
+"""The memory model: bytes that a masked model needs for a workload. Pure arithmetic on a `ModelShape`."""
+
+from dataclasses import asdict, dataclass
+
+from rap_env.mask import ATTENTION, PruningMask
+from rap_env.memory.workload import Workload
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Predicted bytes; see `footprint` for the formulas.
+
+    Attributes:
+        weights_bytes: Embedding, head, norms and the kept components.
+        kv_cache_bytes: Keys and values of the kept attentions over all tokens of the workload.
+        activation_bytes: Transient tensors of the widest kept sub-block while the prompt is read.
+    """
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Weights + KV cache, which is RAP's peak (arXiv 2505.17138) and what a memory budget is compared with."""
+        return self.weights_bytes + self.kv_cache_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Peak + activations: what a process must be able to allocate when the prompt is read in one piece."""
+        return self.peak_bytes + self.activation_bytes
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self) | {"peak_bytes": self.peak_bytes}
+
+
+def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
+    """Predicts the bytes of a masked model.
+
+    With `b` bytes a parameter, `h` the hidden size, `B` sequences of `T` prompt tokens:
+
+        weights     = b * (fixed parameters + parameters of the kept components)
+        KV cache    = 2 * b * kv_channels * kept attentions * B * (T + generated tokens)
+        activations = b * B * T * (2 * h + width) + 4 * B * vocabulary
+
+    Fixed parameters are the embedding, an untied head, and the norms, which stay resident. `width` is what the widest
+    kept kind of sub-block holds for each token: queries, keys, values and output of an attention (scores are never
+    materialised), or gate, up and product of an MLP. The head's logits are float32, for the last position only.
+    The first two lines are RAP's memory model (arXiv 2505.17138, section on the memory model).
+
+    Args:
+        shape: A `ModelShape`.
+        mask: Keep-bits over the shape's components.
+        workload: The request batch.
+
+    Raises:
+        InvalidWorkload: A sequence is longer than the model's context.
+    """
+    workload.check_context(shape.context_tokens)
+    kept = mask.kept
+    parameters = shape.fixed_parameters + sum(shape.parameters_of(component) for component in kept)
+    kv_channels = sum(shape.kv_channels for component in kept if component.kind == ATTENTION)
+    width = max((shape.activation_width(component.kind) for component in kept), default=0)
+    prompt_tokens = workload.batch_size * workload.prompt_tokens
+    return Footprint(
+        weights_bytes=shape.bytes_per_parameter * parameters,
+        kv_cache_bytes=2 * shape.bytes_per_parameter * kv_channels * workload.total_tokens,
+        activation_bytes=shape.bytes_per_parameter * prompt_tokens * (2 * shape.hidden_size + width)
+        + 4 * workload.batch_size * shape.vocab_size,
+    )
+
+
+def component_bytes(shape, workload: Workload) -> tuple[int, ...]:
+    """Peak bytes that dropping each component frees at a workload, in component order.
+
+    A footprint is additive over components, so these are exact for every mask.
+    """
+    kv_bytes = 2 * shape.bytes_per_parameter * shape.kv_channels * workload.total_tokens
+    return tuple(
+        shape.bytes_per_parameter * shape.parameters_of(component) + (kv_bytes if component.kind == ATTENTION else 0)
+        for component in shape.components
+    )

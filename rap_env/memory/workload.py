@@ -1,0 +1,55 @@
+"""Workloads: how many sequences of which lengths a request batch holds."""
+
+from dataclasses import dataclass
+
+from rap_env.errors import InvalidWorkload
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One request batch.
+
+    Attributes:
+        batch_size: Sequences that are served together.
+        prompt_tokens: Tokens of each prompt.
+        generated_tokens: Tokens that each sequence may grow by.
+
+    Raises:
+        InvalidWorkload: A number is not an integer, or not positive (`generated_tokens` may be zero).
+    """
+
+    batch_size: int
+    prompt_tokens: int
+    generated_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("batch_size", 1), ("prompt_tokens", 1), ("generated_tokens", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or int(value) != value or value < smallest:
+                raise InvalidWorkload(f"{name} must be an integer of at least {smallest}; got {value!r}")
+            object.__setattr__(self, name, int(value))
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Longest length that each sequence reaches."""
+        return self.prompt_tokens + self.generated_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens over the whole batch at its largest; the KV cache holds so many."""
+        return self.batch_size * self.sequence_tokens
+
+    def check_context(self, context_tokens: int) -> None:
+        """Refuses sequences that are longer than a model's context.
+
+        Raises:
+            InvalidWorkload: `sequence_tokens` exceeds `context_tokens`.
+        """
+        if self.sequence_tokens > context_tokens:
+            raise InvalidWorkload(
+                f"{self} needs {self.sequence_tokens:,} tokens a sequence; the model's context is {context_tokens:,}"
+            )
+
+    def __str__(self) -> str:
+        generated = f" + {self.generated_tokens}" if self.generated_tokens else ""
+        return f"{self.batch_size} x {self.prompt_tokens}{generated} tokens"
