@@ -1,0 +1,213 @@
+"""lm-eval as the judge: it builds the requests and computes the metrics, our engine scores them."""
+
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+
+from rap_env.errors import EvaluationFailed, UnknownName
+from rap_env.evaluation.evaluator import Evaluation
+from rap_env.evaluation.scoring import forwarded_inputs, score_continuations
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.rng import isolated_rng
+
+SMOOTH = "smooth_acc"
+logging.getLogger("lm_eval").setLevel(logging.WARNING)
+
+
+class ScoringLM(TemplateLM):
+    """Our scoring engine behind lm-eval's interface; `simple_evaluate(model=ScoringLM(llm), ...)` works too.
+
+    Contexts and continuations are split as lm-eval's own HF adapter splits them, without special tokens unless the
+    tokenizer adds them by itself.
+    """
+
+    def __init__(self, llm: SwitchableLLM, batch_tokens: int = 4096) -> None:
+        super().__init__()
+        self.llm = llm
+        self.tokenizer = llm.tokenizer
+        self._batch_tokens = batch_tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Stands in for an empty context: BOS, or EOS where there is none."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **options)
+
+    def encode_request(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens of a context and its continuation, cut from the left to the model's context."""
+        if context:
+            head, tail = self._encode_pair(context, continuation)
+        else:
+            tail = self.tok_encode(continuation)
+            head = [self.prefix_token_id] if tail[0] != self.prefix_token_id else []
+            head, tail = (head, tail) if head else (tail[:1], tail[1:])
+        overflow = max(0, len(head) + len(tail) - 1 - self.llm.shape.context_tokens)
+        return tuple(head[overflow:]), tuple(tail)
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        pairs = [(tuple(context), tuple(continuation)) for _text, context, continuation in requests]
+        return score_continuations(self.llm, pairs, self._batch_tokens)
+
+    def loglikelihood_rolling(self, requests) -> list[float]:
+        raise NotImplementedError("perplexity has its own evaluator: rap_env.evaluation.perplexity")
+
+    def generate_until(self, requests) -> list[str]:
+        raise NotImplementedError("only multiple-choice tasks are judged")
+
+
+class HarnessEvaluator:
+    """Zero-shot multiple-choice accuracy over lm-eval tasks.
+
+    Metrics of a task: whatever its YAML lists (`acc`, `acc_norm`), and `smooth_acc`, the mean over items of the
+    probability of the right choice, softmax over the choices' summed log-likelihoods. The score is the mean of
+    `metric` over tasks, each task counting once, as in RAP's tables.
+
+    Args:
+        tasks: lm-eval task, tag or group names.
+        include_path: Folder with further task YAMLs.
+        limit: Number of first items of each task; None for all.
+        metric: What the score is the mean of.
+        batch_tokens: Tokens that are forwarded at once.
+
+    Raises:
+        UnknownName: lm-eval and the folder have no such task.
+        EvaluationFailed: A task is not multiple choice, or does not have the metric.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        include_path: str | Path | None = None,
+        limit: int | None = None,
+        metric: str = "acc",
+        batch_tokens: int = 4096,
+    ) -> None:
+        self._metric = metric
+        self._batch_tokens = batch_tokens
+        self._pairs: dict[int, list] = {}
+        with isolated_rng(0):
+            self._tasks = _load_tasks(list(tasks), include_path)
+            for name, task in self._tasks.items():
+                if task.OUTPUT_TYPE != "multiple_choice":
+                    raise EvaluationFailed(f"task {name!r} is {task.OUTPUT_TYPE}; expected multiple_choice")
+                if metric not in (*task.aggregation(), SMOOTH):
+                    known = ", ".join((*task.aggregation(), SMOOTH))
+                    raise EvaluationFailed(f"task {name!r} has no metric {metric!r}; it has {known}")
+                task.set_config(key="num_fewshot", value=0)
+                _build_requests(task, limit)
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        requests = [[name, instance.args, instance.doc_id] for name, task in self._tasks.items() for instance in task.instances]
+        return {
+            "evaluator": "lm-eval",
+            "metric": self._metric,
+            "tasks": {name: str(task.config.metadata.get("version")) for name, task in self._tasks.items()},
+            "requests": hashlib.sha256(json.dumps(requests, default=str).encode()).hexdigest(),
+            "batch_tokens": self._batch_tokens,
+            "versions": {library: version(library) for library in ("lm_eval", "torch", "transformers")},
+        }
+
+    @property
+    def item_texts(self) -> dict[str, list[str]]:
+        """The text of every item of each task, context and right choice, for the contamination check."""
+        return {
+            name: [
+                f"{instances[0].args[0]}{instances[_gold(task, instances[0].doc)[0]].args[1]}"
+                for instances in _by_document(task)
+            ]
+            for name, task in self._tasks.items()
+        }
+
+    def evaluate(self, llm: SwitchableLLM) -> Evaluation:
+        started = time.perf_counter()
+        pairs = self._encode(llm)
+        answers = iter(score_continuations(llm, pairs, self._batch_tokens))
+        tasks = {}
+        with isolated_rng(0):
+            for name, task in self._tasks.items():
+                for instance in task.instances:
+                    instance.resps = [next(answers)]
+                task.apply_filters()
+                tasks[name] = _metrics(task)
+        score = float(np.mean([metrics[self._metric] for metrics in tasks.values()]))
+        tokens = sum(len(tokens) for tokens in forwarded_inputs(pairs))
+        return Evaluation(score, tasks, tokens, time.perf_counter() - started)
+
+    def _encode(self, llm: SwitchableLLM) -> list:
+        key = id(llm.tokenizer)
+        if key not in self._pairs:
+            lm = ScoringLM(llm)
+            self._pairs = {key: [lm.encode_request(*i.args) for task in self._tasks.values() for i in task.instances]}
+        return self._pairs[key]
+
+
+def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:
+    if not names:
+        raise EvaluationFailed("expected at least one task name; got none")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise EvaluationFailed(f"evaluation.include_path: no such folder: {include_path}")
+    path = None if include_path is None else str(include_path)
+    # Indexing lm-eval's thousands of tasks takes seconds; skip them when the folder has all that is asked for.
+    manager = TaskManager(include_path=path, include_defaults=False)
+    if not set(names) <= set(manager.task_index):
+        manager = TaskManager(include_path=path)
+    for name in names:
+        if name not in manager.task_index:
+            raise UnknownName("task", name, manager.task_index)
+    return dict(sorted(manager.load(names)["tasks"].items()))
+
+
+def _build_requests(task, limit: int | None) -> None:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        task.build_all_requests(limit=limit)
+    finally:
+        logging.disable(disabled)
+
+
+def _by_document(task) -> list[list]:
+    documents = defaultdict(list)
+    for instance in task.instances:
+        documents[instance.doc_id].append(instance)
+    return [sorted(documents[key], key=lambda instance: instance.idx) for key in sorted(documents)]
+
+
+def _gold(task, document: dict) -> list[int]:
+    target = task.doc_to_target(document)
+    targets = target if isinstance(target, list) else [target]
+    choices = task.doc_to_choice(document)
+    return [choices.index(value) if isinstance(value, str) else int(value) for value in targets]
+
+
+def _metrics(task) -> dict[str, float]:
+    values = defaultdict(list)
+    for instances in _by_document(task):
+        document = instances[0].doc
+        responses = [next(iter(instance.filtered_resps.values())) for instance in instances]
+        for metric, value in task.process_results(document, responses).items():
+            values[metric].append(value)
+        likelihoods = np.array([logprob for logprob, _greedy in responses])
+        probabilities = np.exp(likelihoods - np.logaddexp.reduce(likelihoods))
+        values[SMOOTH].append(float(probabilities[_gold(task, document)].sum()))
+    metrics = {name: float(aggregate(values[name])) for name, aggregate in task.aggregation().items() if name in values}
+    return metrics | {SMOOTH: float(np.mean(values[SMOOTH])), "items": len(values[SMOOTH])}

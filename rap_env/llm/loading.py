@@ -1,0 +1,150 @@
+"""Loads real models by name or folder, and builds tiny random ones for tests."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from rap_env.errors import ModelUnavailable, UnknownName
+from rap_env.llm.embedded import EMBEDDED_NAME, embedded_folder
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.rng import isolated_rng
+
+TINY_NAME = "tiny"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_llm(
+    name: str = EMBEDDED_NAME,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> SwitchableLLM:
+    """Loads a causal LM from safetensors or GGUF weights.
+
+    Args:
+        name: `"smollm2-135m"` (embedded, needs nothing), `"tiny"` (random weights, for trying things out), a local
+            folder, or a hub name of the form `owner/model`.
+        dtype: `"bfloat16"`, `"float16"` or `"float32"`.
+        device: A torch device, or `"auto"` for the first GPU if there is one, else the CPU.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Lets the repository run its own Python code; off unless you set it.
+
+    Raises:
+        UnknownName: The name or dtype is none of the above, or the model's family is not supported.
+        ModelUnavailable: No network, no such repository, access not granted, or no weights in a safe format.
+    """
+    if dtype not in _DTYPES:
+        raise UnknownName("dtype", dtype, _DTYPES)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    transformers_logging.disable_progress_bar()
+    if name == TINY_NAME:
+        return build_tiny_llm(dtype=dtype, device=device)
+    source = str(embedded_folder()) if name == EMBEDDED_NAME else name
+    if not Path(source).expanduser().is_dir() and source.count("/") != 1:
+        raise UnknownName("model or folder", name, [EMBEDDED_NAME, TINY_NAME, "a folder", "owner/model on the hub"])
+    model, tokenizer = _from_pretrained(source, _DTYPES[dtype], revision, trust_remote_code)
+    return SwitchableLLM(model.to(device), tokenizer, name)
+
+
+def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool):
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = str(folder)
+        options |= _weights_of(folder)
+    try:
+        if not folder.is_dir():
+            _check_hub(source, revision)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except Exception as error:
+        raise _explain(error, source) from error
+    return model, tokenizer
+
+
+def _check_hub(source: str, revision: str | None) -> None:
+    """Asks the hub once: the download itself would retry for minutes before it admits that there is no network."""
+    if isinstance(try_to_load_from_cache(source, "config.json", revision=revision), str):
+        return
+    try:
+        HfApi().model_info(source, revision=revision, timeout=10)
+    except (RepositoryNotFoundError, GatedRepoError):
+        raise
+    except Exception as error:
+        raise ConnectionError(str(error)) from error
+
+
+def _weights_of(folder: Path) -> dict[str, str]:
+    if list(folder.glob("*.safetensors")):
+        return {}
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) != 1:
+        raise ModelUnavailable(
+            f"{folder}: expected *.safetensors or exactly one *.gguf; found"
+            f" {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}."
+            " Pickled weights (*.bin, *.pt) are not loaded: convert them to safetensors first"
+        )
+    return {"gguf_file": ggufs[0].name}
+
+
+def _explain(error: Exception, source: str) -> Exception:
+    """Turns what the hub client and transformers raise into one message that says what to do."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        advice = f"the model is gated: ask for access at https://huggingface.co/{source}, then run `hf auth login`"
+    elif any(isinstance(cause, ConnectionError) for cause in causes) or "couldn't connect" in str(error):
+        advice = "the hub can't be reached and the model is not in its cache: check the network, or name a local folder"
+    elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        advice = "no such model on the hub, or a private one: check the name, or run `hf auth login`"
+    elif "safetensors" in str(error):
+        advice = "the repository has no safetensors weights; pickled ones are not loaded: convert them first"
+    elif "trust_remote_code" in str(error):
+        advice = "the repository wants to run its own code: read it, then set model.trust_remote_code=true"
+    elif isinstance(error, OSError):
+        advice = str(error).splitlines()[0]
+    else:
+        return error  # a bug of ours or upstream's: hiding it behind advice would help nobody
+    return ModelUnavailable(f"can't load {source!r}: {advice}")
+
+
+def build_tiny_llm(
+    model_type: str = "llama", n_layers: int = 4, seed: int = 0, dtype: str = "float32", device: str = "cpu"
+) -> SwitchableLLM:
+    """Builds a random model of a few thousand parameters with a byte-level tokenizer, for tests and dry runs.
+
+    Args:
+        model_type: A family of the architecture table.
+        n_layers: Decoder layers.
+        seed: Seed of the weights.
+        dtype: As in `load_llm`.
+        device: As in `load_llm`.
+    """
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": n_layers, "vocab_size": 257}
+    if model_type == "opt":
+        sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 512}
+    else:
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192}
+    if model_type == "mistral":
+        sizes |= {"sliding_window": None}
+    config = AutoConfig.for_model(model_type, bos_token_id=256, eos_token_id=256, pad_token_id=256, **sizes)
+    config.initializer_range = 0.2  # large enough for every component to matter
+    with isolated_rng(seed):
+        model = AutoModelForCausalLM.from_config(config).to(dtype=_DTYPES[dtype], device=device)
+    return SwitchableLLM(model, _byte_tokenizer(), f"{TINY_NAME}-{model_type}")
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)} | {"<end>": len(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>")

@@ -1,0 +1,144 @@
+"""A causal LM whose components can be switched off and on again, without a trace."""
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from rap_env.errors import InvalidMask
+from rap_env.llm.architecture import ModelShape, architecture_of, decoder_layers, submodule
+from rap_env.mask import ATTENTION, KINDS, Component, PruningMask
+
+
+class _StreamCaptured(Exception):
+    """Carries the first layer's inputs out of upstream's forward."""
+
+    def __init__(self, hidden: torch.Tensor, context: dict) -> None:
+        self.hidden, self.context = hidden, context
+
+
+class SwitchableLLM:
+    """A transformers causal LM that runs with any subset of its components.
+
+    A dropped component is skipped together with its norm, so it costs no compute; the attentions that stay are
+    renumbered, so that the KV cache holds them only and transformers still finds the past length in its layer 0.
+
+    Shapes: B sequences, T tokens, H hidden size, V vocabulary.
+
+    Args:
+        model: The causal LM; its weights are never changed.
+        tokenizer: The tokenizer that belongs to it.
+        name: What reports call the model.
+
+    Raises:
+        UnknownName: The architecture table does not know the model's family.
+        UnsupportedArchitecture: The layers are not alike, or not pre-norm.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.shape = ModelShape.from_config(model.config, dtype=model.dtype)
+        self.mask = PruningMask.all_kept(self.shape)
+        self._architecture = architecture_of(model.config)
+        self._layers = decoder_layers(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over the names, types and bytes of all weights, hexadecimal: what the model computes with."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def parameters_of(self, component: Component) -> list[nn.Parameter]:
+        """The weights that belong to one component; its norm stays with the fixed parameters."""
+        modules = self._layers[component.layer].modules_of(component.kind)
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def apply(self, mask: PruningMask) -> None:
+        """Makes the model run with the mask's components only, until the next call.
+
+        Raises:
+            InvalidMask: The mask's components are not this model's.
+        """
+        if mask.components != self.shape.components:
+            raise InvalidMask(
+                f"expected a mask over the {len(self.shape.components)} components of {self.name};"
+                f" got one over {len(mask.components)} others"
+            )
+        kept_attentions = 0
+        for index, layer in enumerate(self._layers):
+            kinds = [kind for kind in KINDS if mask.keeps(Component(index, kind))]
+            layer.module.__dict__.pop("forward", None)
+            layer.module.self_attn.layer_idx = kept_attentions if mask.dropped else index
+            if len(kinds) < len(KINDS):
+                layer.module.forward = functools.partial(self._run_kinds, layer, kinds)
+            kept_attentions += ATTENTION in kinds
+        # Without any attention there is no cache, hence no past length to continue from: decode without one.
+        self.model.config.use_cache = self.model.generation_config.use_cache = kept_attentions > 0
+        self.mask = mask
+
+    @staticmethod
+    def _run_kinds(layer, kinds: list[str], hidden_states: torch.Tensor, **context) -> torch.Tensor:
+        for kind in kinds:
+            hidden_states = layer.run(kind, hidden_states, context)
+        return hidden_states
+
+    @contextlib.contextmanager
+    def pruned(self, mask: PruningMask) -> Iterator["SwitchableLLM"]:
+        """Runs the body with a mask, then puts the previous one back, also when the body raises."""
+        previous = self.mask
+        try:
+            self.apply(mask)
+            yield self
+        finally:
+            self.apply(previous)
+
+    def open_stream(self, input_ids: torch.Tensor, **inputs) -> tuple[torch.Tensor, dict]:
+        """Embeds tokens and stops in front of layer 0.
+
+        Args:
+            input_ids: Tokens [B, T].
+            **inputs: Upstream's further arguments, such as `attention_mask` or `position_ids`.
+
+        Returns:
+            The residual stream [B, T, H] and the context that `run` needs with it.
+        """
+        first = self._layers[0].module
+
+        def capture(module, args, kwargs):
+            raise _StreamCaptured(args[0] if args else kwargs.pop("hidden_states"), kwargs)
+
+        handle = first.register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            submodule(self.model, self._architecture.decoder)(input_ids=input_ids, use_cache=False, **inputs)
+        except _StreamCaptured as stream:
+            return stream.hidden, stream.context
+        finally:
+            handle.remove()
+        raise AssertionError("upstream's forward did not reach its first layer")
+
+    def run(self, components: Iterable[Component], hidden: torch.Tensor, context: dict) -> torch.Tensor:
+        """Runs components over the residual stream, [B, T, H] -> [B, T, H], whatever mask is applied."""
+        for component in components:
+            hidden = self._layers[component.layer].run(component.kind, hidden, context)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm and head, [..., H] -> [..., V] in the model's dtype."""
+        decoder = submodule(self.model, self._architecture.decoder)
+        return self.model.lm_head(submodule(decoder, self._architecture.final_norm)(hidden))

@@ -1,0 +1,187 @@
+"""The one way to learn how good a mask is."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from rap_env.errors import InfeasibleBudget, SearchExhausted
+from rap_env.evaluation.evaluator import Evaluation, Evaluator
+from rap_env.evaluation.store import ResultStore
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+from rap_env.memory.footprint import Footprint, footprint
+from rap_env.memory.workload import Workload
+from rap_env.reward import overshoot_ratio, weighted_reward
+from rap_env.rng import isolated_rng
+
+ACCURACY_REWARD = {"accuracy": 1.0, "overshoot": -1.0}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a mask is worth for one workload and memory budget.
+
+    Attributes:
+        evaluation: Quality of the masked model; does not depend on the workload.
+        footprint: Bytes that it needs for the workload.
+        budget_bytes: Bytes that it may need.
+        from_store: Whether the evaluation was known already.
+        seconds: Time that this call took.
+    """
+
+    evaluation: Evaluation
+    footprint: Footprint
+    budget_bytes: int
+    from_store: bool = field(compare=False)
+    seconds: float = field(compare=False)
+
+    @property
+    def score(self) -> float:
+        return self.evaluation.score
+
+    @property
+    def fits(self) -> bool:
+        return self.footprint.peak_bytes <= self.budget_bytes
+
+    @property
+    def reward_terms(self) -> dict[str, float]:
+        """`accuracy` (the score), `smooth_accuracy`, `overshoot` (fraction of the budget) and `violation` (0 or 1)."""
+        return {
+            "accuracy": self.score,
+            "smooth_accuracy": self.evaluation.mean("smooth_acc"),
+            "overshoot": overshoot_ratio(self.footprint.peak_bytes, self.budget_bytes),
+            "violation": float(not self.fits),
+        }
+
+
+class EvaluationBudget:
+    """Counts the distinct masks that a search asks about, whether or not the store knows them already.
+
+    So a search on a warm store spends exactly what it would spend on an empty one.
+
+    Args:
+        limit: Masks that may be asked about; None for any number.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self._asked: set[str] = set()
+
+    @property
+    def spent(self) -> int:
+        return len(self._asked)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.limit is not None and self.spent >= self.limit
+
+    def spend(self, mask: PruningMask) -> None:
+        """Counts a mask, once.
+
+        Raises:
+            SearchExhausted: The mask is new and the limit is reached.
+        """
+        if mask.digest not in self._asked and self.exhausted:
+            raise SearchExhausted(f"all {self.limit} evaluations are used up")
+        self._asked.add(mask.digest)
+
+
+class PruningProblem:
+    """A model, a judge and a store; environments, searches and reports all ask here.
+
+    Args:
+        llm: The model; it is left as it was after every call.
+        evaluator: Judges masked models.
+        store: Keeps finished evaluations; None keeps them in memory only.
+        reward_weights: Weights of the terms in `Outcome.reward_terms`.
+        budget: Counts what is asked; by default without limit.
+    """
+
+    def __init__(
+        self,
+        llm: SwitchableLLM,
+        evaluator: Evaluator,
+        store: ResultStore | None = None,
+        reward_weights: Mapping[str, float] = ACCURACY_REWARD,
+        budget: EvaluationBudget | None = None,
+    ) -> None:
+        self.llm = llm
+        self.shape = llm.shape
+        self.evaluator = evaluator
+        self.store = store
+        self.reward_weights = dict(reward_weights)
+        self.budget = budget or EvaluationBudget()
+        self.fresh_evaluations = 0
+        self._known: dict[str, Evaluation] = {}
+
+    def dense_bytes(self, workload: Workload) -> int:
+        """Peak bytes of the unpruned model; a `budget_ratio` is a fraction of it."""
+        return footprint(self.shape, PruningMask.all_kept(self.shape), workload).peak_bytes
+
+    def check_budget(self, workload: Workload, budget_bytes: int) -> None:
+        """Refuses what no mask can meet, before any work is done.
+
+        Raises:
+            InfeasibleBudget: Even with every component dropped the footprint exceeds the budget.
+            InvalidWorkload: The workload is beyond the model's context.
+        """
+        smallest = smallest_bytes(self.shape, workload)
+        if budget_bytes < smallest:
+            raise InfeasibleBudget(budget_bytes, smallest, workload)
+
+    def evaluate(self, mask: PruningMask, workload: Workload, budget_bytes: int) -> Outcome:
+        """Judges a mask for a workload and a budget.
+
+        Raises:
+            InfeasibleBudget: No mask can meet the budget.
+            InvalidWorkload: The workload is beyond the model's context.
+            InvalidMask: The mask's components are not the model's.
+            SearchExhausted: The evaluation budget is used up.
+        """
+        started = time.perf_counter()
+        self.check_budget(workload, budget_bytes)
+        needed = footprint(self.shape, mask, workload)
+        self.budget.spend(mask)
+        evaluation, from_store = self._evaluation(mask)
+        return Outcome(evaluation, needed, int(budget_bytes), from_store, time.perf_counter() - started)
+
+    def reward(self, outcome: Outcome) -> float:
+        """The outcome's terms times this problem's weights.
+
+        Raises:
+            InvalidReward: A weight names no term, or a weighted term is not finite.
+        """
+        return weighted_reward(outcome.reward_terms, self.reward_weights)
+
+    def _evaluation(self, mask: PruningMask) -> tuple[Evaluation, bool]:
+        if mask.digest in self._known:
+            return self._known[mask.digest], True
+        identity = self.identity(mask) if self.store else None
+        stored = self.store.get(identity) if self.store else None
+        if stored is None:
+            with self.llm.pruned(mask), isolated_rng():
+                evaluation = self.evaluator.evaluate(self.llm)
+            self.fresh_evaluations += 1
+            if self.store:
+                self.store.put(identity, asdict(evaluation))
+        else:
+            evaluation = Evaluation(**stored)
+        self._known[mask.digest] = evaluation
+        return evaluation, stored is not None
+
+    def identity(self, mask: PruningMask) -> dict:
+        """The key of an evaluation: everything that its result depends on."""
+        return {
+            "kind": "evaluation",
+            "model": self.llm.digest,
+            "dtype": str(self.llm.dtype),
+            "device": self.llm.device.type,
+            "dropped": [component.name for component in mask.dropped],
+            "evaluator": dict(self.evaluator.identity),
+        }
+
+
+def smallest_bytes(shape, workload: Workload) -> int:
+    """Peak bytes with every component dropped: the smallest budget that can be met."""
+    none_kept = PruningMask(shape.components, (False,) * len(shape.components))
+    return footprint(shape, none_kept, workload).peak_bytes
