@@ -48,11 +48,11 @@ class InfeasibleBudget(RapError, ValueError):
         smallest_bytes: What the model needs for the workload with every component dropped.
     """
 
-    def __init__(self, budget_bytes: int, smallest_bytes: int, workload: object) -> None:
+    def __init__(self, budget_bytes: float, smallest_bytes: int, workload: object) -> None:
         self.budget_bytes = budget_bytes
         self.smallest_bytes = smallest_bytes
         super().__init__(
-            f"no pruning mask fits {budget_bytes:,} bytes for {workload}: with every component dropped"
+            f"no pruning mask fits {budget_bytes:,.0f} bytes for {workload}: with every component dropped"
             f" the model still needs {smallest_bytes:,} bytes"
         )
 
@@ -79,6 +79,10 @@ class CorpusUnavailable(RapError, OSError):
 
 class StoreDamaged(RapError, OSError):
     """A result store that can't be read; it is left exactly as it was found."""
+
+
+class StoreUnavailable(RapError, OSError):
+    """A sound result store that can't be used now: locked, full, unreachable, not permitted, or without its driver."""
 
 
 class PolicyUnreadable(RapError, ValueError):

@@ -9,7 +9,7 @@ from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import Footprint, footprint
+from rap_env.memory.footprint import Footprint, footprint, smallest_bytes
 from rap_env.memory.workload import Workload
 from rap_env.reward import overshoot_ratio, weighted_reward
 from rap_env.rng import isolated_rng
@@ -61,15 +61,18 @@ class EvaluationBudget:
 
     Args:
         limit: Masks that may be asked about; None for any number.
+
+    Attributes:
+        asked: Digests of the masks asked about.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
-        self._asked: set[str] = set()
+        self.asked: set[str] = set()
 
     @property
     def spent(self) -> int:
-        return len(self._asked)
+        return len(self.asked)
 
     @property
     def exhausted(self) -> bool:
@@ -81,9 +84,9 @@ class EvaluationBudget:
         Raises:
             SearchExhausted: The mask is new and the limit is reached.
         """
-        if mask.digest not in self._asked and self.exhausted:
+        if mask.digest not in self.asked and self.exhausted:
             raise SearchExhausted(f"all {self.limit} evaluations are used up")
-        self._asked.add(mask.digest)
+        self.asked.add(mask.digest)
 
 
 class PruningProblem:
@@ -113,10 +116,6 @@ class PruningProblem:
         self.budget = budget or EvaluationBudget()
         self.fresh_evaluations = 0
         self._known: dict[str, Evaluation] = {}
-
-    def dense_bytes(self, workload: Workload) -> int:
-        """Peak bytes of the unpruned model; a `budget_ratio` is a fraction of it."""
-        return footprint(self.shape, PruningMask.all_kept(self.shape), workload).peak_bytes
 
     def check_budget(self, workload: Workload, budget_bytes: int) -> None:
         """Refuses what no mask can meet, before any work is done.
@@ -179,9 +178,3 @@ class PruningProblem:
             "dropped": [component.name for component in mask.dropped],
             "evaluator": dict(self.evaluator.identity),
         }
-
-
-def smallest_bytes(shape, workload: Workload) -> int:
-    """Peak bytes with every component dropped: the smallest budget that can be met."""
-    none_kept = PruningMask(shape.components, (False,) * len(shape.components))
-    return footprint(shape, none_kept, workload).peak_bytes

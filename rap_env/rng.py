@@ -8,12 +8,27 @@ import numpy as np
 import torch
 
 
-def _set_states(python_state, numpy_state, torch_state, cuda_states) -> None:
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(torch_state)
-    if cuda_states:
-        torch.cuda.set_rng_state_all(cuda_states)
+def global_states() -> dict:
+    """The states of Python's, numpy's and torch's global generators (CUDA's too), as tensors and plain values."""
+    name, keys, *numbers = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *numbers],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_global_states(states: dict) -> None:
+    """Puts back what `global_states` returned."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *numbers = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 @contextlib.contextmanager
@@ -26,14 +41,13 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
     Args:
         seed: Seeds the three generators for the body; None leaves them as they are.
     """
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda_states
+    states = global_states()
     try:
         if seed is not None:
             seed_everything(seed)
         yield
     finally:
-        _set_states(*states)
+        restore_global_states(states)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,7 +1,9 @@
 """lm-eval as the judge: it builds the requests and computes the metrics, our engine scores them."""
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
 import time
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
@@ -17,10 +20,12 @@ from lm_eval.tasks import TaskManager
 from rap_env.errors import EvaluationFailed, UnknownName
 from rap_env.evaluation.evaluator import Evaluation
 from rap_env.evaluation.scoring import forwarded_inputs, score_continuations
+from rap_env.evaluation.tasks import TASKS_FOLDER
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
 
 SMOOTH = "smooth_acc"
+_HALVES = ("search", "report")
 logging.getLogger("lm_eval").setLevel(logging.WARNING)
 
 
@@ -81,9 +86,10 @@ class HarnessEvaluator:
     `metric` over tasks, each task counting once, as in RAP's tables.
 
     Args:
-        tasks: lm-eval task, tag or group names.
+        tasks: lm-eval task, tag or group names; the embedded ones are always known.
         include_path: Folder with further task YAMLs.
-        limit: Number of first items of each task; None for all.
+        half: `"search"` takes items 0, 2, 4, ... of each task, `"report"` items 1, 3, 5, ...; None takes all.
+        limit: Number of first items of each task, or of the half of it; None for all.
         metric: What the score is the mean of.
         batch_tokens: Tokens that are forwarded at once.
 
@@ -96,10 +102,13 @@ class HarnessEvaluator:
         self,
         tasks: Sequence[str],
         include_path: str | Path | None = None,
+        half: str | None = None,
         limit: int | None = None,
         metric: str = "acc",
         batch_tokens: int = 4096,
     ) -> None:
+        if half not in (None, *_HALVES):
+            raise UnknownName("half", half, _HALVES)
         self._metric = metric
         self._batch_tokens = batch_tokens
         self._pairs: dict[int, list] = {}
@@ -112,7 +121,7 @@ class HarnessEvaluator:
                     known = ", ".join((*task.aggregation(), SMOOTH))
                     raise EvaluationFailed(f"task {name!r} has no metric {metric!r}; it has {known}")
                 task.set_config(key="num_fewshot", value=0)
-                _build_requests(task, limit)
+                _build_requests(task, items_of(len(task.eval_docs), half, limit))
 
     @functools.cached_property
     def identity(self) -> dict:
@@ -165,24 +174,27 @@ def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:
         raise EvaluationFailed("expected at least one task name; got none")
     if include_path is not None and not Path(include_path).is_dir():
         raise EvaluationFailed(f"evaluation.include_path: no such folder: {include_path}")
-    path = None if include_path is None else str(include_path)
-    # Indexing lm-eval's thousands of tasks takes seconds; skip them when the folder has all that is asked for.
-    manager = TaskManager(include_path=path, include_defaults=False)
+    folders = [str(TASKS_FOLDER), *([] if include_path is None else [str(include_path)])]
+    # Indexing lm-eval's thousands of tasks takes seconds; skip them when the folders have all that is asked for.
+    manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(names) <= set(manager.task_index):
-        manager = TaskManager(include_path=path)
+        manager = TaskManager(include_path=folders)
     for name in names:
         if name not in manager.task_index:
             raise UnknownName("task", name, manager.task_index)
+    datasets.disable_progress_bars()
     return dict(sorted(manager.load(names)["tasks"].items()))
 
 
-def _build_requests(task, limit: int | None) -> None:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        task.build_all_requests(limit=limit)
-    finally:
-        logging.disable(disabled)
+def items_of(n_items: int, half: str | None, limit: int | None) -> list[int]:
+    """Indices of the items that are judged; the same list as `samples` makes lm-eval judge the same items."""
+    indices = range(n_items) if half is None else range(_HALVES.index(half), n_items, 2)
+    return list(indices[:limit])
+
+
+def _build_requests(task, items: list[int]) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):  # lm-eval draws a progress bar for every task
+        task.build_all_requests(samples=items)
 
 
 def _by_document(task) -> list[list]:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from rap_env.errors import InvalidMask
 from rap_env.mask import ATTENTION, PruningMask
 from rap_env.memory.workload import Workload
 
@@ -54,9 +55,12 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
         workload: The request batch.
 
     Raises:
+        InvalidMask: The mask's components are not the shape's.
         InvalidWorkload: A sequence is longer than the model's context.
     """
     workload.check_context(shape.context_tokens)
+    if mask.components != shape.components:
+        raise InvalidMask(f"expected a mask over this model's {len(shape.components)} components; got {len(mask.keep)}")
     kept = mask.kept
     parameters = shape.fixed_parameters + sum(shape.parameters_of(component) for component in kept)
     kv_channels = sum(shape.kv_channels for component in kept if component.kind == ATTENTION)
@@ -80,3 +84,14 @@ def component_bytes(shape, workload: Workload) -> tuple[int, ...]:
         shape.bytes_per_parameter * shape.parameters_of(component) + (kv_bytes if component.kind == ATTENTION else 0)
         for component in shape.components
     )
+
+
+def smallest_bytes(shape, workload: Workload) -> int:
+    """Peak bytes with every component dropped: the smallest budget that any mask can meet."""
+    none_kept = PruningMask(shape.components, (False,) * len(shape.components))
+    return footprint(shape, none_kept, workload).peak_bytes
+
+
+def dense_bytes(shape, workload: Workload) -> int:
+    """Peak bytes of the unpruned model; a `budget_ratio` is a fraction of it."""
+    return footprint(shape, PruningMask.all_kept(shape), workload).peak_bytes

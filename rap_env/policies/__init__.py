@@ -1,0 +1,16 @@
+"""What agents end as: policies that map (workload, budget) to a pruning mask."""
+
+from rap_env.policies.base import Policy, load_policy, save_policy
+from rap_env.policies.fixed import DensePolicy, OrderPolicy, RandomPolicy
+from rap_env.policies.learned import OneStepPolicy, SequentialPolicy
+
+__all__ = [
+    "DensePolicy",
+    "OneStepPolicy",
+    "OrderPolicy",
+    "Policy",
+    "RandomPolicy",
+    "SequentialPolicy",
+    "load_policy",
+    "save_policy",
+]

@@ -1,0 +1,71 @@
+"""Warm start: before any mask is judged, a policy network learns to do what the greedy order does."""
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from rap_env.envs.observation import observe
+from rap_env.mask import PruningMask
+from rap_env.memory.scenario import Scenario, ScenarioSampler
+from rap_env.policies.network import ComponentNetwork
+from rap_env.policies.walk import drop_until_fits
+
+_SCENARIOS, _STEPS, _BATCH, _LEARNING_RATE = 256, 400, 64, 3e-3
+
+
+def imitate_order(
+    network: ComponentNetwork, shape, order: tuple[str, ...], sampler: ScenarioSampler, seed: int
+) -> float:
+    """Fits a network to the walk along an order; costs no evaluation.
+
+    The one-step form learns the keep-bits that the walk ends with, the sequential form each of its steps.
+
+    Args:
+        network: Trained in place.
+        shape: The model.
+        order: Component names, the first to go first.
+        sampler: Draws the scenarios to learn on.
+        seed: Seed of scenarios and batches.
+
+    Returns:
+        The last batch's loss.
+    """
+    generator = np.random.default_rng(seed)
+    examples = []
+    for _ in range(_SCENARIOS):
+        scenario = sampler.sample(shape, generator)
+        walk = _sequential_examples if network.sequential else _one_step_examples
+        examples += walk(shape, scenario, order)
+    observations = {
+        name: torch.from_numpy(np.stack([observation[name] for observation, _ in examples])) for name in examples[0][0]
+    }
+    targets = torch.from_numpy(np.stack([target for _, target in examples]))
+    optimizer = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE)
+    loss = torch.tensor(float("nan"))
+    for _ in range(_STEPS):
+        batch = torch.from_numpy(generator.integers(len(examples), size=_BATCH))
+        scores = network({name: entry[batch] for name, entry in observations.items()})[:, : network.n_actions]
+        if network.sequential:
+            loss = functional.cross_entropy(scores, targets[batch])
+        else:
+            loss = functional.binary_cross_entropy_with_logits(scores, targets[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def _one_step_examples(shape, scenario: Scenario, order: tuple[str, ...]) -> list:
+    mask = drop_until_fits(shape, order, scenario.workload, scenario.budget_bytes)
+    observation = observe(shape, scenario, PruningMask.all_kept(shape), order)
+    return [(observation, np.array(mask.keep, dtype=np.float32))]
+
+
+def _sequential_examples(shape, scenario: Scenario, order: tuple[str, ...]) -> list:
+    last = drop_until_fits(shape, order, scenario.workload, scenario.budget_bytes)
+    mask, examples = PruningMask.all_kept(shape), []
+    for name in order[: len(last.dropped)]:
+        examples.append((observe(shape, scenario, mask, order), np.int64(mask.position(name))))
+        mask = mask.drop(name)
+    examples.append((observe(shape, scenario, mask, order), np.int64(len(shape.components))))
+    return examples

@@ -1,0 +1,87 @@
+"""Stable-Baselines3 policies whose network is our `ComponentNetwork`."""
+
+import torch
+from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import MaskableMultiInputActorCriticPolicy
+from stable_baselines3.common.policies import MultiInputActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
+from stable_baselines3.dqn.policies import QNetwork
+from torch import nn
+
+from rap_env.envs.observation import valid_actions
+from rap_env.llm.architecture import ModelShape
+from rap_env.policies.network import ComponentNetwork
+
+
+class ComponentExtractor(BaseFeaturesExtractor):
+    """Feeds observations to a `ComponentNetwork`; its features are the action scores and the value themselves."""
+
+    def __init__(self, observation_space: spaces.Dict, shape: ModelShape, sequential: bool, width: int) -> None:
+        network = ComponentNetwork(shape, sequential, width)
+        super().__init__(observation_space, network.n_actions + 1)
+        self.network = network
+
+    def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.network(observations)
+
+
+class _Slice(nn.Module):
+    """Hands on a range of the features."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        super().__init__()
+        self._range = slice(start, stop)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features[..., self._range]
+
+
+class _ComponentHeads:
+    """Lets the extractor's outputs stand as logits and value, without further layers."""
+
+    def _build(self, lr_schedule) -> None:
+        super()._build(lr_schedule)
+        n_actions = self.features_dim - 1
+        self.action_net = _Slice(0, n_actions)
+        self.value_net = _Slice(n_actions, n_actions + 1)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    @property
+    def component_network(self) -> ComponentNetwork:
+        return self.features_extractor.network
+
+
+class ComponentActorCriticPolicy(_ComponentHeads, MultiInputActorCriticPolicy):
+    """For PPO and A2C."""
+
+
+class MaskableComponentActorCriticPolicy(_ComponentHeads, MaskableMultiInputActorCriticPolicy):
+    """For MaskablePPO."""
+
+
+class ComponentQNetwork(QNetwork):
+    """Q-values are the network's action scores; the greedy action is taken among the valid ones."""
+
+    def _predict(self, observation: dict[str, torch.Tensor], deterministic: bool = True) -> torch.Tensor:
+        values = self(observation)
+        for row, (kept, footprint, budget) in enumerate(
+            zip(observation["kept"], observation["footprint"], observation["memory_budget"], strict=True)
+        ):
+            valid = valid_actions(kept.cpu().numpy(), bool(footprint <= budget))
+            values[row, torch.from_numpy(~valid).to(values.device)] = -torch.inf
+        return values.argmax(dim=1).reshape(-1)
+
+
+class ComponentDQNPolicy(DQNMultiInputPolicy):
+    """For DQN."""
+
+    def make_q_net(self) -> QNetwork:
+        arguments = self._update_features_extractor(self.net_args, features_extractor=None)
+        network = ComponentQNetwork(**arguments).to(self.device)
+        network.q_net = _Slice(0, int(self.action_space.n))
+        return network
+
+    @property
+    def component_network(self) -> ComponentNetwork:
+        return self.q_net.features_extractor.network

@@ -1,0 +1,180 @@
+"""Write-once JSON records: what was run, on what, and what came out."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+import rap_env
+from rap_env.errors import RecordExists
+
+REQUIRED_KEYS = ("config", "provenance", "results")
+_DISTRIBUTIONS = (
+    "rap-env",
+    "torch",
+    "transformers",
+    "lm_eval",
+    "gymnasium",
+    "stable_baselines3",
+    "sb3_contrib",
+    "hydra-core",
+    "numpy",
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Everything beside the config that a result may depend on; what can't be found out is None.
+
+    Returns:
+        `versions` of Python and the libraries, `git` (commit, and whether tracked files differ from it), `hardware`,
+        `platform` and `time_utc`.
+    """
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _DISTRIBUTIONS},
+        "git": git_state(Path(rap_env.__file__).parent),
+        "hardware": _hardware(),
+        "platform": platform.platform(),
+        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_state(package: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout that a package lies in.
+
+    Untracked files do not make a checkout dirty, for every new record would.
+
+    Args:
+        package: The package's folder.
+
+    Returns:
+        None if git does not track the package's `__init__.py`: not installed from a checkout, or installed into an
+        environment that happens to lie in somebody else's.
+    """
+    # Inside a git hook these would point git at the hook's repository instead of the package's.
+    misleading = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
+    environment = {name: value for name, value in os.environ.items() if name not in misleading}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", *arguments]  # a record must not disturb a commit being made
+        run = subprocess.run(command, cwd=package, env=environment, capture_output=True, timeout=30, check=True)
+        return run.stdout.decode(errors="replace").strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_model() -> str | None:
+    with contextlib.suppress(OSError):  # Linux only
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or None
+
+
+def _hardware() -> dict[str, Any]:
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only; it knows of taskset's and cpusets' limits
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(n_gpus)],
+    }
+
+
+def _plain(value: object) -> object:
+    """JSON's form of the few other types that results hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"records hold JSON values, numpy values and paths; got {type(value).__name__}: {value!r}")
+
+
+def _check_keys(path: Path, record: Mapping[str, Any]) -> None:
+    missing = [key for key in REQUIRED_KEYS if key not in record]
+    if missing:
+        raise ValueError(f"{path}: a record needs {', '.join(REQUIRED_KEYS)}; missing: {', '.join(missing)}")
+
+
+def _publish(draft: Path, path: Path) -> None:
+    try:
+        os.link(draft, path)  # unlike a rename, a link never replaces what another process has just written
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links (exFAT, some network shares): not in one piece, but exclusive
+        with path.open("xb") as file:
+            file.write(draft.read_bytes())
+
+
+def write_record(path: str | Path, record: Mapping[str, Any]) -> Path:
+    """Writes a record in one piece, or not at all; missing folders are made.
+
+    Args:
+        path: The file to create.
+        record: Holds at least `config`, `provenance` and `results`.
+
+    Returns:
+        The path.
+
+    Raises:
+        RecordExists: There is a record already; it is left as it is.
+        ValueError: A key is missing, or a number is not finite.
+        TypeError: A value has no JSON form.
+    """
+    path = Path(path)
+    _check_keys(path, record)
+    try:
+        text = json.dumps(dict(record), default=_plain, allow_nan=False, ensure_ascii=False, indent=2, sort_keys=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON values and finite numbers only; {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(draft, path)
+    except FileExistsError as error:
+        raise RecordExists(f"{path} exists, and records are written once; name another file or remove it") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Reads a record.
+
+    Raises:
+        ValueError: The file is not JSON, or a required key is missing.
+    """
+    path = Path(path)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    _check_keys(path, record)
+    return record

@@ -1,0 +1,106 @@
+"""The main recipe: rank, train, report, record."""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from agents.base import Agent, SearchResult, Task
+from experiments.build import Parts, build
+from experiments.progress import Phases
+from experiments.records import provenance, write_record
+from experiments.results import judge, mask_picture, summarise, summary_table
+from rap_env.llm.embedded import cache_folder
+from rap_env.policies import Policy, save_policy
+from rap_env.rng import seed_everything
+
+
+def run(config: DictConfig) -> Path:
+    """Runs one experiment and returns the path of its record.
+
+    Everything that costs time is kept: evaluations and importance rounds in the result store, training in checkpoints
+    named by the config. The same command after a kill goes on where it stopped.
+
+    Raises:
+        RapError: Bad input, before any work is lost.
+    """
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    agent: Agent = instantiate(config.agent)
+    seed_everything(config.seed)
+    with _tracker(config, folder) as tracker, Phases() as phases:
+        parts = build(config, phases.start("GSI ranking"))
+        training = cache_folder() / "training" / _digest(config)
+        task = Task(
+            problem=parts.search,
+            importance=parts.importance,
+            sampler=parts.sampler,
+            seed=config.seed,
+            folder=training,
+            progress=phases.start(f"training {HydraConfig.get().runtime.choices.agent}"),
+            log=tracker.log,
+        )
+        result = agent.search(task)
+        policies = {"learned": result.policy} | _baselines(config, task)
+        rows = judge(policies, parts.report, parts.grid, phases.start("report half"))
+        columns, cells = summary_table(summarise(rows))
+        tracker.log_table("summary", columns, cells)
+        tracker.log_image("kept_components", mask_picture(rows, parts.search.shape))
+        save_policy(result.policy, folder / "policy")
+        path = write_record(folder / "record.json", _record(config, parts, result, rows))
+    shutil.rmtree(training, ignore_errors=True)  # finished: the same command would train anew, from stored evaluations
+    _print_summary(columns, cells, path)
+    return path
+
+
+def _tracker(config: DictConfig, folder: Path):
+    """Trackers take the run's folder and config besides what their YAML says, as far as they ask for it."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    given = {"JsonlTracker": {"folder": folder}, "WandbTracker": {"folder": folder, "config": plain}}
+    return instantiate(config.tracker, **given.get(config.tracker._target_.rpartition(".")[2], {}))
+
+
+def _baselines(config: DictConfig, task: Task) -> dict[str, Policy]:
+    agents = {name: compose("config", overrides=[f"agent={name}"]).agent for name in config.baselines}
+    return {name: instantiate(agent).search(task).policy for name, agent in agents.items()}
+
+
+def _digest(config: DictConfig) -> str:
+    plain = {name: value for name, value in OmegaConf.to_container(config, resolve=True).items() if name != "tracker"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _record(config: DictConfig, parts: Parts, result: SearchResult, rows: list[dict]) -> dict[str, Any]:
+    ranking = asdict(parts.ranking)
+    return {
+        "config": OmegaConf.to_container(config, resolve=True),
+        "provenance": provenance() | {"model_digest": parts.search.llm.digest, "corpus_digest": parts.corpus.digest},
+        "results": {
+            "summary": summarise(rows),
+            "policies": rows,
+            "agent": {"evaluations": result.evaluations, "seconds": result.seconds} | result.details,
+            "fresh_evaluations": {"search": parts.search.fresh_evaluations, "report": parts.report.fresh_evaluations},
+            "ranking": ranking,
+        },
+    }
+
+
+def _print_summary(columns: list[str], cells: list[list], path: Path) -> None:
+    table = Table(title="Report half, mean over workloads and budgets")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for row in cells:
+        table.add_row(*map(str, row))
+    console = Console()
+    console.print(table)
+    console.print(f"record: {path}", soft_wrap=True)

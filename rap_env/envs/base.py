@@ -1,0 +1,99 @@
+"""What both pruning environments share: scenario, observation, info and rendering."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from rap_env.envs.defaults import embedded_defaults
+from rap_env.envs.observation import observation_space, observe
+from rap_env.envs.render import Scene, render_ansi, render_rgb
+from rap_env.errors import UnknownName
+from rap_env.importance.source import ImportanceSource
+from rap_env.mask import PruningMask
+from rap_env.memory.footprint import footprint
+from rap_env.memory.scenario import Scenario, ScenarioSampler
+from rap_env.problem import Outcome, PruningProblem
+
+
+class MaskEnv(gymnasium.Env):
+    """Holds one scenario and the mask that is being built for it; subclasses define actions and steps."""
+
+    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+
+    def __init__(
+        self,
+        problem: PruningProblem | None = None,
+        importance: ImportanceSource | None = None,
+        sampler: ScenarioSampler | None = None,
+        gsi: str = "static",
+        render_mode: str | None = None,
+    ) -> None:
+        if gsi not in ("static", "current"):
+            raise UnknownName("gsi mode", gsi, ("static", "current"))
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UnknownName("render mode", render_mode, self.metadata["render_modes"])
+        self.problem = problem or embedded_defaults().problem
+        self.importance = importance or embedded_defaults().importance
+        self.sampler = sampler or ScenarioSampler()
+        self.shape = self.problem.shape
+        self.sampler.check(self.shape)
+        self.observation_space = observation_space(self.shape)
+        self.render_mode = render_mode
+        self._gsi = gsi
+        self._scenario: Scenario | None = None
+        self._mask = PruningMask.all_kept(self.shape)
+        self._outcome: Outcome | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        given = (options or {}).get("scenario")
+        if given is not None:
+            self.problem.check_budget(given.workload, given.budget_bytes)
+        self._scenario = given or self.sampler.sample(self.shape, self.np_random)
+        self._mask = PruningMask.all_kept(self.shape)
+        self._outcome = None
+        return self._observe(), self._info()
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        order = self.importance.static if self._gsi == "static" else self.importance.current(self._mask)
+        return observe(self.shape, self._scenario, self._mask, order)
+
+    def _judge(self) -> float:
+        """Evaluates the mask as it is and returns its reward."""
+        self._outcome = self.problem.evaluate(self._mask, self._scenario.workload, self._scenario.budget_bytes)
+        return self.problem.reward(self._outcome)
+
+    def _info(self) -> dict[str, Any]:
+        needed = footprint(self.shape, self._mask, self._scenario.workload)
+        info: dict[str, Any] = {
+            "scenario": self._scenario,
+            "mask": self._mask,
+            "footprint": needed.as_dict(),
+            "overshoot_bytes": max(0, needed.peak_bytes - self._scenario.budget_bytes),
+        }
+        if self._outcome is not None:
+            info |= {
+                "tasks": self._outcome.evaluation.tasks,
+                "reward_terms": self._outcome.reward_terms,
+                "seconds": self._outcome.evaluation.seconds,
+                "outcome": self._outcome,
+            }
+        return info
+
+    def render(self) -> str | np.ndarray | None:
+        if self.render_mode is None or self._scenario is None:
+            return None
+        outcome, workload = self._outcome, self._scenario.workload
+        scene = Scene(
+            mask=self._mask,
+            workload=workload,
+            footprint=footprint(self.shape, self._mask, workload),
+            dense_footprint=footprint(self.shape, PruningMask.all_kept(self.shape), workload),
+            budget_bytes=self._scenario.budget_bytes,
+            reward=self.problem.reward(outcome) if outcome else None,
+            accuracy={name: task.get("acc", float("nan")) for name, task in outcome.evaluation.tasks.items()}
+            if outcome
+            else {},
+        )
+        return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)

@@ -1,0 +1,37 @@
+"""What an environment stands on when nothing is given: the embedded model, tasks and calibration text."""
+
+import functools
+from dataclasses import dataclass
+
+from rap_env.calibration import random_windows, self_generated_corpus
+from rap_env.evaluation.harness import HarnessEvaluator
+from rap_env.evaluation.store import ResultStore
+from rap_env.importance.gsi import RemovalMeter, greedy_sequential_importance
+from rap_env.importance.source import ImportanceSource
+from rap_env.llm.embedded import cache_folder
+from rap_env.llm.loading import load_llm
+from rap_env.problem import PruningProblem
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The two heavy parts of an environment."""
+
+    problem: PruningProblem
+    importance: ImportanceSource
+
+
+@functools.cache
+def embedded_defaults() -> Defaults:
+    """Loads the embedded model and ranks its components; measured once, then read from the store in the cache folder.
+
+    The first call on a machine measures the ranking, which takes minutes on a laptop; environments of one process
+    share the result.
+    """
+    llm = load_llm()
+    store = ResultStore(cache_folder() / "results.db")
+    corpus = self_generated_corpus(llm, folder=cache_folder() / "calibration")
+    windows = random_windows(corpus, llm.tokenizer, n_samples=2, tokens_per_sample=256, seed=0)
+    ranking = greedy_sequential_importance(llm, windows, store=store)
+    problem = PruningProblem(llm, HarnessEvaluator(["rap_search"]), store)
+    return Defaults(problem, ImportanceSource(ranking.order, RemovalMeter(llm, windows, store)))

@@ -1,0 +1,90 @@
+"""What an agent sees: pure functions of the scenario, the mask and the importance order."""
+
+import functools
+import math
+
+import numpy as np
+from gymnasium import spaces
+
+from rap_env.mask import PruningMask
+from rap_env.memory.footprint import component_bytes, dense_bytes, smallest_bytes
+from rap_env.memory.scenario import Scenario
+
+_LARGEST_BATCH = 1024  # scales `batch_size`; larger batches are clipped to 1
+
+
+def observation_space(shape) -> spaces.Dict:
+    """The observation of both environments; n is the number of components, every entry lies in [0, 1]."""
+    n = len(shape.components)
+
+    def unit_box(size: int) -> spaces.Box:
+        return spaces.Box(0.0, 1.0, (size,), np.float32)
+
+    return spaces.Dict(
+        {
+            "memory_budget": unit_box(1),
+            "batch_size": unit_box(1),
+            "sequence_length": unit_box(1),
+            "gsi_ranking": unit_box(n),
+            "kept": spaces.MultiBinary(n),
+            "footprint": unit_box(1),
+            "component_bytes": unit_box(n),
+        }
+    )
+
+
+def observe(shape, scenario: Scenario, mask: PruningMask, order: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Builds an observation.
+
+    Args:
+        shape: The model's `ModelShape`.
+        scenario: Workload and budget.
+        mask: What is kept now.
+        order: Component names from the least to the most important.
+    """
+    fixed = _scenario_entries(shape, scenario)  # shared by all observations of a scenario, so handed out as copies
+    kept = np.array(mask.keep, dtype=np.int8)
+    smallest = fixed["_smallest"]
+    return {
+        "memory_budget": fixed["memory_budget"].copy(),
+        "batch_size": fixed["batch_size"].copy(),
+        "sequence_length": fixed["sequence_length"].copy(),
+        "gsi_ranking": _ranks(mask.components, order).copy(),
+        "kept": kept,
+        "footprint": _scalar(smallest + float(kept @ fixed["component_bytes"].astype(np.float64))),
+        "component_bytes": fixed["component_bytes"].copy(),
+    }
+
+
+def valid_actions(kept: np.ndarray, fits: bool) -> np.ndarray:
+    """Which of the n + 1 actions make sense: dropping what is kept, and stopping (the last) once the mask fits.
+
+    Args:
+        kept: Bits [n].
+        fits: Whether the footprint is within the budget.
+    """
+    return np.append(kept.astype(bool), fits or not kept.any())
+
+
+def _scalar(value: float) -> np.ndarray:
+    return np.array([min(max(value, 0.0), 1.0)], dtype=np.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def _scenario_entries(shape, scenario: Scenario) -> dict:
+    workload = scenario.workload
+    dense = dense_bytes(shape, workload)
+    return {
+        "memory_budget": _scalar(scenario.budget_bytes / dense),
+        "batch_size": _scalar(math.log2(workload.batch_size) / math.log2(_LARGEST_BATCH)),
+        "sequence_length": _scalar(math.log2(workload.sequence_tokens) / math.log2(shape.context_tokens)),
+        "component_bytes": np.array(component_bytes(shape, workload), dtype=np.float32) / np.float32(dense),
+        "_smallest": smallest_bytes(shape, workload) / dense,
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _ranks(components: tuple, order: tuple[str, ...]) -> np.ndarray:
+    position = {name: index for index, name in enumerate(order)}
+    ranks = [position[component.name] for component in components]
+    return np.array(ranks, dtype=np.float32) / max(1, len(ranks) - 1)

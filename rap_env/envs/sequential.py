@@ -1,0 +1,96 @@
+"""`rap/SequentialPruning-v0`: drop one component at a time, then stop."""
+
+import numpy as np
+from gymnasium import spaces
+
+from rap_env.envs.base import MaskEnv
+from rap_env.envs.observation import valid_actions
+
+
+class SequentialPruningEnv(MaskEnv):
+    """Prune a large language model for one request batch and one memory budget, one component at a time.
+
+    ## Description
+    As in `rap/Pruning-v0`, but the agent drops one attention or MLP sub-block in each step and sees what is left, as
+    RAP's controller does (arXiv 2505.17138). When it stops, the masked model is judged.
+
+    ## Action Space
+    `Discrete(n + 1)`: action i < n drops component i, action n stops. `action_masks()` allows dropping what is kept,
+    and stopping once the footprint is within the budget. An action outside of these changes nothing if it names a
+    dropped component; stopping above the budget ends the episode and pays for the overshoot.
+
+    ## Observation Space
+    A `Dict`; every entry lies in [0, 1].
+
+    | entry | size | unit |
+    |---|---|---|
+    | `memory_budget` | 1 | budget bytes / dense footprint bytes for this workload |
+    | `batch_size` | 1 | log2(sequences) / log2(1024) |
+    | `sequence_length` | 1 | log2(tokens of a sequence) / log2(context tokens) |
+    | `gsi_ranking` | n | rank of each component, 0 least and 1 most important |
+    | `kept` | n | bits, 1 for each kept component |
+    | `footprint` | 1 | bytes of the present mask / dense footprint bytes |
+    | `component_bytes` | n | bytes that dropping each component frees / dense footprint bytes |
+
+    ## Rewards
+    0 until the episode ends, then the sum of weights times same-named terms of `rap/Pruning-v0`. With `shaping` > 0
+    each drop also pays `-shaping` times the rise in calibration loss, from trials that are measured once and stored.
+
+    ## Starting State
+    A scenario drawn from the sampler, every component kept. `reset(options={"scenario": Scenario(...)})` sets it.
+
+    ## Episode End
+    Terminates when the agent stops or nothing is left to drop; truncated after 2 n steps.
+
+    ## Information
+    `scenario`, `mask`, `footprint` (parts in bytes), `overshoot_bytes`, and after the last step `tasks` (metrics of
+    each task), `reward_terms`, `seconds` (that the evaluation took when it was measured), and `outcome`, which also tells
+    whether the result came from the store (equality ignores that).
+
+    ## Arguments
+    | argument | default | meaning |
+    |---|---|---|
+    | `problem` | embedded model and tasks | the `PruningProblem` that judges masks |
+    | `importance` | greedy sequential importance on self-generated text | the `ImportanceSource` of the ranking |
+    | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
+    | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask |
+    | `shaping` | 0.0 | reward for each nat of calibration loss that a drop saves or costs |
+    | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |
+
+    ## Version History
+    * v0: first version.
+    """
+
+    def __init__(self, shaping: float = 0.0, **arguments) -> None:
+        super().__init__(**arguments)
+        self.action_space = spaces.Discrete(len(self.shape.components) + 1)
+        self._shaping = shaping
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self._steps = 0
+        return super().reset(seed=seed, options=options)
+
+    def action_masks(self) -> np.ndarray:
+        """Booleans [n + 1], for MaskablePPO."""
+        fits = self._info()["overshoot_bytes"] == 0
+        return valid_actions(np.array(self._mask.keep), fits)
+
+    def step(self, action: int):
+        self._steps += 1
+        stop = int(action) == len(self.shape.components)
+        reward = 0.0 if stop else self._drop(int(action))
+        terminated = stop or not self._mask.kept
+        truncated = not terminated and self._steps >= 2 * len(self.shape.components)
+        if terminated or truncated:
+            reward += self._judge()
+        return self._observe(), reward, terminated, truncated, self._info()
+
+    def _drop(self, action: int) -> float:
+        """Drops a component and returns the shaping reward for it."""
+        component, before = self.shape.components[action], self._mask
+        self._mask = before.drop(component)
+        if not self._shaping or self._mask == before:
+            return 0.0
+        rise = self.importance.loss_after(before, component.name) - self.importance.loss(before)
+        return -self._shaping * rise

@@ -1,0 +1,44 @@
+"""Where an environment's importance ranking comes from: measured once, or anew for the present mask."""
+
+from collections.abc import Sequence
+
+from rap_env.errors import InvalidMask
+from rap_env.importance.gsi import RemovalMeter
+from rap_env.mask import PruningMask
+
+
+class ImportanceSource:
+    """Orders a model's components from the least to the most important.
+
+    Args:
+        order: The static ranking, all component names (`ImportanceRanking.order`).
+        meter: Measures the present mask's trials; only `current` and `loss_after` need it.
+
+    Raises:
+        InvalidMask: A name is missing from the order or stands there twice.
+    """
+
+    def __init__(self, order: Sequence[str], meter: RemovalMeter | None = None) -> None:
+        if len(set(order)) != len(order):
+            raise InvalidMask("a component stands in the importance order twice")
+        self.static = tuple(order)
+        self._meter = meter
+
+    def current(self, mask: PruningMask) -> tuple[str, ...]:
+        """Dropped components first, in static order; then the kept ones by the loss that dropping each would leave."""
+        losses = self._require_meter().trials(mask).losses
+        dropped = [name for name in self.static if name not in losses]
+        return (*dropped, *sorted(losses, key=losses.__getitem__))
+
+    def loss_after(self, mask: PruningMask, name: str) -> float:
+        """Calibration loss of the mask after dropping one more component."""
+        return self._require_meter().trials(mask).losses[name]
+
+    def loss(self, mask: PruningMask) -> float:
+        """Calibration loss of the mask."""
+        return self._require_meter().loss(mask)
+
+    def _require_meter(self) -> RemovalMeter:
+        if self._meter is None:
+            raise ValueError('gsi="current" and shaping measure trials: give the ImportanceSource a RemovalMeter')
+        return self._meter

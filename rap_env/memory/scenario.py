@@ -1,0 +1,97 @@
+"""Scenarios: which workload meets which memory budget."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rap_env.errors import InfeasibleBudget, InvalidWorkload
+from rap_env.memory.footprint import dense_bytes, smallest_bytes
+from rap_env.memory.workload import Workload
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A request batch and the bytes that weights and KV cache may take for it."""
+
+    workload: Workload
+    budget_bytes: int
+
+    @classmethod
+    def from_ratio(cls, shape, workload: Workload, budget_ratio: float) -> "Scenario":
+        """A budget as a fraction of the dense footprint for the same workload.
+
+        Raises:
+            InfeasibleBudget: No mask can meet it.
+            InvalidWorkload: The workload is beyond the model's context.
+        """
+        budget_bytes = int(budget_ratio * dense_bytes(shape, workload))
+        smallest = smallest_bytes(shape, workload)
+        if budget_bytes < smallest:
+            raise InfeasibleBudget(budget_bytes, smallest, workload)
+        return cls(workload, budget_bytes)
+
+
+class ScenarioSampler:
+    """Draws scenarios: batch size and prompt length log-uniformly, the budget ratio uniformly.
+
+    Args:
+        batch_size: Smallest and largest number of sequences.
+        prompt_tokens: Smallest and largest length.
+        budget_ratio: Smallest and largest budget, as a fraction of the dense footprint.
+        generated_tokens: Tokens that each sequence grows by.
+
+    Raises:
+        InvalidWorkload: A range is empty, or a number in it is not positive.
+    """
+
+    def __init__(
+        self,
+        batch_size: Sequence[int] = (1, 16),
+        prompt_tokens: Sequence[int] = (128, 2048),
+        budget_ratio: Sequence[float] = (0.6, 0.95),
+        generated_tokens: int = 0,
+    ) -> None:
+        for name, (low, high) in {
+            "batch_size": batch_size,
+            "prompt_tokens": prompt_tokens,
+            "budget_ratio": budget_ratio,
+        }.items():
+            if not 0 < low <= high:
+                raise InvalidWorkload(f"{name}: expected 0 < smallest <= largest; got {low} and {high}")
+        self._batch_size, self._prompt_tokens = tuple(batch_size), tuple(prompt_tokens)
+        self._budget_ratio = tuple(budget_ratio)
+        self._generated_tokens = generated_tokens
+
+    def check(self, shape) -> None:
+        """Refuses ranges with a corner that a model can't serve, before any work is done.
+
+        Raises:
+            InfeasibleBudget: The smallest budget ratio can't be met at some corner.
+            InvalidWorkload: The longest sequences are beyond the model's context.
+        """
+        for batch_size in self._batch_size:
+            for prompt_tokens in self._prompt_tokens:
+                workload = Workload(batch_size, prompt_tokens, self._generated_tokens)
+                Scenario.from_ratio(shape, workload, self._budget_ratio[0])
+
+    def sample(self, shape, generator: np.random.Generator) -> Scenario:
+        """Draws one scenario for a model."""
+
+        def log_uniform(bounds: tuple[int, ...]) -> int:
+            return round(math.exp(generator.uniform(math.log(bounds[0]), math.log(bounds[1]))))
+
+        workload = Workload(log_uniform(self._batch_size), log_uniform(self._prompt_tokens), self._generated_tokens)
+        return Scenario.from_ratio(shape, workload, float(generator.uniform(*self._budget_ratio)))
+
+
+def scenario_grid(
+    shape, workloads: Sequence[Sequence[int]], budget_ratios: Sequence[float], generated_tokens: int = 0
+) -> list[Scenario]:
+    """Every workload (batch size, prompt tokens) with every budget ratio, for reports."""
+    return [
+        Scenario.from_ratio(shape, Workload(batch_size, prompt_tokens, generated_tokens), ratio)
+        for batch_size, prompt_tokens in workloads
+        for ratio in budget_ratios
+    ]

@@ -1,0 +1,86 @@
+"""Policies with weights: a network that scores all components at once, or the next one to drop."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rap_env.envs.observation import observe, valid_actions
+from rap_env.llm.architecture import ModelShape
+from rap_env.mask import PruningMask
+from rap_env.memory.footprint import footprint, smallest_bytes
+from rap_env.memory.scenario import Scenario
+from rap_env.memory.workload import Workload
+from rap_env.errors import InfeasibleBudget
+from rap_env.policies.base import policy_kind
+from rap_env.policies.network import ComponentNetwork
+from rap_env.policies.walk import drop_until_fits
+
+
+class _NetworkPolicy:
+    """A `ComponentNetwork`, and the static importance order that its observations carry."""
+
+    sequential: bool
+
+    def __init__(self, shape: ModelShape, network: ComponentNetwork, order: Sequence[str]) -> None:
+        self.shape = shape
+        self._network = network.eval()
+        self._order = tuple(order)
+
+    def parameters(self) -> dict[str, Any]:
+        return {"width": self._network.width, "order": list(self._order)}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._network.state_dict()
+
+    @classmethod
+    def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping[str, torch.Tensor]):
+        network = ComponentNetwork(shape, cls.sequential, parameters["width"])
+        network.load_state_dict(tensors)
+        return cls(shape, network, parameters["order"])
+
+    @torch.inference_mode()
+    def _scores(self, scenario: Scenario, mask: PruningMask) -> np.ndarray:
+        """Action scores [n_actions] of one state."""
+        entries = observe(self.shape, scenario, mask, self._order)
+        outputs = self._network({name: torch.from_numpy(np.array(entry))[None] for name, entry in entries.items()})
+        return outputs[0, : self._network.n_actions].numpy()
+
+
+@policy_kind
+class OneStepPolicy(_NetworkPolicy):
+    """Scores all components at once, then drops the lowest until the model fits.
+
+    Training lets the agent choose every bit for itself and pay for overshooting; serving must not overshoot at all,
+    so here the scores are an order, and the budget says how far along it to go.
+    """
+
+    kind = "one_step_network"
+    sequential = False
+
+    def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
+        scores = self._scores(Scenario(workload, budget_bytes), PruningMask.all_kept(self.shape))
+        order = [self.shape.components[index].name for index in np.argsort(scores, kind="stable")]
+        return drop_until_fits(self.shape, order, workload, budget_bytes)
+
+
+@policy_kind
+class SequentialPolicy(_NetworkPolicy):
+    """Drops the component with the highest score, looks at what is left, and repeats until it stops within budget."""
+
+    kind = "sequential_network"
+    sequential = True
+
+    def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
+        smallest = smallest_bytes(self.shape, workload)
+        if budget_bytes < smallest:
+            raise InfeasibleBudget(budget_bytes, smallest, workload)
+        scenario, mask = Scenario(workload, budget_bytes), PruningMask.all_kept(self.shape)
+        while True:
+            fits = footprint(self.shape, mask, workload).peak_bytes <= budget_bytes
+            valid = valid_actions(np.array(mask.keep), fits)
+            action = int(np.where(valid, self._scores(scenario, mask), -np.inf).argmax())
+            if action == len(self.shape.components):
+                return mask
+            mask = mask.drop(self.shape.components[action])

@@ -1,0 +1,76 @@
+"""The policy network: one small function shared by all components."""
+
+import torch
+from torch import nn
+
+from rap_env.llm.architecture import ModelShape
+from rap_env.mask import ATTENTION
+
+_SCENARIO_FEATURES = 5  # budget, batch, length, footprint, excess
+_COMPONENT_FEATURES = 5  # rank, bytes, kept, is attention, depth
+
+
+class ComponentNetwork(nn.Module):
+    """Scores every component by the same MLP, from its own features and the scenario's.
+
+    What is learned about "an unimportant component that frees many bytes" holds for all of them at once, so a few
+    hundred judged masks are enough to learn from; a table of biases, linear in the scenario, learns what is particular
+    to one component.
+
+    Shapes: B observations, n components.
+
+    Args:
+        shape: The model whose components are scored.
+        sequential: Adds a score for the stop action.
+        width: Hidden units of the shared MLP.
+    """
+
+    def __init__(self, shape: ModelShape, sequential: bool, width: int = 64) -> None:
+        super().__init__()
+        n = len(shape.components)
+        self.sequential = sequential
+        self.width = width
+        self.n_actions = n + sequential
+        self.body = nn.Sequential(
+            nn.Linear(_SCENARIO_FEATURES + _COMPONENT_FEATURES, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
+        )
+        self.score = nn.Linear(width, 1)
+        self.particular = nn.Linear(_SCENARIO_FEATURES, n)
+        self.value = nn.Linear(width, 1)
+        self.stop = nn.Linear(width, 1) if sequential else None
+        for layer in (self.score, self.particular, self.value):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        static = [[float(c.kind == ATTENTION), c.layer / shape.n_layers] for c in shape.components]
+        self.register_buffer("static", torch.tensor(static), persistent=False)
+
+    def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Observation entries [B, size] -> [B, n_actions + 1]: action scores, then the state's value.
+
+        A score is the logit of keeping a component in the one-step form, and of dropping it (or of stopping) in the
+        sequential form.
+        """
+        budget, footprint = observation["memory_budget"], observation["footprint"]
+        scenario = torch.cat(
+            [
+                budget,
+                observation["batch_size"],
+                observation["sequence_length"],
+                footprint,
+                10.0 * (footprint - budget).clamp(-0.1, 0.1),
+            ],
+            dim=-1,
+        )
+        batch, n = observation["gsi_ranking"].shape
+        components = torch.stack(
+            [2.0 * observation["gsi_ranking"] - 1.0, n * observation["component_bytes"], observation["kept"].float()],
+            dim=-1,
+        )
+        features = torch.cat(
+            [components, self.static.expand(batch, n, 2), scenario[:, None].expand(batch, n, _SCENARIO_FEATURES)], dim=-1
+        )
+        hidden = self.body(features)
+        scores = self.score(hidden)[..., 0] + self.particular(scenario)
+        pooled = hidden.mean(dim=1)
+        outputs = [scores, self.stop(pooled)] if self.stop is not None else [scores]
+        return torch.cat([*outputs, self.value(pooled)], dim=-1)
