@@ -117,9 +117,7 @@ class Sb3Agent:
         algorithm, policy = _ALGORITHMS[self._algorithm]
         sequential = self._environment == _SEQUENTIAL
         env = Monitor(
-            gymnasium.make(
-                self._environment, problem=task.problem, importance=task.importance, sampler=task.sampler
-            )
+            gymnasium.make(self._environment, problem=task.problem, importance=task.importance, sampler=task.sampler)
         )
         shape = task.problem.shape
         extractor = {"shape": shape, "sequential": sequential, "width": self._width}
@@ -140,5 +138,3 @@ class Sb3Agent:
         )
         model.env.envs[0].reset(seed=task.seed)
         return model
-
-

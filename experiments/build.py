@@ -87,7 +87,9 @@ def build_evaluators(config: DictConfig) -> tuple[HarnessEvaluator, HarnessEvalu
     for name, texts in report.item_texts.items():
         for text in texts:
             if text in searched:
-                raise ContaminationFound(f"{name!r} would report on an item that {searched[text]!r} searches on: {text}")
+                raise ContaminationFound(
+                    f"{name!r} would report on an item that {searched[text]!r} searches on: {text}"
+                )
     return search, report
 
 

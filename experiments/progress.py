@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Phases:
-    """One progress bar for each phase, on stderr; where that is no terminal, a line at every tenth of a phase."""
+    """One progress bar for each phase, on stderr; where that is no terminal, a line every ten seconds."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -36,15 +36,14 @@ class Phases:
     def start(self, name: str) -> Callable[[int, int], None]:
         """Opens a phase and returns the function that moves it, called with (done, total)."""
         bar = self._progress.add_task(name, total=None)
-        printed = -1
+        printed_seconds = 0.0
 
         def advance(done: int, total: int) -> None:
-            nonlocal printed
+            nonlocal printed_seconds
             self._progress.update(bar, completed=done, total=total)
-            tenth = 10 * done // max(1, total)
-            if tenth > printed and not self._console.is_terminal:
-                printed = tenth
-                elapsed = self._progress.tasks[bar].elapsed or 0.0
+            elapsed = self._progress.tasks[bar].elapsed or 0.0
+            if not self._console.is_terminal and (done == total or elapsed > printed_seconds + 10):
+                printed_seconds = elapsed
                 left = f", about {elapsed * (total - done) / done:.0f} s left" if 0 < done < total else ""
                 self._console.print(f"{name}: {done}/{total} after {elapsed:.0f} s{left}", soft_wrap=True)
 

@@ -59,7 +59,9 @@ class PruningMask:
 
     def __post_init__(self) -> None:
         if len(self.keep) != len(self.components):
-            raise InvalidMask(f"expected {len(self.components)} keep-bits, one for each component; got {len(self.keep)}")
+            raise InvalidMask(
+                f"expected {len(self.components)} keep-bits, one for each component; got {len(self.keep)}"
+            )
 
     @classmethod
     def all_kept(cls, shape) -> "PruningMask":

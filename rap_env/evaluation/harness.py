@@ -26,7 +26,6 @@ from rap_env.rng import isolated_rng
 
 SMOOTH = "smooth_acc"
 _HALVES = ("search", "report")
-logging.getLogger("lm_eval").setLevel(logging.WARNING)
 
 
 class ScoringLM(TemplateLM):
@@ -125,7 +124,9 @@ class HarnessEvaluator:
 
     @functools.cached_property
     def identity(self) -> dict:
-        requests = [[name, instance.args, instance.doc_id] for name, task in self._tasks.items() for instance in task.instances]
+        requests = [
+            [name, instance.args, instance.doc_id] for name, task in self._tasks.items() for instance in task.instances
+        ]
         return {
             "evaluator": "lm-eval",
             "metric": self._metric,
@@ -183,6 +184,7 @@ def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:
         if name not in manager.task_index:
             raise UnknownName("task", name, manager.task_index)
     datasets.disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that takes keyword arguments
     return dict(sorted(manager.load(names)["tasks"].items()))
 
 

@@ -22,7 +22,9 @@ def forwarded_inputs(pairs: Sequence[Pair]) -> dict[tuple[int, ...], list[int]]:
     return inputs
 
 
-def score_continuations(llm: SwitchableLLM, pairs: Sequence[Pair], batch_tokens: int = 4096) -> list[tuple[float, bool]]:
+def score_continuations(
+    llm: SwitchableLLM, pairs: Sequence[Pair], batch_tokens: int = 4096
+) -> list[tuple[float, bool]]:
     """Scores continuations under the mask that is applied.
 
     Inputs are padded on the right, where causal attention keeps the padding from everything that is read, so no
@@ -72,9 +74,7 @@ def _forward(llm: SwitchableLLM, batch: list[tuple[int, ...]]) -> torch.Tensor:
     return llm.run(llm.mask.kept, hidden, context)
 
 
-def _token_logprobs(
-    llm: SwitchableLLM, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[list[float], list[bool]]:
+def _token_logprobs(llm: SwitchableLLM, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[list[float], list[bool]]:
     logprobs, greedy = [], []
     for start in range(0, len(targets), _HEAD_ROWS):
         chunk = targets[start : start + _HEAD_ROWS, None]

@@ -67,7 +67,8 @@ class ComponentNetwork(nn.Module):
             dim=-1,
         )
         features = torch.cat(
-            [components, self.static.expand(batch, n, 2), scenario[:, None].expand(batch, n, _SCENARIO_FEATURES)], dim=-1
+            [components, self.static.expand(batch, n, 2), scenario[:, None].expand(batch, n, _SCENARIO_FEATURES)],
+            dim=-1,
         )
         hidden = self.body(features)
         scores = self.score(hidden)[..., 0] + self.particular(scenario)

@@ -51,24 +51,23 @@ OPPOSITES = _pairs("""
     inside outside, above below, before after, always never, begin end, give take, accept reject, arrive leave,
     increase decrease, borrow lend, succeed fail, remember forget, import export, friend enemy, north south, east west,
     positive negative, maximum minimum, victory defeat, question answer, profit loss, heaven hell, cheap expensive,
-    rough smooth, narrow wide, public private, major minor, tight loose, asleep awake, present absent, front back,
+    narrow wide, public private, major minor, tight loose, asleep awake, present absent, front back,
     first last, more less, top bottom, sharp dull, temporary permanent, praise blame, construct destroy, expand shrink,
     laugh cry, float sink, freeze melt, rise fall, attack defend, lock unlock, hide reveal, single married, raw cooked,
     natural artificial, rural urban, optimistic pessimistic, host guest, polite rude, calm angry, generous selfish,
     crooked straight, singular plural, cause effect, odd even, horizontal vertical, visible invisible, majority minority,
-    legal illegal, internal external, physical mental, lazy active, proud ashamed, sweet bitter, create erase
+    legal illegal, internal external, physical mental, lazy active, proud ashamed, sweet bitter
 """)
 
 USES = _pairs("""
     knife cut, pen write, broom sweep, ladder climb, needle sew, bed sleep, shovel dig, gun shoot, oven bake, towel dry,
-    hammer hit, fork eat, phone call, telescope see, calculator add, boat sail, straw drink, net catch, ruler measure,
-    fan cool, key open, piano play
+    hammer hit, boat sail, telescope see, calculator add, straw drink, net catch, ruler measure, scale weigh,
+    trumpet play, piano play, rifle shoot, microscope see
 """)
 
 WORKPLACES = _pairs("""
-    doctor hospital, teacher school, judge court, waiter restaurant, sailor ship, pilot plane, priest church,
-    scientist laboratory, banker bank, librarian library, miner mine, mechanic garage, actor theater, baker bakery,
-    secretary office, hotelier hotel
+    doctor hospital, teacher school, judge court, waiter restaurant, pilot plane, priest church, scientist laboratory,
+    banker bank, librarian library, miner mine, mechanic garage, actor theater, baker bakery, warden prison
 """)
 
 WORN_ON = _pairs("""
@@ -92,6 +91,6 @@ COLORS = _pairs("""
 
 KINDS = _pairs("""
     robin bird, salmon fish, oak tree, tulip flower, bee insect, cabbage vegetable, sparrow bird, trout fish, maple tree,
-    daisy flower, beetle insect, carrot vegetable, violin instrument, sword weapon, hammer tool, tennis sport,
-    poodle dog, malaria disease, flute instrument, spear weapon, wrench tool, hockey sport, beagle dog, cholera disease
+    daisy flower, beetle insect, carrot vegetable, violin instrument, poodle dog, flute instrument, beagle dog,
+    eagle bird, pigeon bird, mosquito insect, moth insect, cello instrument, banjo instrument, willow tree, birch tree
 """)

@@ -19,17 +19,17 @@ THING_TEMPLATES = ("The {head} near the {other}", "The {head} behind the {other}
 PERSON_TEMPLATES = ("The {head} that the {other} liked", "The {head} seen by the {other}")
 
 MEN = """
-    king boy father uncle husband prince son brother man grandfather nephew waiter monk gentleman hero duke lord widower
+    king boy father uncle husband prince son brother man grandfather nephew steward monk gentleman hero duke lord widower
     groom wizard emperor policeman salesman cowboy Mark David John Robert Peter Thomas James Michael Richard George
     Daniel Henry William Edward Charles Philip Martin Andrew
 """.split()
 WOMEN = """
-    queen girl mother aunt wife princess daughter sister woman grandmother niece waitress nun lady heroine duchess
+    queen girl mother aunt wife princess daughter sister woman grandmother niece stewardess nun lady heroine duchess
     goddess widow bride witch empress policewoman actress housewife Susan Mary Emily Linda Jessica Sarah Anna Laura
     Helen Alice Julia Emma Karen Margaret Elizabeth Rachel Barbara Nancy
 """.split()
 TRANSITIVE_VERBS = """
-    hurt blamed saw praised trusted defended introduced taught asked convinced helped found cut killed enjoyed promised
+    admired blamed saw praised trusted defended introduced taught asked convinced helped found washed dressed enjoyed promised
     hid described
 """.split()
 REFLEXIVES = ("himself", "herself", "themselves")
@@ -55,18 +55,17 @@ def agreement(half: str) -> list[Item]:
     """Subjects of either number, each before a noun of the other number: "The keys near the door", is or are."""
     things, people = (take_half(nouns, half, "agreement") for nouns in (THINGS, PEOPLE))
     items = []
-    for index, head in enumerate(things):
+    for index, head in enumerate([*things, *people]):
         if index % 2:
             templates, others = PERSON_TEMPLATES, people
         else:
             templates, others = THING_TEMPLATES, things
         other = others[(index + 1) % len(others)]
-        is_plural = index // 2 % 2 == 1
+        is_plural = index // 2 % 2 == 1  # over eight items: each pairing of kind, number and gold position once
         singular_verb, plural_verb = PRESENT_AND_PAST[index % len(PRESENT_AND_PAST)]
         answer, distractor = (plural_verb, singular_verb) if is_plural else (singular_verb, plural_verb)
         nouns = {"head": plural(head), "other": other} if is_plural else {"head": head, "other": plural(other)}
-        question = templates[index // 4 % len(templates)].format(**nouns)
-        # Over eight items every pairing of template kind, number and gold position comes once.
+        question = templates[index // 8 % len(templates)].format(**nouns)
         items.append(make_item(question, answer, [distractor], (head, other), index // 4))
     return items
 
@@ -76,7 +75,7 @@ def reflexives(half: str) -> list[Item]:
     """Subjects of known gender and number before a verb: "The queen praised" himself, herself or themselves."""
     men, women, verbs = (take_half(words, half, "reflexives") for words in (MEN, WOMEN, TRANSITIVE_VERBS))
     items = []
-    for index, (man, woman) in enumerate(zip(men, women, strict=True)):
+    for man, woman in zip(men, women, strict=True):
         for person, singular in ((man, "himself"), (woman, "herself")):
             position = len(items)
             answer, subject = singular, person
@@ -87,5 +86,5 @@ def reflexives(half: str) -> list[Item]:
                 subject = f"The {plural(person) if is_plural else person}"
             question = f"{subject} {verbs[position % len(verbs)]}"
             distractors = [other for other in REFLEXIVES if other != answer]
-            items.append(make_item(question, answer, distractors, (person,), position + index))
+            items.append(make_item(question, answer, distractors, (person,), position // 3))
     return items

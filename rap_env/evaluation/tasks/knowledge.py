@@ -9,7 +9,9 @@ from rap_env.evaluation.tasks.splits import Item, as_task, make_item, take_half
 DISTRACTORS = 3
 
 
-def _ask(rows: Sequence[tuple[str, str]], template: str, closeness: Callable[[str, str], int] | None = None) -> list[Item]:
+def _ask(
+    rows: Sequence[tuple[str, str]], template: str, closeness: Callable[[str, str], int] | None = None
+) -> list[Item]:
     """Makes an item of each row.
 
     Args:
@@ -33,10 +35,13 @@ def _ask(rows: Sequence[tuple[str, str]], template: str, closeness: Callable[[st
 
 @as_task
 def capitals(half: str) -> list[Item]:
-    """Capitals of countries and states, and countries of capitals."""
+    """Capitals of countries and states, and the other way round."""
+    to_capital = take_half(facts.SHORT_CAPITALS, half, "short capitals")
+    to_country = take_half(facts.LONG_CAPITALS, half, "long capitals")
+    from_capital = [(capital, country) for country, capital in to_capital]
     return [
-        *_ask(take_half(facts.SHORT_CAPITALS, half, "capitals"), "The capital of {key} is"),
-        *_ask(take_half(facts.LONG_CAPITALS, half, "countries"), "{key} is the capital of"),
+        *_ask(to_capital, "The capital of {key} is"),
+        *_ask([*from_capital, *to_country], "{key} is the capital of"),
     ]
 
 
@@ -63,10 +68,10 @@ def properties(half: str) -> list[Item]:
     """Everyday things: what they are for, of, on, in, what color and what kind."""
     questions = (
         (facts.USES, "You can use {a_key} to"),
-        (facts.WORKPLACES, "{a_key} works in a"),
+        (facts.WORKPLACES, "{a_key} usually works in a"),
         (facts.WORN_ON, "You wear {a_key} on your"),
         (facts.PARTS, "{a_key} is part of a"),
-        (facts.COLORS, "The color of {key} is"),
+        (facts.COLORS, "The usual color of {key} is"),
         (facts.KINDS, "{a_key} is a kind of"),
     )
     return [item for rows, template in questions for item in _ask(take_half(rows, half, template), template)]

@@ -9,6 +9,9 @@ from typing import TypeVar
 from datasets import Dataset
 
 HALVES = ("search", "report")
+# Of the deals 0 to 4 the one whose halves are closest in mean accuracy for the dense SmolLM2-135M-Instruct (0.871 and
+# 0.876; the other four are 0.03 to 0.07 apart). Only whole deals were compared, never single items.
+DEAL = 4
 
 Row = TypeVar("Row")
 
@@ -38,21 +41,21 @@ def make_item(question: str, answer: str, distractors: Sequence[str], facts: Ite
     return Item(question, tuple(choices), gold, tuple(facts))
 
 
-def take_half(rows: Sequence[Row], half: str, seed: str) -> list[Row]:
+def take_half(rows: Sequence[Row], half: str, table: str) -> list[Row]:
     """Deals the rows in pairs of neighbours, one to each half.
 
-    The tables are written from common to rare, so neighbours are about equally hard and so are the halves.
+    Fact tables are written from common to rare: neighbours are about equally hard, and so are the halves.
 
     Args:
         rows: Facts in the table's order; an odd last one goes to either half.
         half: "search" or "report".
-        seed: Names the deal; each table has its own.
+        table: Names the table, whose deal is its own.
 
     Raises:
         ValueError: There is no such half.
     """
     wanted = HALVES.index(half)
-    rng = random.Random(seed)
+    rng = random.Random(f"{DEAL}{table}")
     taken = []
     for start in range(0, len(rows), 2):
         pair = list(rows[start : start + 2])

@@ -1,0 +1,29 @@
+# make train                        everything from nothing: environment, model, training, table, record
+# make train ARGS="agent=dqn"       the same with Hydra overrides
+# make test                         linters and the fast test suite
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test model clean
+
+train: model
+	$(BIN)/python train.py $(ARGS)
+
+test: model
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest $(ARGS)
+
+model: $(VENV)/installed
+	$(BIN)/python -m scripts.fetch_model
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
