@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from rap_env.errors import PolicyUnreadable
+from rap_env.memory.scenario import Scenario
+from rap_env.memory.workload import Workload
 from rap_env.problem import EvaluationBudget
 from rap_env.rng import global_states, restore_global_states
 
@@ -25,6 +28,11 @@ def _buffer_arrays(model: OffPolicyAlgorithm) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _generators(model) -> tuple[np.random.Generator, np.random.Generator]:
+    """Those that draw scenarios and (for DQN) exploratory actions."""
+    return model.env.envs[0].unwrapped.np_random, model.action_space.np_random
+
+
 def save_checkpoint(model, budget: EvaluationBudget, folder: Path) -> None:
     """Writes the state of training between two rollouts, atomically.
 
@@ -33,12 +41,13 @@ def save_checkpoint(model, budget: EvaluationBudget, folder: Path) -> None:
         budget: Evaluations spent so far.
         folder: Where the file goes.
     """
-    generator = model.env.envs[0].unwrapped.np_random
+    env = model.env.envs[0].unwrapped
     state = {
         "parameters": model.get_parameters(),
         "counters": {"num_timesteps": model.num_timesteps, "_n_updates": model._n_updates},
         "global_states": global_states(),
-        "generator": json.dumps(generator.bit_generator.state),
+        "generators": json.dumps([generator.bit_generator.state for generator in _generators(model)]),
+        "scenario": json.dumps(asdict(env.scenario)),
         "asked": sorted(budget.asked),
     }
     if isinstance(model, OffPolicyAlgorithm):
@@ -51,7 +60,7 @@ def save_checkpoint(model, budget: EvaluationBudget, folder: Path) -> None:
 
 
 def restore_checkpoint(model, budget: EvaluationBudget, folder: Path) -> bool:
-    """Puts a fresh model where a killed one was; an episode that was under way starts anew.
+    """Puts a fresh model where a killed one was; an episode that was under way starts anew, with its scenario.
 
     Returns:
         Whether there was a checkpoint.
@@ -64,20 +73,30 @@ def restore_checkpoint(model, budget: EvaluationBudget, folder: Path) -> bool:
         return False
     try:
         state = torch.load(path, weights_only=True)  # tensors and plain values only: nothing is executed
-        model.set_parameters(state["parameters"], exact_match=True)
-        if "buffer" in state:
-            for name, array in _buffer_arrays(model).items():
-                array[...] = state["buffer"][name].numpy()
-            model.replay_buffer.pos, full = state["buffer_position"]
-            model.replay_buffer.full = bool(full)
+        _restore(model, state)
+        budget.asked.update(state["asked"])
     except Exception as error:
-        raise PolicyUnreadable(f"{path}: not a checkpoint of this run: {error}. Move it away to start anew") from error
+        advice = f"not a checkpoint of this run ({type(error).__name__}). Move it away to start anew"
+        raise PolicyUnreadable(f"{path}: {advice}") from error
+    return True
+
+
+def _restore(model, state: dict) -> None:
+    model.set_parameters(state["parameters"], exact_match=True)
+    if "buffer" in state:
+        for name, array in _buffer_arrays(model).items():
+            array[...] = state["buffer"][name].numpy()
+        model.replay_buffer.pos, full = state["buffer_position"]
+        model.replay_buffer.full = bool(full)
     for name, value in state["counters"].items():
         setattr(model, name, value)
-    model.env.envs[0].unwrapped.np_random.bit_generator.state = json.loads(state["generator"])
-    budget.asked.update(state["asked"])
+    model.env.reset()  # uses up the seed, which the next reset would start the generator from again
+    scenario = json.loads(state["scenario"])
+    scenario = Scenario(Workload(**scenario["workload"]), scenario["budget_bytes"])
+    model.env.set_options({"scenario": scenario})
+    for generator, saved in zip(_generators(model), json.loads(state["generators"]), strict=True):
+        generator.bit_generator.state = saved
     restore_global_states(state["global_states"])
-    return True
 
 
 class CheckpointCallback(BaseCallback):

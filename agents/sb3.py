@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from agents.base import SearchResult, Task
 from agents.checkpoint import CheckpointCallback, restore_checkpoint
 from agents.imitation import imitate_order
+from agents.relative_reward import RelativeReward
 from agents.sb3_policies import (
     ComponentActorCriticPolicy,
     ComponentDQNPolicy,
@@ -116,9 +117,8 @@ class Sb3Agent:
         seed_everything(task.seed)
         algorithm, policy = _ALGORITHMS[self._algorithm]
         sequential = self._environment == _SEQUENTIAL
-        env = Monitor(
-            gymnasium.make(self._environment, problem=task.problem, importance=task.importance, sampler=task.sampler)
-        )
+        env = gymnasium.make(self._environment, problem=task.problem, importance=task.importance, sampler=task.sampler)
+        env = Monitor(RelativeReward(env, task.problem, task.importance))
         shape = task.problem.shape
         extractor = {"shape": shape, "sequential": sequential, "width": self._width}
         policy_arguments = {

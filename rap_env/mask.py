@@ -131,14 +131,18 @@ class PruningMask:
         """Reads what `to_json` wrote, for a model of the same shape.
 
         Raises:
-            InvalidMask: The text describes a mask over another number of components.
+            InvalidMask: The text is no mask, or one over another number of components.
             UnknownName: It names a component that the model does not have.
         """
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+            n_components, dropped = data["n_components"], list(data["dropped"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidMask(f"expected the JSON of a pruning mask; got {text[:80]!r}") from error
         mask = cls.all_kept(shape)
-        if data["n_components"] != len(mask.keep):
-            raise InvalidMask(f"expected a mask over {len(mask.keep)} components; got {data['n_components']}")
-        return mask.drop(*data["dropped"])
+        if n_components != len(mask.keep):
+            raise InvalidMask(f"expected a mask over {len(mask.keep)} components; got {n_components}")
+        return mask.drop(*dropped)
 
     def __str__(self) -> str:
         return f"{len(self.kept)} of {len(self.keep)} components kept"

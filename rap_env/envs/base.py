@@ -55,6 +55,11 @@ class MaskEnv(gymnasium.Env):
         self._outcome = None
         return self._observe(), self._info()
 
+    @property
+    def scenario(self) -> Scenario | None:
+        """What the present episode is about; None before the first reset."""
+        return self._scenario
+
     def _observe(self) -> dict[str, np.ndarray]:
         order = self.importance.static if self._gsi == "static" else self.importance.current(self._mask)
         return observe(self.shape, self._scenario, self._mask, order)
@@ -74,7 +79,8 @@ class MaskEnv(gymnasium.Env):
         }
         if self._outcome is not None:
             info |= {
-                "tasks": self._outcome.evaluation.tasks,
+                # copies: the outcome's own are shared by all steps that ask about this mask
+                "tasks": {name: dict(metrics) for name, metrics in self._outcome.evaluation.tasks.items()},
                 "reward_terms": self._outcome.reward_terms,
                 "seconds": self._outcome.evaluation.seconds,
                 "outcome": self._outcome,

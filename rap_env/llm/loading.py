@@ -1,10 +1,11 @@
 """Loads real models by name or folder, and builds tiny random ones for tests."""
 
+import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -15,6 +16,7 @@ from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
 
 TINY_NAME = "tiny"
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,7 +48,7 @@ def load_llm(
     if name == TINY_NAME:
         return build_tiny_llm(dtype=dtype, device=device)
     source = str(embedded_folder()) if name == EMBEDDED_NAME else name
-    if not Path(source).expanduser().is_dir() and source.count("/") != 1:
+    if not Path(source).expanduser().is_dir() and not _HUB_NAME.fullmatch(source):
         raise UnknownName("model or folder", name, [EMBEDDED_NAME, TINY_NAME, "a folder", "owner/model on the hub"])
     model, tokenizer = _from_pretrained(source, _DTYPES[dtype], revision, trust_remote_code)
     return SwitchableLLM(model.to(device), tokenizer, name)
@@ -74,7 +76,7 @@ def _check_hub(source: str, revision: str | None) -> None:
         return
     try:
         HfApi().model_info(source, revision=revision, timeout=10)
-    except (RepositoryNotFoundError, GatedRepoError):
+    except (RepositoryNotFoundError, RevisionNotFoundError):  # a GatedRepoError is one of the former
         raise
     except Exception as error:
         raise ConnectionError(str(error)) from error
@@ -104,6 +106,8 @@ def _explain(error: Exception, source: str) -> Exception:
         advice = "the hub can't be reached and the model is not in its cache: check the network, or name a local folder"
     elif any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         advice = "no such model on the hub, or a private one: check the name, or run `hf auth login`"
+    elif any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        advice = "the repository has no such revision: check model.revision"
     elif "safetensors" in str(error):
         advice = "the repository has no safetensors weights; pickled ones are not loaded: convert them first"
     elif "trust_remote_code" in str(error):

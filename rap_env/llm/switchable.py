@@ -46,6 +46,7 @@ class SwitchableLLM:
         self.mask = PruningMask.all_kept(self.shape)
         self._architecture = architecture_of(model.config)
         self._layers = decoder_layers(model)
+        self._use_cache: list[bool | None] | None = None  # upstream's settings while no attention is kept
 
     @property
     def device(self) -> torch.device:
@@ -88,9 +89,20 @@ class SwitchableLLM:
             if len(kinds) < len(KINDS):
                 layer.module.forward = functools.partial(self._run_kinds, layer, kinds)
             kept_attentions += ATTENTION in kinds
-        # Without any attention there is no cache, hence no past length to continue from: decode without one.
-        self.model.config.use_cache = self.model.generation_config.use_cache = kept_attentions > 0
+        self._allow_cache(kept_attentions > 0)
         self.mask = mask
+
+    def _allow_cache(self, allowed: bool) -> None:
+        """Without any attention there is no cache, hence no past length to continue from: decode without one."""
+        configs = (self.model.config, self.model.generation_config)
+        if not allowed and self._use_cache is None:
+            self._use_cache = [config.use_cache for config in configs]
+            for config in configs:
+                config.use_cache = False
+        elif allowed and self._use_cache is not None:
+            for config, value in zip(configs, self._use_cache, strict=True):
+                config.use_cache = value
+            self._use_cache = None
 
     @staticmethod
     def _run_kinds(layer, kinds: list[str], hidden_states: torch.Tensor, **context) -> torch.Tensor:

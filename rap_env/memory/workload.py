@@ -1,5 +1,6 @@
 """Workloads: how many sequences of which lengths a request batch holds."""
 
+import numbers
 from dataclasses import dataclass
 
 from rap_env.errors import InvalidWorkload
@@ -25,7 +26,8 @@ class Workload:
     def __post_init__(self) -> None:
         for name, smallest in (("batch_size", 1), ("prompt_tokens", 1), ("generated_tokens", 0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or int(value) != value or value < smallest:
+            is_whole = isinstance(value, numbers.Real) and not isinstance(value, bool) and value % 1 == 0
+            if not is_whole or value < smallest:
                 raise InvalidWorkload(f"{name} must be an integer of at least {smallest}; got {value!r}")
             object.__setattr__(self, name, int(value))
 

@@ -2,36 +2,41 @@
 
 from rap_env.evaluation.tasks.splits import Item, as_task, make_item, take_half
 
-THINGS = """
-    key table door window bridge river letter box picture wall road village garden room house tree song film island book
-    painting rock tower city apple basket machine factory lamp desk bottle shop clock street wagon mountain cloud plate
-    coat chair engine truck mine hill barn report novel museum ticket camera button pencil ladder bucket bell candle
-    curtain jacket tunnel statue farm medal poster valley lake ribbon helicopter fence mirror pillow blanket
-    computer cup map cake flag
-""".split()
-PEOPLE = """
-    student farmer soldier child player lawyer singer customer visitor neighbor officer manager worker patient nurse
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+THINGS = _words("""
+    key table door window bridge river carpet box picture wall road village garden room house tree song film island
+    book painting rock tower city apple basket machine factory lamp desk bottle shop clock street wagon mountain
+    cloud plate coat chair engine truck mine hill barn report novel museum ticket camera button pencil kettle bucket
+    bell candle curtain jacket tunnel statue farm medal poster valley lake ribbon helicopter fence mirror pillow
+    blanket computer cup map cake flag
+""")
+PEOPLE = _words("""
+    student farmer soldier child hunter lawyer singer customer visitor neighbor officer manager worker patient nurse
     captain dancer writer painter driver engineer prisoner tourist reporter
-""".split()
+""")
 PRESENT_AND_PAST = (("is", "are"), ("was", "were"), ("has", "have"))  # singular, plural
 # With one of the things between the subject and its verb, or one of the people.
 THING_TEMPLATES = ("The {head} near the {other}", "The {head} behind the {other}", "The {head} beside the {other}")
 PERSON_TEMPLATES = ("The {head} that the {other} liked", "The {head} seen by the {other}")
 
-MEN = """
-    king boy father uncle husband prince son brother man grandfather nephew steward monk gentleman hero duke lord widower
-    groom wizard emperor policeman salesman cowboy Mark David John Robert Peter Thomas James Michael Richard George
-    Daniel Henry William Edward Charles Philip Martin Andrew
-""".split()
-WOMEN = """
+MEN = _words("""
+    king boy father uncle husband prince son brother man grandfather nephew steward monk gentleman hero duke lord
+    widower groom wizard emperor policeman salesman cowboy Mark David John Robert Peter Thomas James Michael Richard
+    George Daniel Henry William Edward Charles Philip Martin Andrew
+""")
+WOMEN = _words("""
     queen girl mother aunt wife princess daughter sister woman grandmother niece stewardess nun lady heroine duchess
     goddess widow bride witch empress policewoman actress housewife Susan Mary Emily Linda Jessica Sarah Anna Laura
     Helen Alice Julia Emma Karen Margaret Elizabeth Rachel Barbara Nancy
-""".split()
-TRANSITIVE_VERBS = """
-    admired blamed saw praised trusted defended introduced taught asked convinced helped found washed dressed enjoyed promised
-    hid described
-""".split()
+""")
+TRANSITIVE_VERBS = _words("""
+    admired blamed saw praised trusted defended introduced taught asked convinced helped found washed dressed
+    enjoyed promised hid described
+""")
 REFLEXIVES = ("himself", "herself", "themselves")
 
 _IRREGULAR_PLURALS = {"child": "children", "wife": "wives", "housewife": "housewives", "hero": "heroes"}
@@ -80,7 +85,7 @@ def reflexives(half: str) -> list[Item]:
             position = len(items)
             answer, subject = singular, person
             if not person.istitle():
-                # Of the common nouns two in three are plural, for names can't be: a third of all items is.
+                # Names have no plural here: two nouns in three take it, for the three answers to be about as frequent.
                 is_plural = position % 3 != 0
                 answer = "themselves" if is_plural else singular
                 subject = f"The {plural(person) if is_plural else person}"

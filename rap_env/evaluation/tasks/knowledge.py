@@ -16,7 +16,7 @@ def _ask(
 
     Args:
         rows: Key and answer of each fact; the other answers are the distractors.
-        template: The question, with `{key}`, `{Key}` in title case, or `{a_key}` with its article.
+        template: The question, with `{key}`, or `{a_key}` for the key after its article.
         closeness: How much a distractor resembles the answer to a key; the closest are taken. None draws them.
     """
     rng = random.Random(template)
@@ -27,7 +27,7 @@ def _ask(
         if closeness is not None:
             others.sort(key=lambda other: -closeness(key, other))
         article = "an" if key[0] in "aeiou" else "a"
-        question = template.format(key=key, Key=key.capitalize(), a_key=f"{article} {key}")
+        question = template.format(key=key, a_key=f"{article} {key}")
         question = question[0].upper() + question[1:]
         items.append(make_item(question, answer, others[:DISTRACTORS], (key,), position))
     return items

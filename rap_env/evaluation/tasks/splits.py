@@ -8,9 +8,11 @@ from typing import TypeVar
 
 from datasets import Dataset
 
+from rap_env.errors import UnknownName
+
 HALVES = ("search", "report")
-# Of the deals 0 to 4 the one whose halves are closest in mean accuracy for the dense SmolLM2-135M-Instruct (0.871 and
-# 0.876; the other four are 0.03 to 0.07 apart). Only whole deals were compared, never single items.
+# Of the deals 0 to 4 the one whose halves are closest in mean accuracy for the dense SmolLM2-135M-Instruct; the others
+# were 0.03 to 0.07 apart. Only whole deals were compared, never single items.
 DEAL = 4
 
 Row = TypeVar("Row")
@@ -52,8 +54,10 @@ def take_half(rows: Sequence[Row], half: str, table: str) -> list[Row]:
         table: Names the table, whose deal is its own.
 
     Raises:
-        ValueError: There is no such half.
+        UnknownName: There is no such half.
     """
+    if half not in HALVES:
+        raise UnknownName("half", half, HALVES)
     wanted = HALVES.index(half)
     rng = random.Random(f"{DEAL}{table}")
     taken = []
@@ -66,10 +70,15 @@ def take_half(rows: Sequence[Row], half: str, table: str) -> list[Row]:
 
 
 def as_task(generate: Callable[[str], list[Item]]) -> Callable[..., dict[str, Dataset]]:
-    """Turns a generator of items into what a task YAML's `custom_dataset` calls with `dataset_kwargs`."""
+    """Turns a generator of items into what a task YAML's `custom_dataset` calls with `dataset_kwargs`.
+
+    The items are shuffled, so that the first few of a task, which a limit takes, are a sample of all its questions.
+    """
 
     @functools.wraps(generate)
     def load(half: str, **_metadata) -> dict[str, Dataset]:  # lm-eval also passes the YAML's metadata
-        return {"validation": Dataset.from_list([asdict(item) for item in generate(half)])}
+        items = generate(half)
+        random.Random(DEAL).shuffle(items)
+        return {"validation": Dataset.from_list([asdict(item) for item in items])}
 
     return load
