@@ -3,6 +3,7 @@
 import sys
 
 import hydra
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 
 from experiments.run import run
@@ -15,6 +16,10 @@ def main(config: DictConfig) -> None:
         run(config)
     except RapError as error:
         sys.exit(f"error: {error}")
+    except InstantiationException as error:  # Hydra's wrapping of whatever a constructor raised
+        if isinstance(error.__cause__, RapError | ValueError):
+            sys.exit(f"error: {error.__cause__}")
+        raise
 
 
 if __name__ == "__main__":

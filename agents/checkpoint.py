@@ -1,7 +1,6 @@
 """Training checkpoints: everything that the next rollout depends on, in one file that holds tensors and JSON only."""
 
 import json
-import random
 from dataclasses import asdict
 from pathlib import Path
 

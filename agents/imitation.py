@@ -8,9 +8,10 @@ from rap_env.envs.observation import observe
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.policies.network import ComponentNetwork
-from rap_env.policies.walk import drop_until_fits
+from rap_env.policies import OrderPolicy
 
 _SCENARIOS, _STEPS, _BATCH, _LEARNING_RATE = 256, 400, 64, 3e-3
+_SOFTNESS = 0.05  # width of the soft cut, as a fraction of the components
 
 
 def imitate_order(
@@ -56,15 +57,17 @@ def imitate_order(
 
 
 def _one_step_examples(shape, scenario: Scenario, order: tuple[str, ...]) -> list:
-    mask = drop_until_fits(shape, order, scenario.workload, scenario.budget_bytes)
-    observation = observe(shape, scenario, PruningMask.all_kept(shape), order)
-    return [(observation, np.array(mask.keep, dtype=np.float32))]
+    """Keep-probabilities around the cut of the walk: soft, so that the agent still tries other masks near it."""
+    mask = OrderPolicy(shape, order).decide(scenario.workload, scenario.budget_bytes)
+    rank = np.array([order.index(component.name) for component in shape.components])
+    probabilities = 1.0 / (1.0 + np.exp(-(rank + 0.5 - len(mask.dropped)) / (_SOFTNESS * len(order))))
+    return [(observe(shape, scenario, PruningMask.all_kept(shape), order), probabilities.astype(np.float32))]
 
 
 def _sequential_examples(shape, scenario: Scenario, order: tuple[str, ...]) -> list:
-    last = drop_until_fits(shape, order, scenario.workload, scenario.budget_bytes)
+    last = OrderPolicy(shape, order).decide(scenario.workload, scenario.budget_bytes)
     mask, examples = PruningMask.all_kept(shape), []
-    for name in order[: len(last.dropped)]:
+    for name in (name for name in order if not last.keeps(name)):
         examples.append((observe(shape, scenario, mask, order), np.int64(mask.position(name))))
         mask = mask.drop(name)
     examples.append((observe(shape, scenario, mask, order), np.int64(len(shape.components))))

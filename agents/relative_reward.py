@@ -5,7 +5,7 @@ from typing import Any
 import gymnasium
 
 from rap_env.importance.source import ImportanceSource
-from rap_env.policies.walk import drop_until_fits
+from rap_env.policies import OrderPolicy
 from rap_env.problem import PruningProblem
 
 
@@ -25,13 +25,14 @@ class RelativeReward(gymnasium.Wrapper):
 
     def __init__(self, env: gymnasium.Env, problem: PruningProblem, importance: ImportanceSource) -> None:
         super().__init__(env)
-        self._problem, self._order = problem, importance.static
+        self._problem = problem
+        self._greedy = OrderPolicy(problem.shape, importance.static)
 
     def step(self, action: Any):
         observation, reward, terminated, truncated, info = super().step(action)
         if terminated or truncated:
             scenario = info["scenario"]
-            mask = drop_until_fits(self._problem.shape, self._order, scenario.workload, scenario.budget_bytes)
+            mask = self._greedy.decide(scenario.workload, scenario.budget_bytes)
             outcome = self._problem.evaluate(mask, scenario.workload, scenario.budget_bytes)
             info["absolute_reward"] = reward
             reward = float(reward) - self._problem.reward(outcome)

@@ -15,6 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from agents.base import SearchResult, Task
 from agents.checkpoint import CheckpointCallback, restore_checkpoint
 from agents.imitation import imitate_order
+from agents.projection import ProjectToBudget
 from agents.relative_reward import RelativeReward
 from agents.sb3_policies import (
     ComponentActorCriticPolicy,
@@ -42,12 +43,14 @@ class _Watch(BaseCallback):
         super().__init__()
         self._search_task, self._total_steps = task, total_steps
         self.rewards: list[float] = []
+        self.gains: list[float] = []
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
             if "episode" in info:
-                self.rewards.append(float(info["episode"]["r"]))
-                metrics = {"reward": self.rewards[-1], "evaluations": self._search_task.problem.budget.spent}
+                self.rewards.append(float(info["absolute_reward"]))
+                self.gains.append(float(info["episode"]["r"]))
+                metrics = {"reward": self.rewards[-1], "gain_over_greedy": self.gains[-1], "evaluations": self._search_task.problem.budget.spent}
                 self._search_task.log(self.num_timesteps, metrics | info["reward_terms"])
         self._search_task.progress(min(self.num_timesteps, self._total_steps), self._total_steps)
         return not self._search_task.problem.budget.exhausted
@@ -106,7 +109,7 @@ class Sb3Agent:
             pass  # the last rollout stays unfinished; the policy is what it was before it
         kind = OneStepPolicy if self._environment == _ONE_STEP else SequentialPolicy
         policy = kind(task.problem.shape, network.cpu(), task.importance.static)
-        details = {"steps": model.num_timesteps, "resumed": resumed, "training_rewards": watch.rewards}
+        details = {"steps": model.num_timesteps, "resumed": resumed, "rewards": watch.rewards, "gains_over_greedy": watch.gains}
         return SearchResult(policy, task.problem.budget.spent, time.perf_counter() - started, details)
 
     @property
@@ -118,6 +121,8 @@ class Sb3Agent:
         algorithm, policy = _ALGORITHMS[self._algorithm]
         sequential = self._environment == _SEQUENTIAL
         env = gymnasium.make(self._environment, problem=task.problem, importance=task.importance, sampler=task.sampler)
+        if not sequential:
+            env = ProjectToBudget(env, task.importance)
         env = Monitor(RelativeReward(env, task.problem, task.importance))
         shape = task.problem.shape
         extractor = {"shape": shape, "sequential": sequential, "width": self._width}

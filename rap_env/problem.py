@@ -14,7 +14,7 @@ from rap_env.memory.workload import Workload
 from rap_env.reward import overshoot_ratio, weighted_reward
 from rap_env.rng import isolated_rng
 
-ACCURACY_REWARD = {"accuracy": 1.0, "overshoot": -1.0}
+ACCURACY_REWARD = {"accuracy": 1.0, "overshoot": -5.0}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class PruningEnv(MaskEnv):
     | `component_bytes` | n | bytes that dropping each component frees / dense footprint bytes |
 
     ## Rewards
-    Sum of weights times same-named terms; by default `accuracy - overshoot`. Terms: `accuracy` (score of the tasks),
+    Sum of weights times same-named terms; by default `accuracy - 5 overshoot`. Terms: `accuracy` (score of the tasks),
     `smooth_accuracy` (mean probability of the right choices), `overshoot` (bytes above the budget / budget),
     `violation` (1 if above the budget). `info["reward_terms"]` carries them all.
 

@@ -44,8 +44,8 @@ class SequentialPruningEnv(MaskEnv):
 
     ## Information
     `scenario`, `mask`, `footprint` (parts in bytes), `overshoot_bytes`, and after the last step `tasks` (metrics of
-    each task), `reward_terms`, `seconds` (that the evaluation took when it was measured), and `outcome`, which also tells
-    whether the result came from the store (equality ignores that).
+    each task), `reward_terms`, `seconds` (that the evaluation took when it was measured), and `outcome`, which also
+    tells whether the result came from the store (equality ignores that).
 
     ## Arguments
     | argument | default | meaning |

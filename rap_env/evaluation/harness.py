@@ -60,7 +60,7 @@ class ScoringLM(TemplateLM):
         if context:
             head, tail = self._encode_pair(context, continuation)
         else:
-            tail = self.tok_encode(continuation)
+            tail = self.tok_encode(continuation, add_special_tokens=False)
             head = [self.prefix_token_id] if tail[0] != self.prefix_token_id else []
             head, tail = (head, tail) if head else (tail[:1], tail[1:])
         overflow = max(0, len(head) + len(tail) - 1 - self.llm.shape.context_tokens)
@@ -94,7 +94,7 @@ class HarnessEvaluator:
 
     Raises:
         UnknownName: lm-eval and the folder have no such task.
-        EvaluationFailed: A task is not multiple choice, or does not have the metric.
+        EvaluationFailed: A task is not multiple choice, does not have the metric, or has no item to judge.
     """
 
     def __init__(
@@ -108,9 +108,11 @@ class HarnessEvaluator:
     ) -> None:
         if half not in (None, *_HALVES):
             raise UnknownName("half", half, _HALVES)
+        if limit is not None and limit < 1:
+            raise EvaluationFailed(f"evaluation.limit must be at least 1 or None; got {limit}")
         self._metric = metric
         self._batch_tokens = batch_tokens
-        self._pairs: dict[int, list] = {}
+        self._encoded: tuple | None = None  # the last tokenizer and its pairs
         with isolated_rng(0):
             self._tasks = _load_tasks(list(tasks), include_path)
             for name, task in self._tasks.items():
@@ -120,7 +122,10 @@ class HarnessEvaluator:
                     known = ", ".join((*task.aggregation(), SMOOTH))
                     raise EvaluationFailed(f"task {name!r} has no metric {metric!r}; it has {known}")
                 task.set_config(key="num_fewshot", value=0)
-                _build_requests(task, items_of(len(task.eval_docs), half, limit))
+                items = items_of(len(task.eval_docs), half, limit)
+                if not items:
+                    raise EvaluationFailed(f"task {name!r} has no item to judge; it has {len(task.eval_docs)} in all")
+                _build_requests(task, items)
 
     @functools.cached_property
     def identity(self) -> dict:
@@ -163,11 +168,11 @@ class HarnessEvaluator:
         return Evaluation(score, tasks, tokens, time.perf_counter() - started)
 
     def _encode(self, llm: SwitchableLLM) -> list:
-        key = id(llm.tokenizer)
-        if key not in self._pairs:
+        if self._encoded is None or self._encoded[0] is not llm.tokenizer:
             lm = ScoringLM(llm)
-            self._pairs = {key: [lm.encode_request(*i.args) for task in self._tasks.values() for i in task.instances]}
-        return self._pairs[key]
+            pairs = [lm.encode_request(*i.args) for task in self._tasks.values() for i in task.instances]
+            self._encoded = (llm.tokenizer, pairs)
+        return self._encoded[1]
 
 
 def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -64,9 +65,13 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trus
         if not folder.is_dir():
             _check_hub(source, revision)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
     except Exception as error:
         raise _explain(error, source) from error
+    if missing := sorted(report["missing_keys"]):  # upstream would only log it and go on with random weights
+        raise ModelUnavailable(f"can't load {source!r}: its files lack {len(missing)} weights, first {missing[0]!r}")
     return model, tokenizer
 
 
@@ -112,7 +117,7 @@ def _explain(error: Exception, source: str) -> Exception:
         advice = "the repository has no safetensors weights; pickled ones are not loaded: convert them first"
     elif "trust_remote_code" in str(error):
         advice = "the repository wants to run its own code: read it, then set model.trust_remote_code=true"
-    elif isinstance(error, OSError):
+    elif isinstance(error, OSError | ValueError | SafetensorError):  # of the files, not of our code
         advice = str(error).splitlines()[0]
     else:
         return error  # a bug of ours or upstream's: hiding it behind advice would help nobody

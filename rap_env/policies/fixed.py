@@ -10,7 +10,7 @@ from rap_env.llm.architecture import ModelShape
 from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import policy_kind
-from rap_env.policies.walk import drop_until_fits
+from rap_env.policies.walk import fit_to_budget
 
 
 class _WithoutTensors:
@@ -57,7 +57,8 @@ class RandomPolicy(_WithoutTensors):
         scenario = [self._seed, workload.batch_size, workload.prompt_tokens, workload.generated_tokens, budget_bytes]
         names = [component.name for component in self.shape.components]
         order = np.random.default_rng(scenario).permutation(names)
-        return drop_until_fits(self.shape, [str(name) for name in order], workload, budget_bytes)
+        dense = PruningMask.all_kept(self.shape)
+        return fit_to_budget(dense, self.shape, [str(name) for name in order], workload, budget_bytes)
 
     def parameters(self) -> dict[str, Any]:
         return {"seed": self._seed}
@@ -65,7 +66,7 @@ class RandomPolicy(_WithoutTensors):
 
 @policy_kind
 class OrderPolicy(_WithoutTensors):
-    """Drops components along one order until the model fits.
+    """Drops components along one order until the model fits, then restores what there is still room for.
 
     Args:
         shape: The model.
@@ -84,7 +85,7 @@ class OrderPolicy(_WithoutTensors):
         self._order = tuple(order)
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
-        return drop_until_fits(self.shape, self._order, workload, budget_bytes)
+        return fit_to_budget(PruningMask.all_kept(self.shape), self.shape, self._order, workload, budget_bytes)
 
     def parameters(self) -> dict[str, Any]:
         return {"order": list(self._order)}

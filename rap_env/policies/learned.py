@@ -15,7 +15,7 @@ from rap_env.memory.workload import Workload
 from rap_env.errors import InfeasibleBudget
 from rap_env.policies.base import policy_kind
 from rap_env.policies.network import ComponentNetwork
-from rap_env.policies.walk import drop_until_fits
+from rap_env.policies.walk import fit_to_budget
 
 
 class _NetworkPolicy:
@@ -50,10 +50,9 @@ class _NetworkPolicy:
 
 @policy_kind
 class OneStepPolicy(_NetworkPolicy):
-    """Scores all components at once, then drops the lowest until the model fits.
+    """Chooses every keep-bit at once; the importance order then drops or restores what the budget asks for.
 
-    Training lets the agent choose every bit for itself and pay for overshooting; serving must not overshoot at all,
-    so here the scores are an order, and the budget says how far along it to go.
+    Serving must not overshoot, so the network's bits are projected onto the masks that fit, as in its training.
     """
 
     kind = "one_step_network"
@@ -61,8 +60,8 @@ class OneStepPolicy(_NetworkPolicy):
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
         scores = self._scores(Scenario(workload, budget_bytes), PruningMask.all_kept(self.shape))
-        order = [self.shape.components[index].name for index in np.argsort(scores, kind="stable")]
-        return drop_until_fits(self.shape, order, workload, budget_bytes)
+        wish = PruningMask.from_bits(self.shape, scores > 0)
+        return fit_to_budget(wish, self.shape, self._order, workload, budget_bytes)
 
 
 @policy_kind

@@ -1,6 +1,6 @@
-"""From an order of components to a pruning mask that fits."""
+"""From wishes to a pruning mask that fits: the walk along an importance order."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from rap_env.errors import InfeasibleBudget
 from rap_env.mask import PruningMask
@@ -8,27 +8,36 @@ from rap_env.memory.footprint import component_bytes, footprint
 from rap_env.memory.workload import Workload
 
 
-def drop_until_fits(shape, order: Iterable[str], workload: Workload, budget_bytes: int) -> PruningMask:
-    """Drops components in order, from the dense model, until the footprint is within the budget.
+def fit_to_budget(mask: PruningMask, shape, order: Sequence[str], workload: Workload, budget_bytes: int) -> PruningMask:
+    """Drops components along an order until the footprint fits, then restores whatever there is room for.
+
+    From the dense mask this is greedy pruning; from an agent's mask it is a projection onto the masks that fit, as in
+    FastForward (arXiv 2511.18977). The walk ends as soon as the mask fits, so bytes may be left over: the dropped
+    components come back from the most important down, each if it fits.
 
     Args:
+        mask: Where the walk starts.
         shape: The model's `ModelShape`.
-        order: Component names, the first to go first.
+        order: All component names, the first to go first.
         workload: The request batch.
         budget_bytes: Bytes that weights and KV cache may take.
 
     Raises:
         InfeasibleBudget: Dropping the whole order is not enough.
     """
-    mask = PruningMask.all_kept(shape)
-    peak_bytes = footprint(shape, mask, workload).peak_bytes
-    freed = component_bytes(shape, workload)
-    victims = []
+    free_bytes = budget_bytes - footprint(shape, mask, workload).peak_bytes
+    freed = dict(zip((component.name for component in shape.components), component_bytes(shape, workload), strict=True))
+    kept = {component.name for component in mask.kept}
     for name in order:
-        if peak_bytes <= budget_bytes:
+        if free_bytes >= 0:
             break
-        victims.append(name)
-        peak_bytes -= freed[mask.position(name)]
-    if peak_bytes > budget_bytes:
-        raise InfeasibleBudget(budget_bytes, peak_bytes, workload)
-    return mask.drop(*victims)
+        if name in kept:
+            kept.remove(name)
+            free_bytes += freed[name]
+    if free_bytes < 0:
+        raise InfeasibleBudget(budget_bytes, budget_bytes - free_bytes, workload)
+    for name in reversed(order):
+        if name not in kept and freed[name] <= free_bytes:
+            kept.add(name)
+            free_bytes -= freed[name]
+    return PruningMask(mask.components, tuple(component.name in kept for component in mask.components))

@@ -184,6 +184,8 @@ def test_one_step_pays_accuracy_minus_overshoot(make, scenario):
     assert info["reward_terms"]["accuracy"] == pytest.approx(accuracy)
     assert info["tasks"]["toy"]["acc"] == pytest.approx(accuracy)
     assert terminated and not truncated
+    info["tasks"]["toy"].clear()
+    assert info["outcome"].evaluation.tasks["toy"], "what callers do to an info does not reach the stored result"
 
 
 def test_one_step_refuses_an_action_that_is_no_mask(make):

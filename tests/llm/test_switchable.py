@@ -72,9 +72,11 @@ def removed_by_hand(model, names):
             last = layer.fc2 if hasattr(layer, "fc2") else layer.mlp
             hook = last.register_forward_hook(lambda _, __, out: torch.zeros_like(out))
         handles.append(hook)
-    yield model
-    for handle in handles:
-        handle.remove()
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def mask_without(llm, names) -> PruningMask:
@@ -166,7 +168,7 @@ def test_generation_under_a_mask_picks_the_most_likely_token_each_time(llm, unto
     expected, end = tokens[:, :4], 255
     with removed_by_hand(untouched, names):
         for _ in range(5):
-            logits = logits_of(untouched, expected, use_cache=False)[:, -1]
+            logits = logits_of(untouched, expected, use_cache=False)[:, -1].clone()
             logits[:, end] = -torch.inf  # `min_new_tokens` keeps it from ending
             expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": end, "pad_token_id": 256}

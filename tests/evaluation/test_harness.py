@@ -1,0 +1,270 @@
+"""Accuracies equal lm-eval's own to the bit; everything a result depends on is in the identity."""
+
+import copy
+import math
+
+import lm_eval
+import pytest
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import normalizers
+
+from rap_env.errors import EvaluationFailed, UnknownName
+from rap_env.evaluation import harness
+from rap_env.evaluation.harness import HarnessEvaluator, ScoringLM, items_of
+from rap_env.evaluation.scoring import score_continuations
+from rap_env.evaluation.tasks import TASKS_FOLDER
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+from rap_env.rng import global_states, isolated_rng
+
+TASKS = ["toy_short", "toy_long"]
+N_ITEMS = 11
+
+YAML = """
+task: {name}
+tag: {tag}
+output_type: {output_type}
+custom_dataset: !function toy_items.load
+dataset_kwargs: {{longest: {longest}}}
+validation_split: validation
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - {{metric: {metric}, aggregation: mean, higher_is_better: true}}
+  - {{metric: {other_metric}, aggregation: mean, higher_is_better: true}}
+metadata: {{version: {version}}}
+"""
+
+ITEMS = """
+import random
+from datasets import Dataset
+
+def load(longest, **_):
+    rng = random.Random(longest)
+    def word(longest):
+        return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, longest))) + "."
+    items = [
+        {{
+            "question": "" if i == 3 else word(30).strip() + " " * (i == 4),
+            "choices": [word(longest) for _ in range(2 + i % 3)],
+            "gold": i % 2,
+        }}
+        for i in range({n_items})
+    ]
+    return {{"validation": Dataset.from_list(items)}}
+
+def first(dataset):
+    return dataset.select([0])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two multiple-choice tasks and one that generates, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "toy_items.py").write_text(ITEMS.format(n_items=N_ITEMS))
+
+    def write(name, longest, output_type="multiple_choice", metrics=("acc", "acc_norm"), version=1.0):
+        text = YAML.format(
+            name=name,
+            tag="toy_all" if name in TASKS else "toy_rest",
+            longest=longest,
+            output_type=output_type,
+            metric=metrics[0],
+            other_metric=metrics[1],
+            version=version,
+        )
+        (folder / f"{name}.yaml").write_text(text)
+
+    write("toy_short", 3)
+    write("toy_long", 25, version=2.0)
+    write("toy_generated", 3, "generate_until", ("exact_match", "bleu"))
+    write("toy_plain", 3, metrics=("acc", "acc"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluator(folder):
+    return HarnessEvaluator(TASKS, include_path=folder)
+
+
+def upstream(llm, tasks, manager, items) -> dict[str, dict[str, float]]:
+    """Metrics by lm-eval's own HF adapter, one request at a time, on the model as it is switched."""
+    with isolated_rng():
+        lm = HFLM(pretrained=llm.model, tokenizer=llm.tokenizer, batch_size=1)
+        results = lm_eval.simple_evaluate(
+            lm, tasks=tasks, task_manager=manager, samples=items, num_fewshot=0, bootstrap_iters=0, verbosity="ERROR"
+        )["results"]
+    return {
+        name: {metric: results[name][f"{metric},none"] for metric in ("acc", "acc_norm")} for name in results
+    }
+
+
+DROPPED = [(), ("layer0.attention", "layer2.mlp")]
+
+
+@pytest.mark.parametrize("dropped", DROPPED, ids=["dense", "pruned"])
+@pytest.mark.parametrize(("half", "limit"), [(None, None), ("report", 4)])
+def test_accuracies_of_toy_tasks_equal_lm_evals(tiny_llm, folder, dropped, half, limit):
+    items = items_of(N_ITEMS, half, limit)
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    with tiny_llm.pruned(PruningMask.all_kept(tiny_llm.shape).drop(*dropped)):
+        ours = HarnessEvaluator(TASKS, folder, half, limit).evaluate(tiny_llm).tasks
+        theirs = upstream(tiny_llm, TASKS, manager, {name: items for name in TASKS})
+    assert {name: {m: ours[name][m] for m in ("acc", "acc_norm")} for name in ours} == theirs
+    assert {metrics["items"] for metrics in ours.values()} == {len(items)}
+
+
+@pytest.mark.llm
+@pytest.mark.parametrize("dropped", [(), ("layer0.attention", "layer12.attention", "layer20.mlp")], ids=len)
+def test_accuracies_of_the_embedded_tasks_equal_lm_evals(embedded_llm_float32, dropped):
+    llm, tasks = embedded_llm_float32, ["rap_capitals_search", "rap_properties_report"]
+    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)
+    with llm.pruned(PruningMask.all_kept(llm.shape).drop(*dropped)):
+        ours = HarnessEvaluator(tasks, limit=12).evaluate(llm).tasks
+        theirs = upstream(llm, tasks, manager, {name: list(range(12)) for name in tasks})
+    assert {name: {m: ours[name][m] for m in ("acc", "acc_norm")} for name in ours} == theirs
+
+
+def test_our_engine_also_serves_lm_eval_itself(tiny_llm, folder, evaluator):
+    ours = evaluator.evaluate(tiny_llm).tasks
+    with isolated_rng():
+        results = lm_eval.simple_evaluate(
+            ScoringLM(tiny_llm),
+            tasks=TASKS,
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+            num_fewshot=0,
+            bootstrap_iters=0,
+        )["results"]
+    assert {name: results[name]["acc,none"] for name in TASKS} == {name: ours[name]["acc"] for name in TASKS}
+
+
+def test_smooth_accuracy_is_the_mean_softmax_probability_of_the_right_choice(tiny_llm, folder):
+    evaluator = HarnessEvaluator(["toy_short"], folder, limit=3)
+    lm, expected = ScoringLM(tiny_llm), []
+    questions = [text.split(".")[0] + "." for text in evaluator.item_texts["toy_short"]]
+    task = evaluator._tasks["toy_short"]
+    for position, question in enumerate(questions):
+        document = task.eval_docs[position]
+        assert document["question"] == question
+        pairs = [lm.encode_request(question, f" {choice}") for choice in document["choices"]]
+        weights = [math.exp(score) for score, _ in score_continuations(tiny_llm, pairs)]
+        expected.append(weights[document["gold"]] / sum(weights))
+    metrics = evaluator.evaluate(tiny_llm).tasks["toy_short"]
+    assert metrics["smooth_acc"] == pytest.approx(sum(expected) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["acc", "acc_norm", "smooth_acc"])
+def test_the_score_is_the_mean_of_the_metric_over_tasks(tiny_llm, folder, metric):
+    evaluation = HarnessEvaluator(TASKS, folder, metric=metric).evaluate(tiny_llm)
+    short, long = (evaluation.tasks[name][metric] for name in TASKS)
+    assert evaluation.score == pytest.approx((short + long) / 2) == evaluation.mean(metric)
+    assert math.isnan(evaluation.mean("no_such_metric"))
+
+
+def test_evaluating_leaves_the_random_streams_alone(tiny_llm, folder):
+    with isolated_rng(0):
+        before = global_states()
+        HarnessEvaluator(TASKS, folder).evaluate(tiny_llm)
+        after = global_states()
+    assert after["python"] == before["python"]
+    assert after["torch"].equal(before["torch"])
+    assert after["numpy"][1].equal(before["numpy"][1]) and after["numpy"][2:] == before["numpy"][2:]
+
+
+def test_evaluating_twice_gives_equal_results(tiny_llm, evaluator):
+    assert evaluator.evaluate(tiny_llm) == evaluator.evaluate(tiny_llm)
+
+
+def test_one_evaluator_judges_models_with_other_tokenizers(tiny_llm, folder):
+    longer = copy.deepcopy(tiny_llm.tokenizer)
+    longer.backend_tokenizer.normalizer = normalizers.Replace("a", "bbb")
+    llms = [tiny_llm, SwitchableLLM(tiny_llm.model, longer, "longer")]
+    expected = [HarnessEvaluator(TASKS, folder).evaluate(llm) for llm in llms]
+    assert expected[0] != expected[1]
+    evaluator = HarnessEvaluator(TASKS, folder)
+    assert [evaluator.evaluate(llm) for llm in (*llms, tiny_llm)] == [*expected, expected[0]]
+
+
+def test_halves_share_no_item_and_together_hold_all(folder, evaluator):
+    assert items_of(11, "search", None) == [0, 2, 4, 6, 8, 10]
+    assert items_of(11, "report", None) == [1, 3, 5, 7, 9]
+    assert items_of(11, "search", 2) == [0, 2]
+    assert items_of(11, None, 3) == [0, 1, 2]
+    assert items_of(2, None, 99) == [0, 1]
+    texts = {half: HarnessEvaluator(["toy_long"], folder, half).item_texts["toy_long"] for half in ("search", "report")}
+    assert not set(texts["search"]) & set(texts["report"])
+    assert sorted(texts["search"] + texts["report"]) == sorted(evaluator.item_texts["toy_long"])
+
+
+def test_the_identity_changes_with_everything_that_changes_the_result(folder, evaluator):
+    variants = [
+        HarnessEvaluator(TASKS, folder, limit=5),
+        HarnessEvaluator(TASKS, folder, half="search"),
+        HarnessEvaluator(TASKS, folder, half="report"),
+        HarnessEvaluator(TASKS[:1], folder),
+        HarnessEvaluator(TASKS, folder, metric="acc_norm"),
+        HarnessEvaluator(TASKS, folder, batch_tokens=64),
+        evaluator,
+    ]
+    identities = [str(variant.identity) for variant in variants]
+    assert len(set(identities)) == len(variants)
+    assert HarnessEvaluator(TASKS[::-1], folder).identity == evaluator.identity
+    assert evaluator.identity["tasks"] == {"toy_short": "1.0", "toy_long": "2.0"}
+
+
+def test_a_tag_stands_for_its_tasks(folder):
+    assert set(HarnessEvaluator(["toy_all"], folder, limit=1).item_texts) == set(TASKS)
+
+
+def test_an_unknown_task_lists_close_matches(folder, monkeypatch):
+    def manager_of(include_path, include_defaults=True):
+        return TaskManager(include_path=include_path, include_defaults=False)  # lm-eval's own tasks take ten seconds
+
+    monkeypatch.setattr(harness, "TaskManager", manager_of)
+    with pytest.raises(UnknownName, match="unknown task 'toy_shrt'; did you mean toy_short"):
+        HarnessEvaluator(["toy_shrt"], folder)
+
+
+def test_what_cannot_be_judged_is_refused(folder, tmp_path):
+    with pytest.raises(EvaluationFailed, match="task 'toy_generated' is generate_until; expected multiple_choice"):
+        HarnessEvaluator(["toy_generated"], folder)
+    with pytest.raises(EvaluationFailed, match="task 'toy_plain' has no metric 'acc_norm'; it has acc, smooth_acc"):
+        HarnessEvaluator(["toy_plain"], folder, metric="acc_norm")
+    with pytest.raises(EvaluationFailed, match="expected at least one task name; got none"):
+        HarnessEvaluator([])
+    with pytest.raises(EvaluationFailed, match=f"no such folder: {tmp_path / 'none'}"):
+        HarnessEvaluator(TASKS, tmp_path / "none")
+    with pytest.raises(UnknownName, match="unknown half 'reprot'; did you mean report"):
+        HarnessEvaluator(TASKS, folder, half="reprot")
+
+
+def test_a_half_without_items_is_refused(folder):
+    (folder / "toy_single.yaml").write_text(
+        "include: toy_short.yaml\ntask: toy_single\ntag: toy_rest\nprocess_docs: !function toy_items.first\n"
+    )
+    assert HarnessEvaluator(["toy_single"], folder, half="search").item_texts["toy_single"]
+    with pytest.raises(EvaluationFailed, match="task 'toy_single' has no item to judge; it has 1 in all"):
+        HarnessEvaluator(["toy_single"], folder, half="report")
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_no_item_is_refused(folder, limit):
+    with pytest.raises(EvaluationFailed, match=f"evaluation.limit must be at least 1 or None; got {limit}"):
+        HarnessEvaluator(TASKS, folder, limit=limit)
+
+
+def test_our_engine_refuses_what_it_does_not_do(tiny_llm):
+    with pytest.raises(NotImplementedError, match="perplexity has its own evaluator"):
+        ScoringLM(tiny_llm).loglikelihood_rolling([])
+    with pytest.raises(NotImplementedError, match="only multiple-choice tasks are judged"):
+        ScoringLM(tiny_llm).generate_until([])
+
+
+def test_requests_are_cut_from_the_left_to_the_context(tiny_llm):
+    context, continuation = ScoringLM(tiny_llm).encode_request("a" * 9000, " bcd")
+    assert len(context + continuation) - 1 == 8192  # the last token is predicted, never read
+    assert tiny_llm.tokenizer.decode(continuation) == " bcd"
+    assert ScoringLM(tiny_llm).encode_request("", "b") == ((256,), tuple(tiny_llm.tokenizer.encode("b")))

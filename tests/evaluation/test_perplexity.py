@@ -1,0 +1,90 @@
+"""Perplexity follows its protocol: windows without BOS, first token unscored, float32 logits, mean over tokens."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rap_env.evaluation import perplexity
+from rap_env.evaluation.perplexity import PerplexityEvaluator, tokens_digest, window_losses
+from rap_env.llm.loading import build_tiny_llm
+from rap_env.mask import PruningMask
+
+WIKITEXT = Path(__file__).parents[2].parent / "shared" / "text" / "wikitext2_test.txt"
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def loss_of(model, window) -> float:
+    """Mean loss of one window by upstream's plain forward."""
+    logits = model(window[None]).logits[0].double().log_softmax(-1)
+    return -sum(logits[position - 1, window[position]].item() for position in range(1, len(window))) / (len(window) - 1)
+
+
+@pytest.mark.parametrize("dropped", [(), ("layer0.attention", "layer3.mlp")])
+def test_window_losses_equal_plain_forwards(tiny_llm, windows, dropped):
+    with tiny_llm.pruned(PruningMask.all_kept(tiny_llm.shape).drop(*dropped)):
+        assert window_losses(tiny_llm, windows) == pytest.approx([loss_of(tiny_llm.model, w) for w in windows], abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 12, 30, 10_000])
+def test_losses_do_not_depend_on_the_batch(tiny_llm, windows, batch_tokens):
+    expected = [loss_of(tiny_llm.model, w) for w in windows]
+    assert window_losses(tiny_llm, windows, batch_tokens) == pytest.approx(expected, abs=1e-5)
+
+
+def test_losses_do_not_depend_on_how_the_head_is_cut(tiny_llm, windows, monkeypatch):
+    monkeypatch.setattr(perplexity, "_HEAD_ROWS", 4)  # 11 scored tokens: cuts of 4, 4 and 3
+    assert window_losses(tiny_llm, windows) == pytest.approx([loss_of(tiny_llm.model, w) for w in windows], abs=1e-5)
+
+
+def test_the_score_is_minus_the_mean_loss_and_perplexity_its_exponential(tiny_llm, windows):
+    losses = [loss_of(tiny_llm.model, w) for w in windows]
+    evaluation = PerplexityEvaluator(windows, "toy text").evaluate(tiny_llm)
+    mean = sum(losses) / 5
+    assert evaluation.score == pytest.approx(-mean, abs=1e-5)
+    assert evaluation.tasks == {"toy text": {"loss": pytest.approx(mean), "perplexity": pytest.approx(math.exp(mean)), "items": 5}}
+    assert evaluation.tokens == 60
+
+
+def test_a_model_that_knows_nothing_has_the_vocabularys_perplexity(windows):
+    llm = build_tiny_llm()
+    llm.model.lm_head.weight.zero_()  # every token is as likely as any other
+    assert PerplexityEvaluator(windows, "text").evaluate(llm).tasks["text"]["perplexity"] == pytest.approx(257.0, abs=1e-3)
+
+
+def test_in_bfloat16_the_loss_is_not_rounded_to_bfloat16(windows):
+    llm = build_tiny_llm(dtype="bfloat16")
+    with torch.inference_mode():
+        logits = llm.model(windows).logits[:, :-1].reshape(-1, 257)
+    expected = functional.cross_entropy(logits.double(), windows[:, 1:].reshape(-1)).item()
+    assert abs(torch.tensor(expected).bfloat16().item() - expected) > 1e-3  # so that rounding would show
+    losses = window_losses(llm, windows)
+    assert sum(losses) / 5 == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_identity_changes_with_tokens_and_with_how_they_are_cut(windows):
+    changed = windows.clone()
+    changed[4, 11] += 1
+    others = [changed, windows.reshape(6, 10), windows[:4], windows.to(torch.int32)]
+    digests = [PerplexityEvaluator(w, "text").identity["windows"] for w in (windows, *others)]
+    assert len(set(digests)) == 5
+    assert PerplexityEvaluator(windows.clone(), "text").identity == PerplexityEvaluator(windows, "text").identity
+    assert tokens_digest(windows) == digests[0]
+
+
+@pytest.mark.llm
+def test_the_dense_embedded_model_has_the_published_perplexity(embedded_llm):
+    if not WIKITEXT.is_file():
+        pytest.skip(f"no WikiText-2 test text at {WIKITEXT}")
+    text = WIKITEXT.read_text()[:400_000]  # far more than 64 windows need; the rest would only be tokenised
+    ids = embedded_llm.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    windows = torch.tensor(ids[: 64 * 512]).reshape(64, 512)
+    evaluation = PerplexityEvaluator(windows, "wikitext2").evaluate(embedded_llm)
+    assert evaluation.tasks["wikitext2"]["perplexity"] == pytest.approx(26.17, rel=0.005)

@@ -1,0 +1,216 @@
+"""Greedy removal finds the order of a brute-force search, counts its work, and goes on where it was cut off."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from rap_env.errors import InvalidMask
+from rap_env.evaluation.store import ResultStore
+from rap_env.importance.gsi import RemovalMeter, greedy_sequential_importance
+from rap_env.importance.source import ImportanceSource
+from rap_env.llm.architecture import DecoderLayer
+from rap_env.llm.loading import build_tiny_llm
+from rap_env.mask import PruningMask
+
+WINDOWS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def loss_of(llm, names) -> float:
+    """Calibration loss without the named components, by one whole forward of the switched model."""
+    with llm.pruned(PruningMask.all_kept(llm.shape).drop(*names)):
+        logprobs = llm.model(WINDOWS, use_cache=False).logits.double().log_softmax(-1)
+    losses = [-logprobs[row, t - 1, WINDOWS[row, t]].item() for row in range(2) for t in range(1, 16)]
+    return sum(losses) / len(losses)
+
+
+def brute_force(llm, removals: int) -> tuple[list[str], list[float], list[dict[str, float]]]:
+    """The rule as the paper states it: try all that are left, each by whole forwards; remove the least harmful."""
+    removed, losses, rounds = [], [], []
+    for _ in range(removals):
+        left = [c.name for c in llm.shape.components if c.name not in removed]
+        trials = {name: loss_of(llm, [*removed, name]) for name in left}
+        removed.append(min(trials, key=trials.get))
+        losses.append(trials[removed[-1]])
+        rounds.append(trials)
+    return removed, losses, rounds
+
+
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def llm(request):
+    return build_tiny_llm(request.param, seed=3)
+
+
+@pytest.fixture(scope="module")
+def ranking(llm):
+    return greedy_sequential_importance(llm, WINDOWS)
+
+
+@pytest.fixture
+def store(tmp_path):
+    with ResultStore(tmp_path / "results.db") as store:
+        yield store
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[str]:
+    """Masks of the rounds that are really measured, by their number of dropped components."""
+    calls, measure = [], RemovalMeter._measure
+
+    def record(self, mask):
+        calls.append(len(mask.dropped))
+        return measure(self, mask)
+
+    monkeypatch.setattr(RemovalMeter, "_measure", record)
+    return calls
+
+
+def test_the_order_and_its_losses_equal_a_brute_force_search(llm, ranking):
+    order, losses, _rounds = brute_force(llm, 8)
+    assert list(ranking.order) == order
+    assert ranking.losses == pytest.approx(losses, abs=1e-5)
+    assert ranking.dense_loss == pytest.approx(loss_of(llm, []), abs=1e-5)
+
+
+def test_trials_equal_whole_forwards_of_the_shrunk_model(llm):
+    dropped = ["layer0.attention", "layer2.mlp"]
+    trials = RemovalMeter(llm, WINDOWS).trials(PruningMask.all_kept(llm.shape).drop(*dropped))
+    expected = {
+        c.name: pytest.approx(loss_of(llm, [*dropped, c.name]), abs=1e-5)
+        for c in llm.shape.components
+        if c.name not in dropped
+    }
+    assert trials.losses == expected
+    assert (trials.tokens, trials.component_executions) == (6 * 32, 6 * 7 // 2)
+
+
+def test_a_loss_of_a_mask_equals_a_whole_forward(llm):
+    mask = PruningMask.all_kept(llm.shape).drop("layer1.attention")
+    assert RemovalMeter(llm, WINDOWS).loss(mask) == pytest.approx(loss_of(llm, ["layer1.attention"]), abs=1e-5)
+
+
+def test_a_full_ranking_of_eight_components_takes_36_trials_and_120_executions(ranking):
+    assert ranking.evaluations == 8 * 9 // 2 == 36
+    assert ranking.tokens == 36 * 2 * 16
+    # A round of k components advances the stream k times and runs what lies behind each: k + k (k - 1) / 2.
+    assert ranking.component_executions == sum(k + k * (k - 1) // 2 for k in range(1, 9)) == 120
+    assert sorted(ranking.order) == sorted(f"layer{i}.{kind}" for i in range(4) for kind in ("attention", "mlp"))
+    assert len(ranking.losses) == 8
+
+
+def test_the_executions_are_counted_as_they_happen(llm, monkeypatch):
+    calls, run = [], DecoderLayer.run
+    monkeypatch.setattr(DecoderLayer, "run", lambda *arguments: calls.append(1) or run(*arguments))
+    ranking = greedy_sequential_importance(llm, WINDOWS)
+    assert len(calls) - 8 == ranking.component_executions  # the dense loss runs all 8 once
+
+
+def test_after_some_removals_the_rest_is_ranked_by_the_last_rounds_trials(llm, ranking):
+    order, losses, rounds = brute_force(llm, 3)
+    partial = greedy_sequential_importance(llm, WINDOWS, removals=3)
+    last = {name: loss for name, loss in rounds[-1].items() if name not in order}
+    assert partial.order == (*order, *sorted(last, key=last.get))
+    assert partial.order[:3] == ranking.order[:3]
+    assert partial.losses == pytest.approx(losses, abs=1e-5)
+    assert partial.evaluations == 8 + 7 + 6
+
+
+@pytest.mark.parametrize(("removals", "evaluations"), [(0, 0), (1, 8), (8, 36), (100, 36)])
+def test_removals_beyond_the_model_stop_at_its_end(llm, removals, evaluations):
+    ranking = greedy_sequential_importance(llm, WINDOWS, removals=removals)
+    assert ranking.evaluations == evaluations
+    assert len(set(ranking.order)) == 8 and len(ranking.losses) == min(removals, 8)
+
+
+def test_progress_is_reported_after_each_round(llm):
+    reports = []
+    greedy_sequential_importance(llm, WINDOWS, removals=3, progress=lambda done, total: reports.append((done, total)))
+    assert reports == [(1, 3), (2, 3), (3, 3)]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("rounds_before", [1, 5, 8])
+def test_a_ranking_that_is_cut_off_measures_only_the_rounds_that_are_left(llm, ranking, store, measured, rounds_before):
+    def kill(done, _total):
+        if done == rounds_before:
+            raise Killed
+
+    with pytest.raises(Killed):
+        greedy_sequential_importance(llm, WINDOWS, store=store, progress=kill)
+    assert measured == list(range(rounds_before))
+    measured.clear()
+    resumed = greedy_sequential_importance(llm, WINDOWS, store=store)
+    assert measured == list(range(rounds_before, 8))
+    assert resumed == ranking
+    measured.clear()
+    assert greedy_sequential_importance(llm, WINDOWS, store=store) == ranking
+    assert measured == []
+
+
+def test_a_round_that_is_cut_off_itself_is_measured_again(llm, ranking, store, measured, monkeypatch):
+    put = ResultStore.put
+    monkeypatch.setattr(ResultStore, "put", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        greedy_sequential_importance(llm, WINDOWS, store=store)
+    assert len(store) == 0
+    monkeypatch.setattr(ResultStore, "put", put)
+    assert greedy_sequential_importance(llm, WINDOWS, store=store) == ranking
+    assert measured == [0, *range(8)]
+
+
+def test_without_a_store_every_call_measures_everything(llm, measured):
+    for _ in range(2):
+        greedy_sequential_importance(llm, WINDOWS, removals=2)
+    assert measured == [0, 1, 0, 1]
+
+
+def test_the_store_keeps_other_windows_and_other_models_apart(llm, store, measured):
+    other = build_tiny_llm("llama", seed=4)
+    changed = WINDOWS.clone()
+    changed[1, 15] += 1
+    for model, windows in [(llm, WINDOWS), (llm, changed), (llm, WINDOWS[:, :8]), (other, WINDOWS)]:
+        stored = greedy_sequential_importance(model, windows, removals=1, store=store)
+        assert stored == greedy_sequential_importance(model, windows, removals=1)
+    assert measured == [0] * 8  # half of them for the store, half without it
+    assert len(store) == 4
+
+
+def test_ranking_leaves_the_model_as_it_was(llm):
+    with llm.pruned(PruningMask.all_kept(llm.shape).drop("layer0.mlp")):
+        mask = llm.mask
+        under_a_mask = greedy_sequential_importance(llm, WINDOWS, removals=1)
+        assert llm.mask == mask
+    assert under_a_mask == greedy_sequential_importance(llm, WINDOWS, removals=1)  # always from the dense model
+
+
+def test_rankings_are_compared_without_their_time(ranking):
+    assert dataclasses.replace(ranking, seconds=ranking.seconds + 1) == ranking
+    assert dataclasses.replace(ranking, dense_loss=ranking.dense_loss + 1) != ranking
+
+
+def test_the_current_order_is_dropped_components_first_then_by_their_trials(llm, ranking):
+    source = ImportanceSource(ranking.order, RemovalMeter(llm, WINDOWS))
+    dropped = [ranking.order[4], ranking.order[1]]
+    mask = PruningMask.all_kept(llm.shape).drop(*dropped)
+    losses = {c.name: loss_of(llm, [*dropped, c.name]) for c in mask.kept}
+    expected = (ranking.order[1], ranking.order[4], *sorted(losses, key=losses.get))
+    assert source.current(mask) == expected
+    assert source.static == ranking.order
+    assert source.loss_after(mask, expected[2]) == pytest.approx(losses[expected[2]], abs=1e-5)
+    assert source.loss(mask) == pytest.approx(loss_of(llm, dropped), abs=1e-5)
+
+
+def test_an_order_that_names_a_component_twice_is_refused(ranking):
+    with pytest.raises(InvalidMask, match="stands in the importance order twice"):
+        ImportanceSource([*ranking.order[:7], ranking.order[0]])
+
+
+def test_measuring_without_a_meter_is_refused(llm, ranking):
+    source, dense = ImportanceSource(ranking.order), PruningMask.all_kept(llm.shape)
+    for measure in (source.current, source.loss, lambda mask: source.loss_after(mask, "layer0.mlp")):
+        with pytest.raises(ValueError, match="give the ImportanceSource a RemovalMeter"):
+            measure(dense)
