@@ -21,7 +21,7 @@ from experiments.progress import Phases
 from experiments.records import provenance, write_record
 from experiments.results import judge, mask_picture, summarise, summary_table
 from rap_env.llm.embedded import cache_folder
-from rap_env.policies import Policy, save_policy
+from rap_env.policies import save_policy
 from rap_env.rng import seed_everything
 
 
@@ -37,6 +37,7 @@ def run(config: DictConfig) -> Path:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     folder = Path(HydraConfig.get().runtime.output_dir)
     agent: Agent = instantiate(config.agent)
+    baselines = _baselines(config)
     seed_everything(config.seed)
     with _tracker(config, folder) as tracker, Phases() as phases:
         parts = build(config, phases.start("GSI ranking"))
@@ -51,7 +52,7 @@ def run(config: DictConfig) -> Path:
             log=tracker.log,
         )
         result = agent.search(task)
-        policies = {"learned": result.policy} | _baselines(config, task)
+        policies = {"learned": result.policy} | {name: other.search(task).policy for name, other in baselines.items()}
         rows = judge(policies, parts.report, parts.grid, phases.start("report half"))
         columns, cells = summary_table(summarise(rows))
         tracker.log_table("summary", columns, cells)
@@ -70,9 +71,8 @@ def _tracker(config: DictConfig, folder: Path):
     return instantiate(config.tracker, **given.get(config.tracker._target_.rpartition(".")[2], {}))
 
 
-def _baselines(config: DictConfig, task: Task) -> dict[str, Policy]:
-    agents = {name: compose("config", overrides=[f"agent={name}"]).agent for name in config.baselines}
-    return {name: instantiate(agent).search(task).policy for name, agent in agents.items()}
+def _baselines(config: DictConfig) -> dict[str, Agent]:
+    return {name: instantiate(compose("config", overrides=[f"agent={name}"]).agent) for name in config.baselines}
 
 
 def _digest(config: DictConfig) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import CountingEvaluator
 
 from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidReward, InvalidWorkload, SearchExhausted
 from rap_env.evaluation.evaluator import Evaluation
@@ -16,7 +17,6 @@ from rap_env.memory.footprint import dense_bytes, smallest_bytes
 from rap_env.memory.workload import Workload
 from rap_env.problem import EvaluationBudget, PruningProblem
 from rap_env.rng import global_states
-from tests.conftest import CountingEvaluator
 
 WORK = Workload(4, 512)
 PLENTY_BYTES = 10**9
@@ -76,14 +76,15 @@ def test_outcome_holds_score_footprint_and_fit(toy_problem, mask):
     assert toy_problem.reward(outcome) == outcome.score
 
 
-def test_outcome_above_the_budget_pays_for_the_overshoot(toy_problem, tiny_llm):
+def test_outcome_above_the_budget_pays_for_the_overshoot(tiny_llm):
+    problem = PruningProblem(tiny_llm, CountingEvaluator(), reward_weights={"accuracy": 1.0, "overshoot": -2.0})
     dense = PruningMask.all_kept(tiny_llm.shape)
     budget_bytes = dense_bytes(tiny_llm.shape, WORK) * 4 // 5
-    outcome = toy_problem.evaluate(dense, WORK, budget_bytes)
+    outcome = problem.evaluate(dense, WORK, budget_bytes)
     assert not outcome.fits
     assert outcome.reward_terms["violation"] == 1.0
     assert outcome.reward_terms["overshoot"] == pytest.approx(0.25, rel=1e-4)
-    assert toy_problem.reward(outcome) == pytest.approx(1.0 - 0.25, rel=1e-4)
+    assert problem.reward(outcome) == pytest.approx(1.0 - 2.0 * 0.25, rel=1e-4)
 
 
 def test_a_mask_is_evaluated_once_for_all_workloads_and_budgets(toy_problem, mask):

@@ -8,7 +8,14 @@ from rap_env.reward import overshoot_ratio, weighted_reward
 
 @pytest.mark.parametrize(
     ("peak_bytes", "budget_bytes", "expected"),
-    [(150, 100, 0.5), (100, 100, 0.0), (99, 100, 0.0), (1, 100, 0.0), (300, 100, 2.0), (125_000_000, 100_000_000, 0.25)],
+    [
+        (150, 100, 0.5),
+        (100, 100, 0.0),
+        (99, 100, 0.0),
+        (1, 100, 0.0),
+        (300, 100, 2.0),
+        (125_000_000, 100_000_000, 0.25),
+    ],
 )
 def test_overshoot_is_the_excess_as_a_fraction_of_the_budget(peak_bytes, budget_bytes, expected):
     assert overshoot_ratio(peak_bytes, budget_bytes) == expected

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import ModelShape
 from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import policy_kind
-from rap_env.policies.walk import fit_to_budget
+from rap_env.policies.walk import fit_to_budget, full_order
 
 
 class _WithoutTensors:
@@ -52,11 +51,12 @@ class RandomPolicy(_WithoutTensors):
     def __init__(self, shape: ModelShape, seed: int = 0) -> None:
         self.shape = shape
         self._seed = seed
+        np.random.SeedSequence([seed])  # refuses what is no seed now, not at the first decision
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
-        scenario = [self._seed, workload.batch_size, workload.prompt_tokens, workload.generated_tokens, budget_bytes]
+        scenario = [self._seed, workload.batch_size, workload.prompt_tokens, workload.generated_tokens]
         names = [component.name for component in self.shape.components]
-        order = np.random.default_rng(scenario).permutation(names)
+        order = np.random.default_rng([*scenario, int(budget_bytes)]).permutation(names)
         dense = PruningMask.all_kept(self.shape)
         return fit_to_budget(dense, self.shape, [str(name) for name in order], workload, budget_bytes)
 
@@ -79,10 +79,8 @@ class OrderPolicy(_WithoutTensors):
     kind = "order"
 
     def __init__(self, shape: ModelShape, order: Sequence[str]) -> None:
-        if sorted(order) != sorted(component.name for component in shape.components):
-            raise InvalidMask(f"expected an order over each of the {len(shape.components)} components once")
         self.shape = shape
-        self._order = tuple(order)
+        self._order = full_order(shape, order)
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
         return fit_to_budget(PruningMask.all_kept(self.shape), self.shape, self._order, workload, budget_bytes)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from agents.imitation import imitate_order
+from rap_env.envs.observation import observe
+from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.policies import OneStepPolicy, OrderPolicy, SequentialPolicy
 from rap_env.policies.network import ComponentNetwork
@@ -55,9 +57,30 @@ def agreement(policy, reference, scenarios: list[Scenario]) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_imitation_decides_as_the_order_walk_does(form, tiny_llm, order, sampler, fresh_scenarios):
     walk = OrderPolicy(tiny_llm.shape, order)
-    untrained = form(tiny_llm.shape, ComponentNetwork(tiny_llm.shape, form.sequential), order)
-    assert agreement(untrained, walk, fresh_scenarios) < 0.9
     assert agreement(imitated(form, tiny_llm.shape, order, sampler), walk, fresh_scenarios) >= 0.95
+
+
+def test_imitation_is_what_makes_the_network_do_so(tiny_llm, order, sampler, fresh_scenarios):
+    """The sequential form; in the one-step form the projection onto the budget follows the order by itself."""
+    untrained = SequentialPolicy(tiny_llm.shape, ComponentNetwork(tiny_llm.shape, sequential=True), order)
+    assert agreement(untrained, OrderPolicy(tiny_llm.shape, order), fresh_scenarios) < 0.8
+
+
+def test_one_step_network_itself_drops_the_least_and_keeps_the_most_important(
+    tiny_llm, order, sampler, fresh_scenarios
+):
+    """Before any projection; how far the drops reach in between is a soft cut."""
+    shape = tiny_llm.shape
+    network = ComponentNetwork(shape, sequential=False)
+    imitate_order(network, shape, order, sampler, seed=0)
+    dense = PruningMask.all_kept(shape)
+    kept = []
+    for scenario in fresh_scenarios:
+        entries = observe(shape, scenario, dense, order)
+        scores = network({name: torch.from_numpy(entry)[None] for name, entry in entries.items()})[0, : len(order)]
+        kept.append((scores.detach().numpy() > 0)[[dense.position(order[0]), dense.position(order[-1])]])
+    least, most = np.mean(kept, axis=0)
+    assert least < 0.1 and most > 0.9
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -67,7 +90,8 @@ def test_imitation_judges_no_mask(form, tiny_llm, order, sampler):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_imitation_repeats_itself_with_one_seed_and_not_with_another(form, tiny_llm, order, sampler):
+def test_imitation_repeats_itself_with_one_seed_and_not_with_another(form, tiny_llm, order, sampler, monkeypatch):
+    monkeypatch.setattr("agents.imitation._STEPS", 40, raising=False)  # for speed
     first, twin, other = (imitated(form, tiny_llm.shape, order, sampler, seed).tensors() for seed in (0, 0, 1))
     assert all(torch.equal(first[name], twin[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)

@@ -29,6 +29,7 @@ HEADINGS = (
     " Version History"
 )
 WORK = Workload(2, 512)
+WEIGHTS = {"accuracy": 1.0, "overshoot": -2.0}
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def make(tiny_llm, toy_problem, toy_importance, toy_sampler):
 
     def make_env(name: str, **arguments) -> gymnasium.Env:
         parts = {
-            "problem": PruningProblem(tiny_llm, type(toy_problem.evaluator)()),
+            "problem": PruningProblem(tiny_llm, type(toy_problem.evaluator)(), reward_weights=WEIGHTS),
             "importance": toy_importance,
             "sampler": toy_sampler,
         }
@@ -171,7 +172,7 @@ def test_nothing_given_means_the_embedded_parts(monkeypatch, name, toy_problem, 
     assert env.unwrapped.problem is toy_problem and env.unwrapped.importance is toy_importance
 
 
-def test_one_step_pays_accuracy_minus_overshoot(make, scenario):
+def test_one_step_pays_weights_times_terms(make, scenario):
     env = make("rap/Pruning-v0")
     env.reset(options={"scenario": scenario})
     _, reward, terminated, truncated, info = env.step(np.array([1, 0, 1, 1, 1, 1, 0, 1]))
@@ -180,7 +181,7 @@ def test_one_step_pays_accuracy_minus_overshoot(make, scenario):
     assert info["footprint"]["peak_bytes"] == peak
     overshoot = max(0.0, peak / scenario.budget_bytes - 1)
     accuracy = 1 - (2 + 7) / 36  # positions 1 and 6 of 8, as the toy evaluator counts
-    assert reward == pytest.approx(accuracy - overshoot)
+    assert reward == pytest.approx(accuracy - 2 * overshoot)
     assert info["reward_terms"]["accuracy"] == pytest.approx(accuracy)
     assert info["tasks"]["toy"]["acc"] == pytest.approx(accuracy)
     assert terminated and not truncated
@@ -222,7 +223,7 @@ def test_what_is_kept_may_be_dropped_and_stopping_waits_for_the_budget(sequentia
 def test_stopping_above_the_budget_ends_the_episode_and_pays_for_the_overshoot(sequential):
     _, reward, terminated, truncated, info = sequential().step(8)
     assert terminated and not truncated
-    assert reward == pytest.approx(1.0 - (1 / 0.75 - 1), abs=1e-5)
+    assert reward == pytest.approx(1.0 - 2 * (1 / 0.75 - 1), abs=1e-4)
     assert info["reward_terms"]["violation"] == 1.0
 
 

@@ -97,9 +97,7 @@ def upstream(llm, tasks, manager, items) -> dict[str, dict[str, float]]:
         results = lm_eval.simple_evaluate(
             lm, tasks=tasks, task_manager=manager, samples=items, num_fewshot=0, bootstrap_iters=0, verbosity="ERROR"
         )["results"]
-    return {
-        name: {metric: results[name][f"{metric},none"] for metric in ("acc", "acc_norm")} for name in results
-    }
+    return {name: {metric: results[name][f"{metric},none"] for metric in ("acc", "acc_norm")} for name in results}
 
 
 DROPPED = [(), ("layer0.attention", "layer2.mlp")]

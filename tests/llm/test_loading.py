@@ -58,7 +58,9 @@ def edit_config(folder, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("name", ["smollm2", "tinny", "/no/such/folder", "/nonexistent", "./nonexistent", "~/nothing", "a/b c"])
+@pytest.mark.parametrize(
+    "name", ["smollm2", "tinny", "/no/such/folder", "/nonexistent", "./nonexistent", "~/nothing", "a/b c"]
+)
 def test_a_name_that_can_be_nothing_is_refused_without_asking_the_hub(name, hub):
     hub(AssertionError("asked the hub"))
     with pytest.raises(UnknownName, match="unknown model or folder") as refusal:
@@ -116,7 +118,7 @@ def test_a_damaged_folder_is_refused_with_its_name_and_the_reason(folder, damage
 def test_weights_that_are_cut_off_are_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelUnavailable, match="can't load .*incomplete metadata"):
+    with pytest.raises(ModelUnavailable, match=r"can't load .*incomplete metadata"):
         load_llm(str(folder))
 
 
@@ -124,7 +126,9 @@ def test_weights_that_are_missing_are_never_made_up(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelUnavailable, match=r"its files lack 1 weights, first 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+    with pytest.raises(
+        ModelUnavailable, match=r"its files lack 1 weights, first 'model\.layers\.1\.mlp\.up_proj\.weight'"
+    ):
         load_llm(str(folder))
 
 
@@ -137,10 +141,14 @@ def test_an_unsupported_family_is_refused(tmp_path, saved):
         load_llm(str(tmp_path))
 
 
-@pytest.mark.parametrize("error", [httpx2.ConnectError("no route"), httpx2.ReadTimeout("slow"), OSError("no name server")])
+@pytest.mark.parametrize(
+    "error", [httpx2.ConnectError("no route"), httpx2.ReadTimeout("slow"), OSError("no name server")]
+)
 def test_without_a_network_a_hub_name_is_refused_at_once(hub, error):
     hub(error)
-    with pytest.raises(ModelUnavailable, match=f"can't load '{HUB_NAME}': the hub can't be reached and the model is not"):
+    with pytest.raises(
+        ModelUnavailable, match=f"can't load '{HUB_NAME}': the hub can't be reached and the model is not"
+    ):
         load_llm(HUB_NAME)
 
 
@@ -208,7 +216,9 @@ def test_an_error_that_is_not_about_the_model_stays_itself(folder, monkeypatch):
 def test_a_repositorys_own_code_is_refused_and_not_run(folder):
     (folder / "own.py").write_text("import pathlib\npathlib.Path(__file__).with_name('executed').touch()\n")
     edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
-    with pytest.raises(ModelUnavailable, match=r"wants to run its own code: read it, then set model\.trust_remote_code=true"):
+    with pytest.raises(
+        ModelUnavailable, match=r"wants to run its own code: read it, then set model\.trust_remote_code=true"
+    ):
         load_llm(str(folder))
     assert not (folder / "executed").exists()
 

@@ -70,7 +70,9 @@ def test_a_budget_ratio_is_a_fraction_of_the_dense_footprint(shape):
 def test_a_ratio_below_what_is_left_without_components_is_refused(shape):
     # Without components 4 * 16,736 = 66,944 of 4 * 53,600 + 512 = 214,912 bytes are left: a ratio of 0.3115.
     assert Scenario.from_ratio(shape, Workload(1, 1), 0.3116).budget_bytes == 66_966
-    with pytest.raises(InfeasibleBudget, match=r"no pruning mask fits 66,923 bytes for 1 x 1 .* needs 66,944 bytes") as e:
+    with pytest.raises(
+        InfeasibleBudget, match=r"no pruning mask fits 66,923 bytes for 1 x 1 .* needs 66,944 bytes"
+    ) as e:
         Scenario.from_ratio(shape, Workload(1, 1), 0.3114)
     assert (e.value.budget_bytes, e.value.smallest_bytes) == (66_923, 66_944)
 

@@ -1,0 +1,135 @@
+"""The layout that the architecture promises: short files, each large library in its one place, a small public face."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rap_env
+
+PROJECT = Path(__file__).parents[1]
+PACKAGES = ("rap_env", "agents", "experiments", "scripts", "tests")
+FILES = sorted([PROJECT / "train.py", *(path for package in PACKAGES for path in (PROJECT / package).rglob("*.py"))])
+README = PROJECT / "README.md"
+
+# library -> files or folders that may import it
+HOMES = {
+    "transformers": ("rap_env/llm/",),
+    "huggingface_hub": ("rap_env/llm/",),
+    "tokenizers": ("rap_env/llm/",),
+    "lm_eval": ("rap_env/evaluation/harness.py",),
+    "stable_baselines3": ("agents/",),
+    "sb3_contrib": ("agents/",),
+    "hydra": ("train.py", "experiments/"),
+    "omegaconf": ("train.py", "experiments/"),
+    "wandb": ("experiments/tracking.py",),
+    "sqlalchemy": ("rap_env/evaluation/store.py",),
+}
+# Agents that learn through Stable-Baselines3; every other one must not need it.
+LEARNING = ("agents/sb3.py", "agents/sb3_policies.py", "agents/checkpoint.py")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PROJECT).as_posix()
+
+
+def imported_libraries(path: Path) -> set[str]:
+    """Top-level names of everything that a file imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function from its `def`, without those of its docstring."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        docstring = function.body[0]
+        lines -= docstring.end_lineno - docstring.lineno + 1
+    return lines
+
+
+def test_files_are_under_300_lines():
+    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: n_lines for name, n_lines in lengths.items() if n_lines >= 300} == {}
+    scripts = {name: n_lines for name, n_lines in lengths.items() if name.startswith("scripts/")}
+    assert {name: n_lines for name, n_lines in scripts.items() if n_lines > 60} == {}, "scripts hold no logic"
+
+
+def test_functions_are_under_60_lines():
+    lengths = {
+        f"{name_of(path)}:{node.name}": lines_of(node)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: n_lines for name, n_lines in lengths.items() if n_lines >= 60} == {}
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_large_libraries_are_imported_in_one_place_only(library):
+    importing = {name_of(path) for path in FILES if library in imported_libraries(path)}
+    importing = {name for name in importing if not name.startswith("tests/")}
+    assert importing, f"nothing imports {library}: remove it from this table"
+    assert {name for name in importing if not name.startswith(HOMES[library])} == set()
+
+
+def test_heuristics_need_no_learning_library():
+    for path in (PROJECT / "agents").glob("*.py"):
+        if name_of(path) not in LEARNING:
+            assert not imported_libraries(path) & {"stable_baselines3", "sb3_contrib"}, name_of(path)
+
+
+def test_public_face_is_small_and_importable():
+    assert len(rap_env.__all__) <= 15
+    assert sorted(set(rap_env.__all__)) == list(rap_env.__all__), "sorted, each name once"
+    assert all(hasattr(rap_env, name) for name in rap_env.__all__)
+
+
+def modules_after(statement: str) -> set[str]:
+    """Top-level modules that a fresh process has loaded after a statement."""
+    script = f"{statement}; import sys; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PROJECT)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_that_only_training_or_judging_needs():
+    loaded = modules_after("import rap_env")
+    assert "rap_env" in loaded and "gymnasium" in loaded
+    assert not loaded & {"lm_eval", "stable_baselines3", "sb3_contrib", "hydra", "omegaconf", "wandb", "matplotlib"}
+
+
+def test_every_module_says_what_it_is_for():
+    texts = {name_of(path): path.read_text(encoding="utf-8") for path in FILES if "tests" not in path.parts}
+    assert [name for name, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))] == []
+
+
+@pytest.mark.parametrize("module", ["rap_env.reward", "rap_env.memory.footprint"])
+def test_pure_modules_import_no_torch(module):
+    tree = importlib.import_module(module)
+    assert not imported_libraries(Path(tree.__file__)) & {"torch", "transformers", "numpy"}
+
+
+def tree_of(readme: str) -> dict[str, str]:
+    """Paths and descriptions in the README's tree: lines `path/to/file.py  what it is for` in a text fence."""
+    lines = [line for fence in re.findall(r"^```text\n(.*?)^```", readme, re.M | re.S) for line in fence.splitlines()]
+    return dict(found.groups() for line in lines if (found := re.fullmatch(r"(\S+\.py) {2,}(\S.*)", line)))
+
+
+def test_readmes_tree_has_one_line_for_each_python_file():
+    if not README.is_file():
+        pytest.skip("there is no README.md yet")
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=PROJECT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    described = {name for name in listed.stdout.split() if not name.startswith("tests/")}
+    described = {name for name in described if not name.endswith("__init__.py")}
+    assert set(tree_of(README.read_text(encoding="utf-8"))) == described
