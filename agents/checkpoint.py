@@ -32,12 +32,13 @@ def _generators(model) -> tuple[np.random.Generator, np.random.Generator]:
     return model.env.envs[0].unwrapped.np_random, model.action_space.np_random
 
 
-def save_checkpoint(model, budget: EvaluationBudget, folder: Path) -> None:
+def save_checkpoint(model, budget: EvaluationBudget, history: dict[str, list[float]], folder: Path) -> None:
     """Writes the state of training between two rollouts, atomically.
 
     Args:
         model: A Stable-Baselines3 algorithm.
         budget: Evaluations spent so far.
+        history: What was logged of each episode so far.
         folder: Where the file goes.
     """
     env = model.env.envs[0].unwrapped
@@ -48,6 +49,7 @@ def save_checkpoint(model, budget: EvaluationBudget, folder: Path) -> None:
         "generators": json.dumps([generator.bit_generator.state for generator in _generators(model)]),
         "scenario": json.dumps(asdict(env.scenario)),
         "asked": sorted(budget.asked),
+        "history": history,
     }
     if isinstance(model, OffPolicyAlgorithm):
         state["buffer"] = {name: torch.from_numpy(array) for name, array in _buffer_arrays(model).items()}
@@ -58,7 +60,7 @@ def save_checkpoint(model, budget: EvaluationBudget, folder: Path) -> None:
     draft.replace(folder / _NAME)
 
 
-def restore_checkpoint(model, budget: EvaluationBudget, folder: Path) -> bool:
+def restore_checkpoint(model, budget: EvaluationBudget, history: dict[str, list[float]], folder: Path) -> bool:
     """Puts a fresh model where a killed one was; an episode that was under way starts anew, with its scenario.
 
     Returns:
@@ -74,6 +76,7 @@ def restore_checkpoint(model, budget: EvaluationBudget, folder: Path) -> bool:
         state = torch.load(path, weights_only=True)  # tensors and plain values only: nothing is executed
         _restore(model, state)
         budget.asked.update(state["asked"])
+        history.update(state["history"])
     except Exception as error:
         advice = f"not a checkpoint of this run ({type(error).__name__}). Move it away to start anew"
         raise PolicyUnreadable(f"{path}: {advice}") from error
@@ -101,16 +104,18 @@ def _restore(model, state: dict) -> None:
 class CheckpointCallback(BaseCallback):
     """Saves after every `every_steps` environment steps, at the next point between two rollouts."""
 
-    def __init__(self, budget: EvaluationBudget, folder: Path, every_steps: int) -> None:
+    def __init__(
+        self, budget: EvaluationBudget, history: dict[str, list[float]], folder: Path, every_steps: int
+    ) -> None:
         super().__init__()
-        self._budget, self._folder, self._every_steps = budget, folder, every_steps
+        self._budget, self._history, self._folder, self._every_steps = budget, history, folder, every_steps
         self._saved_at = -1
 
     def _on_rollout_start(self) -> None:
         if self._saved_at < 0:
             self._saved_at = self.num_timesteps
         if self.num_timesteps - self._saved_at >= self._every_steps:
-            save_checkpoint(self.model, self._budget, self._folder)
+            save_checkpoint(self.model, self._budget, self._history, self._folder)
             self._saved_at = self.num_timesteps
 
     def _on_step(self) -> bool:

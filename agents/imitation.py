@@ -7,8 +7,8 @@ from torch.nn import functional
 from rap_env.envs.observation import observe
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario, ScenarioSampler
-from rap_env.policies.network import ComponentNetwork
 from rap_env.policies import OrderPolicy
+from rap_env.policies.network import ComponentNetwork
 
 _SCENARIOS, _STEPS, _BATCH, _LEARNING_RATE = 256, 400, 64, 3e-3
 _SOFTNESS = 0.05  # width of the soft cut, as a fraction of the components
@@ -60,7 +60,8 @@ def _one_step_examples(shape, scenario: Scenario, order: tuple[str, ...]) -> lis
     """Keep-probabilities around the cut of the walk: soft, so that the agent still tries other masks near it."""
     mask = OrderPolicy(shape, order).decide(scenario.workload, scenario.budget_bytes)
     rank = np.array([order.index(component.name) for component in shape.components])
-    probabilities = 1.0 / (1.0 + np.exp(-(rank + 0.5 - len(mask.dropped)) / (_SOFTNESS * len(order))))
+    cut = 1 + max((order.index(component.name) for component in mask.dropped), default=-1)
+    probabilities = 1.0 / (1.0 + np.exp(-(rank + 0.5 - cut) / (_SOFTNESS * len(order))))
     return [(observe(shape, scenario, PruningMask.all_kept(shape), order), probabilities.astype(np.float32))]
 
 

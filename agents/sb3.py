@@ -39,19 +39,19 @@ _ONE_STEP, _SEQUENTIAL = "rap/Pruning-v0", "rap/SequentialPruning-v0"
 class _Watch(BaseCallback):
     """Reports progress and each episode's reward terms; stops when the evaluation budget is used up."""
 
-    def __init__(self, task: Task, total_steps: int) -> None:
+    def __init__(self, task: Task, history: dict[str, list[float]], total_steps: int) -> None:
         super().__init__()
+        self._history = history
         self._search_task, self._total_steps = task, total_steps
-        self.rewards: list[float] = []
-        self.gains: list[float] = []
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
             if "episode" in info:
-                self.rewards.append(float(info["absolute_reward"]))
-                self.gains.append(float(info["episode"]["r"]))
-                metrics = {"reward": self.rewards[-1], "gain_over_greedy": self.gains[-1], "evaluations": self._search_task.problem.budget.spent}
-                self._search_task.log(self.num_timesteps, metrics | info["reward_terms"])
+                episode = {"reward": float(info["absolute_reward"]), "gain_over_greedy": float(info["episode"]["r"])}
+                for name, value in episode.items():
+                    self._history.setdefault(name, []).append(value)
+                spent = {"evaluations": self._search_task.problem.budget.spent}
+                self._search_task.log(self.num_timesteps, episode | spent | info["reward_terms"])
         self._search_task.progress(min(self.num_timesteps, self._total_steps), self._total_steps)
         return not self._search_task.problem.budget.exhausted
 
@@ -62,7 +62,7 @@ class Sb3Agent:
     Args:
         algorithm: `"ppo"`, `"a2c"`, `"dqn"` or `"maskable_ppo"`.
         environment: `"rap/Pruning-v0"` or `"rap/SequentialPruning-v0"`.
-        total_steps: Environment steps to train for.
+        total_steps: Environment steps to train for; PPO and A2C finish the rollout that reaches them.
         warm_start: Whether the network first learns the greedy order by imitation, which costs no evaluation.
         width: Hidden units of the policy network.
         hyperparameters: Further arguments of the algorithm's constructor.
@@ -96,25 +96,23 @@ class Sb3Agent:
         started = time.perf_counter()
         model = self._build(task)
         task.folder.mkdir(parents=True, exist_ok=True)
-        resumed = restore_checkpoint(model, task.problem.budget, task.folder)
+        history: dict[str, list[float]] = {}
+        budget = task.problem.budget
+        resumed = restore_checkpoint(model, budget, history, task.folder)
         network = model.policy.component_network
         if self._warm_start and not resumed:
             imitate_order(network, task.problem.shape, task.importance.static, task.sampler, task.seed)
-        watch = _Watch(task, self._total_steps)
-        callbacks = CallbackList([watch, CheckpointCallback(task.problem.budget, task.folder, self._checkpoint_steps)])
+        watch = _Watch(task, history, self._total_steps)
+        checkpoints = CheckpointCallback(budget, history, task.folder, every_steps=max(1, self._total_steps // 20))
         try:
             remaining = max(0, self._total_steps - model.num_timesteps)
-            model.learn(remaining, callback=callbacks, reset_num_timesteps=False)
+            model.learn(remaining, callback=CallbackList([watch, checkpoints]), reset_num_timesteps=False)
         except SearchExhausted:
             pass  # the last rollout stays unfinished; the policy is what it was before it
         kind = OneStepPolicy if self._environment == _ONE_STEP else SequentialPolicy
         policy = kind(task.problem.shape, network.cpu(), task.importance.static)
-        details = {"steps": model.num_timesteps, "resumed": resumed, "rewards": watch.rewards, "gains_over_greedy": watch.gains}
-        return SearchResult(policy, task.problem.budget.spent, time.perf_counter() - started, details)
-
-    @property
-    def _checkpoint_steps(self) -> int:
-        return max(1, self._total_steps // 20)
+        details = {"steps": model.num_timesteps, "resumed": resumed, "episodes": history}
+        return SearchResult(policy, budget.spent, time.perf_counter() - started, details)
 
     def _build(self, task: Task) -> BaseAlgorithm:
         seed_everything(task.seed)

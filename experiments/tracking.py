@@ -115,6 +115,7 @@ class WandbTracker(Tracker):
     def __init__(self, folder: str | Path, project: str, config: Mapping[str, Any], name: str | None = None) -> None:
         import wandb  # here, so that a run without it neither needs nor waits for it
 
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it takes our `agents` for another package, and says so
         self._wandb = wandb
         Path(folder).mkdir(parents=True, exist_ok=True)
         default_mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"

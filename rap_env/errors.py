@@ -19,6 +19,7 @@ class UnknownName(RapError, KeyError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
+        self._arguments = kind, name, known
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known[:12])}"
         more = f" (and {len(known) - 12} more)" if not close and len(known) > 12 else ""
@@ -26,6 +27,9 @@ class UnknownName(RapError, KeyError):
 
     def __str__(self) -> str:
         return self.args[0]  # KeyError would print the repr
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments  # so that it crosses process borders
 
 
 class InvalidMask(RapError, ValueError):
@@ -49,12 +53,16 @@ class InfeasibleBudget(RapError, ValueError):
     """
 
     def __init__(self, budget_bytes: float, smallest_bytes: int, workload: object) -> None:
+        self._arguments = budget_bytes, smallest_bytes, workload
         self.budget_bytes = budget_bytes
         self.smallest_bytes = smallest_bytes
         super().__init__(
             f"no pruning mask fits {budget_bytes:,.0f} bytes for {workload}: with every component dropped"
             f" the model still needs {smallest_bytes:,} bytes"
         )
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments  # so that it crosses process borders
 
 
 class ModelUnavailable(RapError, OSError):

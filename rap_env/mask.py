@@ -146,3 +146,14 @@ class PruningMask:
 
     def __str__(self) -> str:
         return f"{len(self.kept)} of {len(self.keep)} components kept"
+
+
+def full_order(components: tuple[Component, ...], order: Sequence[str]) -> tuple[str, ...]:
+    """An importance order, once it is sure to rank every component.
+
+    Raises:
+        InvalidMask: The order does not name each component once.
+    """
+    if sorted(order) != sorted(component.name for component in components):
+        raise InvalidMask(f"expected an order over each of the {len(components)} components once")
+    return tuple(order)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from rap_env.errors import InfeasibleBudget, SearchExhausted
+from rap_env.errors import InfeasibleBudget, InvalidReward, SearchExhausted
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.llm.switchable import SwitchableLLM
@@ -14,6 +14,7 @@ from rap_env.memory.workload import Workload
 from rap_env.reward import overshoot_ratio, weighted_reward
 from rap_env.rng import isolated_rng
 
+REWARD_TERMS = ("accuracy", "smooth_accuracy", "overshoot", "violation")
 ACCURACY_REWARD = {"accuracy": 1.0, "overshoot": -5.0}
 
 
@@ -98,6 +99,9 @@ class PruningProblem:
         store: Keeps finished evaluations; None keeps them in memory only.
         reward_weights: Weights of the terms in `Outcome.reward_terms`.
         budget: Counts what is asked; by default without limit.
+
+    Raises:
+        InvalidReward: A weight names no term.
     """
 
     def __init__(
@@ -108,6 +112,9 @@ class PruningProblem:
         reward_weights: Mapping[str, float] = ACCURACY_REWARD,
         budget: EvaluationBudget | None = None,
     ) -> None:
+        for name in reward_weights:
+            if name not in REWARD_TERMS:
+                raise InvalidReward(f"no reward term {name!r}; known terms: {', '.join(REWARD_TERMS)}")
         self.llm = llm
         self.shape = llm.shape
         self.evaluator = evaluator
@@ -125,7 +132,7 @@ class PruningProblem:
             InvalidWorkload: The workload is beyond the model's context.
         """
         smallest = smallest_bytes(self.shape, workload)
-        if budget_bytes < smallest:
+        if not budget_bytes >= smallest:  # so that NaN is refused too
             raise InfeasibleBudget(budget_bytes, smallest, workload)
 
     def evaluate(self, mask: PruningMask, workload: Workload, budget_bytes: int) -> Outcome:

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CountingEvaluator
 
 from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidReward, InvalidWorkload, SearchExhausted
 from rap_env.evaluation.evaluator import Evaluation
@@ -17,6 +16,7 @@ from rap_env.memory.footprint import dense_bytes, smallest_bytes
 from rap_env.memory.workload import Workload
 from rap_env.problem import EvaluationBudget, PruningProblem
 from rap_env.rng import global_states
+from tests.conftest import CountingEvaluator
 
 WORK = Workload(4, 512)
 PLENTY_BYTES = 10**9

@@ -10,7 +10,7 @@ from rap_env.envs.observation import observation_space, observe
 from rap_env.envs.render import Scene, render_ansi, render_rgb
 from rap_env.errors import UnknownName
 from rap_env.importance.source import ImportanceSource
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import footprint
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.problem import Outcome, PruningProblem
@@ -38,6 +38,7 @@ class MaskEnv(gymnasium.Env):
         self.sampler = sampler or ScenarioSampler()
         self.shape = self.problem.shape
         self.sampler.check(self.shape)
+        full_order(self.shape.components, self.importance.static)
         self.observation_space = observation_space(self.shape)
         self.render_mode = render_mode
         self._gsi = gsi

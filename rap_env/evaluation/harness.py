@@ -130,11 +130,14 @@ class HarnessEvaluator:
     @functools.cached_property
     def identity(self) -> dict:
         requests = [
-            [name, instance.args, instance.doc_id] for name, task in self._tasks.items() for instance in task.instances
+            [name, instance.args, instance.doc_id, _gold(task, instance.doc)]
+            for name, task in self._tasks.items()
+            for instance in task.instances
         ]
         return {
             "evaluator": "lm-eval",
             "metric": self._metric,
+            "metrics": {name: sorted(task.aggregation()) for name, task in self._tasks.items()},
             "tasks": {name: str(task.config.metadata.get("version")) for name, task in self._tasks.items()},
             "requests": hashlib.sha256(json.dumps(requests, default=str).encode()).hexdigest(),
             "batch_tokens": self._batch_tokens,

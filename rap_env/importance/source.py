@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rap_env.errors import InvalidMask
 from rap_env.importance.gsi import RemovalMeter
 from rap_env.mask import PruningMask
 
@@ -13,14 +12,9 @@ class ImportanceSource:
     Args:
         order: The static ranking, all component names (`ImportanceRanking.order`).
         meter: Measures the present mask's trials; only `current` and `loss_after` need it.
-
-    Raises:
-        InvalidMask: A name is missing from the order or stands there twice.
     """
 
     def __init__(self, order: Sequence[str], meter: RemovalMeter | None = None) -> None:
-        if len(set(order)) != len(order):
-            raise InvalidMask("a component stands in the importance order twice")
         self.static = tuple(order)
         self._meter = meter
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from rap_env.llm.architecture import ModelShape
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, full_order
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import policy_kind
-from rap_env.policies.walk import fit_to_budget, full_order
+from rap_env.policies.walk import fit_to_budget
 
 
 class _WithoutTensors:
@@ -80,7 +80,7 @@ class OrderPolicy(_WithoutTensors):
 
     def __init__(self, shape: ModelShape, order: Sequence[str]) -> None:
         self.shape = shape
-        self._order = full_order(shape, order)
+        self._order = full_order(shape.components, order)
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
         return fit_to_budget(PruningMask.all_kept(self.shape), self.shape, self._order, workload, budget_bytes)

@@ -9,13 +9,13 @@ import torch
 from rap_env.envs.observation import observe, valid_actions
 from rap_env.errors import InfeasibleBudget
 from rap_env.llm.architecture import ModelShape
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import footprint, smallest_bytes
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import policy_kind
 from rap_env.policies.network import ComponentNetwork
-from rap_env.policies.walk import fit_to_budget, full_order
+from rap_env.policies.walk import fit_to_budget
 
 
 class _NetworkPolicy:
@@ -30,7 +30,7 @@ class _NetworkPolicy:
     def __init__(self, shape: ModelShape, network: ComponentNetwork, order: Sequence[str]) -> None:
         self.shape = shape
         self._network = network.eval()
-        self._order = full_order(shape, order)
+        self._order = full_order(shape.components, order)
 
     def parameters(self) -> dict[str, Any]:
         return {"width": self._network.width, "order": list(self._order)}

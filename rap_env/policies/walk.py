@@ -2,21 +2,10 @@
 
 from collections.abc import Sequence
 
-from rap_env.errors import InfeasibleBudget, InvalidMask
+from rap_env.errors import InfeasibleBudget
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import component_bytes, footprint
 from rap_env.memory.workload import Workload
-
-
-def full_order(shape, order: Sequence[str]) -> tuple[str, ...]:
-    """The order, once it is sure to rank the whole model.
-
-    Raises:
-        InvalidMask: The order does not name each component of the model once.
-    """
-    if sorted(order) != sorted(component.name for component in shape.components):
-        raise InvalidMask(f"expected an order over each of the {len(shape.components)} components once")
-    return tuple(order)
 
 
 def fit_to_budget(mask: PruningMask, shape, order: Sequence[str], workload: Workload, budget_bytes: int) -> PruningMask:
