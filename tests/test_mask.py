@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidMask, UnknownName
-from rap_env.mask import KINDS, Component, PruningMask
+from rap_env.mask import KINDS, Component, PruningMask, full_order
 
 
 def shape_of(n_layers: int) -> SimpleNamespace:
@@ -156,3 +156,9 @@ def test_the_digest_is_equal_in_another_process(dense):
     environment = {"PYTHONHASHSEED": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == mask.digest
+
+
+@pytest.mark.parametrize("wrong", [["layer0.attention"] * 8, ["layer0.attention"], []])
+def test_an_order_that_does_not_name_each_component_once_is_refused(wrong, tiny_llm):
+    with pytest.raises(InvalidMask, match="expected an order over each of the 8 components once"):
+        full_order(tiny_llm.shape.components, wrong)

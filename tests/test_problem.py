@@ -233,11 +233,11 @@ def test_nan_score_makes_an_invalid_reward_and_is_never_stored(tiny_llm, mask, s
     assert len(store) == 0
 
 
-def test_reward_weight_without_a_term_is_an_error(tiny_llm, mask):
-    problem = PruningProblem(tiny_llm, CountingEvaluator(), reward_weights={"acuracy": 1.0})
-    outcome = problem.evaluate(mask, WORK, PLENTY_BYTES)
-    with pytest.raises(InvalidReward, match="'acuracy' has no term; known terms: accuracy, overshoot"):
-        problem.reward(outcome)
+def test_reward_weight_without_a_term_is_refused_before_anything_is_evaluated(tiny_llm):
+    with pytest.raises(
+        InvalidReward, match="no reward term 'acuracy'; known terms: accuracy, smooth_accuracy, overshoot"
+    ):
+        PruningProblem(tiny_llm, CountingEvaluator(), reward_weights={"acuracy": 1.0})
 
 
 def test_equality_of_outcomes_ignores_time_and_origin(toy_problem, mask):

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from rap_env.errors import InvalidMask
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.gsi import RemovalMeter, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
@@ -202,11 +201,6 @@ def test_the_current_order_is_dropped_components_first_then_by_their_trials(llm,
     assert source.static == ranking.order
     assert source.loss_after(mask, expected[2]) == pytest.approx(losses[expected[2]], abs=1e-5)
     assert source.loss(mask) == pytest.approx(loss_of(llm, dropped), abs=1e-5)
-
-
-def test_an_order_that_names_a_component_twice_is_refused(ranking):
-    with pytest.raises(InvalidMask, match="stands in the importance order twice"):
-        ImportanceSource([*ranking.order[:7], ranking.order[0]])
 
 
 def test_measuring_without_a_meter_is_refused(llm, ranking):
