@@ -11,8 +11,9 @@ from rap_env.calibration import Corpus, random_windows, refuse_contamination
 from rap_env.errors import ContaminationFound
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.store import ResultStore
-from rap_env.importance.gsi import ImportanceRanking, RemovalMeter, greedy_sequential_importance
+from rap_env.importance.gsi import ImportanceRanking, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
+from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.embedded import cache_folder
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.memory.scenario import Scenario, ScenarioSampler, scenario_grid
@@ -67,7 +68,7 @@ def build(config: DictConfig, progress: Callable[[int, int], None] = lambda done
     weights = OmegaConf.to_container(config.reward)
     search = PruningProblem(llm, search_tasks, store, weights, EvaluationBudget(config.max_evaluations))
     report = PruningProblem(llm, report_tasks, store, weights)
-    ranking = greedy_sequential_importance(llm, windows, calibration.removals, store, progress)
+    ranking = greedy_sequential_importance(llm, windows, calibration.removals, calibration.exact, store, progress)
     importance = ImportanceSource(ranking.order, RemovalMeter(llm, windows, store))
     return Parts(search, report, sampler, grid, corpus, ranking, importance)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rap_env.evaluation.evaluator import Evaluation
-from rap_env.importance.gsi import RemovalMeter
 from rap_env.importance.source import ImportanceSource
+from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
 from rap_env.llm.loading import build_tiny_llm, load_llm
 from rap_env.memory.scenario import ScenarioSampler

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from rap_env.calibration import random_windows, self_generated_corpus
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.store import ResultStore
-from rap_env.importance.gsi import RemovalMeter, greedy_sequential_importance
+from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
+from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.embedded import cache_folder
 from rap_env.llm.loading import load_llm
 from rap_env.problem import PruningProblem
@@ -32,6 +33,6 @@ def embedded_defaults() -> Defaults:
     store = ResultStore(cache_folder() / "results.db")
     corpus = self_generated_corpus(llm, folder=cache_folder() / "calibration")
     windows = random_windows(corpus, llm.tokenizer, n_samples=2, tokens_per_sample=256, seed=0)
-    ranking = greedy_sequential_importance(llm, windows, store=store)
+    ranking = greedy_sequential_importance(llm, windows, exact=False, store=store)
     problem = PruningProblem(llm, HarnessEvaluator(["rap_search"]), store)
     return Defaults(problem, ImportanceSource(ranking.order, RemovalMeter(llm, windows, store)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rap_env.importance.gsi import RemovalMeter
+from rap_env.importance.trials import RemovalMeter
 from rap_env.mask import PruningMask
 
 
@@ -20,17 +20,17 @@ class ImportanceSource:
 
     def current(self, mask: PruningMask) -> tuple[str, ...]:
         """Dropped components first, in static order; then the kept ones by the loss that dropping each would leave."""
-        losses = self._require_meter().trials(mask).losses
+        losses = {name: trial.loss for name, trial in self._require_meter().trials(mask).items()}
         dropped = [name for name in self.static if name not in losses]
         return (*dropped, *sorted(losses, key=losses.__getitem__))
 
     def loss_after(self, mask: PruningMask, name: str) -> float:
         """Calibration loss of the mask after dropping one more component."""
-        return self._require_meter().trials(mask).losses[name]
+        return self._require_meter().trial(mask, mask.components[mask.position(name)]).loss
 
     def loss(self, mask: PruningMask) -> float:
         """Calibration loss of the mask."""
-        return self._require_meter().loss(mask)
+        return self._require_meter().trial(mask).loss
 
     def _require_meter(self) -> RemovalMeter:
         if self._meter is None:

