@@ -53,13 +53,14 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def measured(monkeypatch) -> list[str]:
-    """Masks of the rounds that are really measured, by their number of dropped components."""
+def measured(monkeypatch) -> list[int]:
+    """Trials that are really measured, each as the number of components that its round has dropped before."""
     calls, measure = [], RemovalMeter._measure
 
-    def record(self, mask):
-        calls.append(len(mask.dropped))
-        return measure(self, mask)
+    def record(self, mask, component):
+        if component is not None:
+            calls.append(len(mask.dropped))
+        return measure(self, mask, component)
 
     monkeypatch.setattr(RemovalMeter, "_measure", record)
     return calls
@@ -74,28 +75,37 @@ def test_the_order_and_its_losses_equal_a_brute_force_search(llm, ranking):
 
 def test_trials_equal_whole_forwards_of_the_shrunk_model(llm):
     dropped = ["layer0.attention", "layer2.mlp"]
-    trials = RemovalMeter(llm, WINDOWS).trials(PruningMask.all_kept(llm.shape).drop(*dropped))
+    meter = RemovalMeter(llm, WINDOWS)
+    trials = meter.trials(PruningMask.all_kept(llm.shape).drop(*dropped))
     expected = {
         c.name: pytest.approx(loss_of(llm, [*dropped, c.name]), abs=1e-5)
         for c in llm.shape.components
         if c.name not in dropped
     }
-    assert trials.losses == expected
-    assert (trials.tokens, trials.component_executions) == (6 * 32, 6 * 7 // 2)
+    assert {name: trial.loss for name, trial in trials.items()} == expected
+    # Trial j runs what lies behind it (5, 4, ..., 0) and all but the first advance the stream by one.
+    assert [trial.component_executions for trial in trials.values()] == [5, 5, 4, 3, 2, 1]
+    assert meter.tokens_per_trial == 32
 
 
 def test_a_loss_of_a_mask_equals_a_whole_forward(llm):
     mask = PruningMask.all_kept(llm.shape).drop("layer1.attention")
-    assert RemovalMeter(llm, WINDOWS).loss(mask) == pytest.approx(loss_of(llm, ["layer1.attention"]), abs=1e-5)
+    assert RemovalMeter(llm, WINDOWS).trial(mask).loss == pytest.approx(loss_of(llm, ["layer1.attention"]), abs=1e-5)
 
 
-def test_a_full_ranking_of_eight_components_takes_36_trials_and_120_executions(ranking):
+def test_a_full_ranking_of_eight_components_takes_36_trials(ranking):
     assert ranking.evaluations == 8 * 9 // 2 == 36
     assert ranking.tokens == 36 * 2 * 16
-    # A round of k components advances the stream k times and runs what lies behind each: k + k (k - 1) / 2.
-    assert ranking.component_executions == sum(k + k * (k - 1) // 2 for k in range(1, 9)) == 120
     assert sorted(ranking.order) == sorted(f"layer{i}.{kind}" for i in range(4) for kind in ("attention", "mlp"))
     assert len(ranking.losses) == 8
+
+
+def test_the_streams_in_front_of_a_trial_are_not_run_again(llm, ranking):
+    # Whole forwards run k - 1 components in each of a round's k trials.
+    assert ranking.component_executions < sum(k * (k - 1) for k in range(1, 9))
+    # The first round advances the stream 7 times and runs what lies behind each of 8 trials.
+    first = greedy_sequential_importance(llm, WINDOWS, removals=1)
+    assert first.component_executions == 7 * 8 // 2
 
 
 def test_the_executions_are_counted_as_they_happen(llm, monkeypatch):
@@ -103,6 +113,28 @@ def test_the_executions_are_counted_as_they_happen(llm, monkeypatch):
     monkeypatch.setattr(DecoderLayer, "run", lambda *arguments: calls.append(1) or run(*arguments))
     ranking = greedy_sequential_importance(llm, WINDOWS)
     assert len(calls) - 8 == ranking.component_executions  # the dense loss runs all 8 once
+
+
+def test_the_lazy_rule_equals_the_exact_one_where_importance_only_grows(llm, monkeypatch):
+    # Losses by a rule: a component costs more, the more others are gone, and never less than before.
+    weights = {component.name: float(position + 1) for position, component in enumerate(llm.shape.components)}
+
+    def measure(self, mask, component):
+        gone = mask.dropped if component is None else (*mask.dropped, component)
+        return {"loss": sum(weights[c.name] for c in gone) * len(gone), "component_executions": 0, "seconds": 0.0}
+
+    monkeypatch.setattr(RemovalMeter, "_measure", measure)
+    exact = greedy_sequential_importance(llm, WINDOWS, exact=True)
+    lazy = greedy_sequential_importance(llm, WINDOWS, exact=False)
+    assert lazy.order == exact.order == tuple(weights)
+    assert lazy.losses == exact.losses
+    assert lazy.evaluations < exact.evaluations
+
+
+def test_every_lazy_loss_is_the_loss_of_the_shrunk_model(llm):
+    lazy = greedy_sequential_importance(llm, WINDOWS, exact=False)
+    assert lazy.losses == pytest.approx([loss_of(llm, lazy.order[: k + 1]) for k in range(8)], abs=1e-5)
+    assert lazy.evaluations <= 36
 
 
 def test_after_some_removals_the_rest_is_ranked_by_the_last_rounds_trials(llm, ranking):
@@ -140,31 +172,40 @@ def test_a_ranking_that_is_cut_off_measures_only_the_rounds_that_are_left(llm, r
 
     with pytest.raises(Killed):
         greedy_sequential_importance(llm, WINDOWS, store=store, progress=kill)
-    assert measured == list(range(rounds_before))
+    rounds = [[index] * (8 - index) for index in range(8)]
+    assert measured == sum(rounds[:rounds_before], [])
     measured.clear()
     resumed = greedy_sequential_importance(llm, WINDOWS, store=store)
-    assert measured == list(range(rounds_before, 8))
+    assert measured == sum(rounds[rounds_before:], [])
     assert resumed == ranking
     measured.clear()
     assert greedy_sequential_importance(llm, WINDOWS, store=store) == ranking
     assert measured == []
 
 
-def test_a_round_that_is_cut_off_itself_is_measured_again(llm, ranking, store, measured, monkeypatch):
-    put = ResultStore.put
-    monkeypatch.setattr(ResultStore, "put", lambda *_: (_ for _ in ()).throw(Killed))
+def test_a_trial_that_could_not_be_stored_is_measured_again(llm, ranking, store, measured, monkeypatch):
+    put, puts = ResultStore.put, []
+
+    def put_three(self, identity, result):
+        puts.append(identity)
+        if len(puts) > 3:
+            raise Killed
+        put(self, identity, result)
+
+    monkeypatch.setattr(ResultStore, "put", put_three)
     with pytest.raises(Killed):
         greedy_sequential_importance(llm, WINDOWS, store=store)
-    assert len(store) == 0
+    assert len(store) == 3  # the dense loss and two trials
+    measured.clear()
     monkeypatch.setattr(ResultStore, "put", put)
     assert greedy_sequential_importance(llm, WINDOWS, store=store) == ranking
-    assert measured == [0, *range(8)]
+    assert len(measured) == 36 - 2
 
 
 def test_without_a_store_every_call_measures_everything(llm, measured):
     for _ in range(2):
         greedy_sequential_importance(llm, WINDOWS, removals=2)
-    assert measured == [0, 1, 0, 1]
+    assert measured == 2 * ([0] * 8 + [1] * 7)
 
 
 def test_the_store_keeps_other_windows_and_other_models_apart(llm, store, measured):
@@ -174,8 +215,8 @@ def test_the_store_keeps_other_windows_and_other_models_apart(llm, store, measur
     for model, windows in [(llm, WINDOWS), (llm, changed), (llm, WINDOWS[:, :8]), (other, WINDOWS)]:
         stored = greedy_sequential_importance(model, windows, removals=1, store=store)
         assert stored == greedy_sequential_importance(model, windows, removals=1)
-    assert measured == [0] * 8  # half of them for the store, half without it
-    assert len(store) == 4
+    assert measured == 8 * [0] * 8  # half of them for the store, half without it
+    assert len(store) == 4 * (1 + 8)
 
 
 def test_ranking_leaves_the_model_as_it_was(llm):
