@@ -37,14 +37,19 @@ class Phases:
         """Opens a phase and returns the function that moves it, called with (done, total)."""
         bar = self._progress.add_task(name, total=None)
         printed_seconds = 0.0
+        first: tuple[int, float] | None = (
+            None  # what came before the first report is set-up and tells nothing of the rest
+        )
 
         def advance(done: int, total: int) -> None:
-            nonlocal printed_seconds
+            nonlocal printed_seconds, first
             self._progress.update(bar, completed=done, total=total)
             elapsed = self._progress.tasks[bar].elapsed or 0.0
+            first = first or (done, elapsed)
             if not self._console.is_terminal and (done == total or elapsed > printed_seconds + 10):
                 printed_seconds = elapsed
-                left = f", about {elapsed * (total - done) / done:.0f} s left" if 0 < done < total else ""
+                steps, seconds = done - first[0], elapsed - first[1]
+                left = f", about {seconds * (total - done) / steps:.0f} s left" if steps and done < total else ""
                 self._console.print(f"{name}: {done}/{total} after {elapsed:.0f} s{left}", soft_wrap=True)
 
         return advance

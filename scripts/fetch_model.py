@@ -7,6 +7,7 @@ from rap_env.llm.embedded import embedded_folder
 
 if __name__ == "__main__":
     try:
+        print("model: SmolLM2-135M-Instruct; fetched and converted on first use, under a minute")
         print(f"model: {embedded_folder()}")
     except RapError as error:
         sys.exit(f"error: {error}")

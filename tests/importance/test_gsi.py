@@ -172,11 +172,10 @@ def test_a_ranking_that_is_cut_off_measures_only_the_rounds_that_are_left(llm, r
 
     with pytest.raises(Killed):
         greedy_sequential_importance(llm, WINDOWS, store=store, progress=kill)
-    rounds = [[index] * (8 - index) for index in range(8)]
-    assert measured == sum(rounds[:rounds_before], [])
+    assert measured == [index for index in range(rounds_before) for _ in range(8 - index)]
     measured.clear()
     resumed = greedy_sequential_importance(llm, WINDOWS, store=store)
-    assert measured == sum(rounds[rounds_before:], [])
+    assert measured == [index for index in range(rounds_before, 8) for _ in range(8 - index)]
     assert resumed == ranking
     measured.clear()
     assert greedy_sequential_importance(llm, WINDOWS, store=store) == ranking
