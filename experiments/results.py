@@ -88,7 +88,7 @@ def summary_table(summary: Mapping[str, Mapping[str, float]]) -> tuple[list[str]
     return columns, cells
 
 
-def mask_picture(rows: Sequence[Mapping[str, Any]], shape, policy: str = "learned") -> np.ndarray:
+def mask_picture(rows: Sequence[Mapping[str, Any]], shape, policy: str) -> np.ndarray:
     """Heat map of what a policy keeps: components by scenario, uint8 [height, width, 3]."""
     own = [row for row in rows if row["policy"] == policy]
     names = [component.name for component in shape.components]
@@ -102,5 +102,6 @@ def mask_picture(rows: Sequence[Mapping[str, Any]], shape, policy: str = "learne
         axes.set_yticks([])
     labels = [f"{row['batch_size']} x {row['prompt_tokens']}, {row['budget_ratio']:.0%}" for row in own]
     figure.axes[0].set_yticks(range(len(own)), labels, fontsize=8)
+    figure.axes[0].set_ylabel("sequences x prompt tokens, memory budget")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -20,9 +20,12 @@ from experiments.build import Parts, build
 from experiments.progress import Phases
 from experiments.records import provenance, write_record
 from experiments.results import judge, mask_picture, summarise, summary_table
+from rap_env.errors import RecordExists
 from rap_env.llm.embedded import cache_folder
 from rap_env.policies import save_policy
 from rap_env.rng import seed_everything
+
+RECORD_NAME = "record.json"
 
 
 def run(config: DictConfig) -> Path:
@@ -36,6 +39,9 @@ def run(config: DictConfig) -> Path:
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if (folder / RECORD_NAME).exists():
+        raise RecordExists(f"{folder / RECORD_NAME} exists, and records are written once; name another run folder")
+    name = HydraConfig.get().runtime.choices.agent
     agent: Agent = instantiate(config.agent)
     baselines = _baselines(config)
     seed_everything(config.seed)
@@ -48,17 +54,18 @@ def run(config: DictConfig) -> Path:
             sampler=parts.sampler,
             seed=config.seed,
             folder=training,
-            progress=phases.start(f"training {HydraConfig.get().runtime.choices.agent}"),
+            progress=phases.start(f"training {name}"),
             log=tracker.log,
         )
         result = agent.search(task)
-        policies = {"learned": result.policy} | {name: other.search(task).policy for name, other in baselines.items()}
+        searched = name if name in baselines else f"learned ({name})"
+        policies = {searched: result.policy} | {name: other.search(task).policy for name, other in baselines.items()}
         rows = judge(policies, parts.report, parts.grid, phases.start("report half"))
         columns, cells = summary_table(summarise(rows))
         tracker.log_table("summary", columns, cells)
-        tracker.log_image("kept_components", mask_picture(rows, parts.search.shape))
+        tracker.log_image("kept_components", mask_picture(rows, parts.search.shape, searched))
         save_policy(result.policy, folder / "policy")
-        path = write_record(folder / "record.json", _record(config, parts, result, rows))
+        path = write_record(folder / RECORD_NAME, _record(config, parts, result, rows))
     shutil.rmtree(training, ignore_errors=True)  # finished: the same command would train anew, from stored evaluations
     _print_summary(columns, cells, path)
     return path

@@ -93,7 +93,7 @@ def test_record_holds_a_row_for_every_policy_and_scenario(first):
     rows = first["results"]["policies"]
     report = first["config"]["workload"]["report"]
     n_scenarios = len(report["workloads"]) * len(report["budget_ratios"])
-    names = {"learned", *first["config"]["baselines"]}
+    names = {"learned (ppo)", *first["config"]["baselines"]}
     assert collections.Counter(row["policy"] for row in rows) == dict.fromkeys(names, n_scenarios)
     for row in rows:
         assert row["footprint"]["peak_bytes"] == row["footprint"]["weights_bytes"] + row["footprint"]["kv_cache_bytes"]
@@ -108,13 +108,13 @@ def test_record_holds_a_row_for_every_policy_and_scenario(first):
 
 def test_policy_beside_the_record_can_be_read(first):
     policy = load_policy(first["path"].parent / "policy")
-    row = next(row for row in first["results"]["policies"] if row["policy"] == "learned")
+    row = next(row for row in first["results"]["policies"] if row["policy"] == "learned (ppo)")
     mask = policy.decide(Workload(row["batch_size"], row["prompt_tokens"]), row["budget_bytes"])
     assert [component.name for component in mask.dropped] == row["dropped"]
 
 
 def test_table_on_the_screen_shows_every_policy(first):
-    for name in ("learned", *first["config"]["baselines"]):
+    for name in ("learned (ppo)", *first["config"]["baselines"]):
         assert f" {name} " in first["output"]
 
 
