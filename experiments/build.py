@@ -1,8 +1,10 @@
 """Builds the parts of an experiment from a composed config."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -97,5 +99,10 @@ def build_evaluators(config: DictConfig) -> tuple[HarnessEvaluator, HarnessEvalu
 def _build_corpus(config: DictConfig, llm: SwitchableLLM) -> Corpus:
     """Calls the corpus source; the one that samples text from the model also takes the model and a folder."""
     source = instantiate(config.calibration.corpus, _partial_=True)
-    known = {"llm": llm, "folder": cache_folder() / "calibration"}
-    return source(**{name: value for name, value in known.items() if name in inspect.signature(source.func).parameters})
+    return call_with(source, llm=llm, folder=cache_folder() / "calibration")
+
+
+def call_with(partial: functools.partial, **offered: Any) -> Any:
+    """Calls what a YAML named with those of the offered arguments that it has parameters for."""
+    parameters = inspect.signature(partial.func).parameters
+    return partial(**{name: value for name, value in offered.items() if name in parameters})

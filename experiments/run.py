@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.base import Agent, SearchResult, Task
-from experiments.build import Parts, build
+from experiments.build import Parts, build, call_with
 from experiments.progress import Phases
 from experiments.records import provenance, write_record
 from experiments.results import judge, mask_picture, summarise, summary_table
@@ -72,10 +72,12 @@ def run(config: DictConfig) -> Path:
 
 
 def _tracker(config: DictConfig, folder: Path):
-    """Trackers take the run's folder and config besides what their YAML says, as far as they ask for it."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    given = {"JsonlTracker": {"folder": folder}, "WandbTracker": {"folder": folder, "config": plain}}
-    return instantiate(config.tracker, **given.get(config.tracker._target_.rpartition(".")[2], {}))
+    """Calls the tracker with what it asks for beyond its YAML: the run's folder, the composed config."""
+    return call_with(instantiate(config.tracker, _partial_=True), folder=folder, config=_plain(config))
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def _baselines(config: DictConfig) -> dict[str, Agent]:
@@ -83,14 +85,14 @@ def _baselines(config: DictConfig) -> dict[str, Agent]:
 
 
 def _digest(config: DictConfig) -> str:
-    plain = {name: value for name, value in OmegaConf.to_container(config, resolve=True).items() if name != "tracker"}
+    plain = {name: value for name, value in _plain(config).items() if name != "tracker"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _record(config: DictConfig, parts: Parts, result: SearchResult, rows: list[dict]) -> dict[str, Any]:
     ranking = asdict(parts.ranking)
     return {
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": _plain(config),
         "provenance": provenance() | {"model_digest": parts.search.llm.digest, "corpus_digest": parts.corpus.digest},
         "results": {
             "summary": summarise(rows),

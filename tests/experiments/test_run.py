@@ -126,6 +126,14 @@ def test_same_command_again_answers_from_the_store_with_the_same_results(first, 
     assert second["results"]["agent"]["evaluations"] == first["results"]["agent"]["evaluations"]
 
 
+def test_wandb_gets_the_table_and_the_picture_without_network(folder, first, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record = finish(start(folder, SMOKE, "tracker=wandb"))
+    media = record["path"].parent.glob("wandb/offline-run-*/files/media/**/*")
+    assert {path.name.split("_")[0] for path in media if path.is_file()} == {"kept", "summary"}
+    assert record["results"]["summary"] == first["results"]["summary"]
+
+
 def test_killed_run_goes_on_and_repeats_no_finished_evaluation(tmp_path):
     store = tmp_path / "cache" / "results.db"
     process = start(tmp_path, *LONG)
