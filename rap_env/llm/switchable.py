@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import ModelShape, architecture_of, decoder_layers, submodule
 from rap_env.mask import ATTENTION, KINDS, Component, PruningMask
+
+# Entries of a config that say where it comes from, or what the weights' own types say already.
+_ORIGIN = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 
 
 class _StreamCaptured(Exception):
@@ -58,8 +62,9 @@ class SwitchableLLM:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over the names, types and bytes of all weights, hexadecimal: what the model computes with."""
-        digest = hashlib.sha256()
+        """SHA-256 over the config and the names, types and bytes of all weights, hexadecimal: what it computes with."""
+        config = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in _ORIGIN}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
@@ -85,7 +90,7 @@ class SwitchableLLM:
         for index, layer in enumerate(self._layers):
             kinds = [kind for kind in KINDS if mask.keeps(Component(index, kind))]
             layer.module.__dict__.pop("forward", None)
-            layer.module.self_attn.layer_idx = kept_attentions if mask.dropped else index
+            layer.module.self_attn.layer_idx = kept_attentions
             if len(kinds) < len(KINDS):
                 layer.module.forward = functools.partial(self._run_kinds, layer, kinds)
             kept_attentions += ATTENTION in kinds

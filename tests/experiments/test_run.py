@@ -103,7 +103,9 @@ def test_record_holds_a_row_for_every_policy_and_scenario(first):
         assert row["score"] == pytest.approx(sum(task["acc"] for task in row["tasks"].values()) / len(row["tasks"]))
         assert all("_report" in task for task in row["tasks"])
     assert first["results"]["summary"].keys() == names
-    assert first["results"]["ranking"]["evaluations"] == 8 * 9 // 2
+    assert (
+        8 <= first["results"]["ranking"]["evaluations"] <= 8 * 9 // 2
+    )  # the lazy rule needs no more than the exact one
 
 
 def test_policy_beside_the_record_can_be_read(first):
