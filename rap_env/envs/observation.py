@@ -57,13 +57,14 @@ def observe(shape, scenario: Scenario, mask: PruningMask, order: tuple[str, ...]
 
 
 def valid_actions(kept: np.ndarray, fits: bool) -> np.ndarray:
-    """Which of the n + 1 actions make sense: dropping what is kept, and stopping (the last) once the mask fits.
+    """Which of the n + 1 actions make sense: dropping what is kept until the mask fits, then stopping (the last).
 
     Args:
         kept: Bits [n].
         fits: Whether the footprint is within the budget.
     """
-    return np.append(kept.astype(bool), fits or not kept.any())
+    done = fits or not kept.any()
+    return np.append(kept.astype(bool) & (not done), done)
 
 
 def _scalar(value: float) -> np.ndarray:

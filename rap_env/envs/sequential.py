@@ -15,8 +15,8 @@ class SequentialPruningEnv(MaskEnv):
     RAP's controller does (arXiv 2505.17138). When it stops, the masked model is judged.
 
     ## Action Space
-    `Discrete(n + 1)`: action i < n drops component i, action n stops. `action_masks()` allows dropping what is kept,
-    and stopping once the footprint is within the budget. An action outside of these changes nothing if it names a
+    `Discrete(n + 1)`: action i < n drops component i, action n stops. `action_masks()` allows dropping what is kept
+    until the footprint is within the budget, and only stopping from then on. An action outside of these changes nothing if it names a
     dropped component; stopping above the budget ends the episode and pays for the overshoot.
 
     ## Observation Space

@@ -70,7 +70,7 @@ class OneStepPolicy(_NetworkPolicy):
 
 @policy_kind
 class SequentialPolicy(_NetworkPolicy):
-    """Drops the component with the highest score, looks at what is left, and repeats until it stops within budget."""
+    """Drops the component with the highest score, looks at what is left, and repeats until the mask fits."""
 
     kind = "sequential_network"
     sequential = True

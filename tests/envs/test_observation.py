@@ -104,11 +104,11 @@ def test_order_sets_the_ranks(shape):
     [
         ([1, 1, 1], False, [True, True, True, False]),
         ([1, 0, 1], False, [True, False, True, False]),
-        ([1, 0, 1], True, [True, False, True, True]),
+        ([1, 0, 1], True, [False, False, False, True]),
         ([0, 0, 0], False, [False, False, False, True]),  # nothing else is left to do
     ],
 )
-def test_kept_components_may_be_dropped_and_a_fitting_mask_may_stop(kept, fits, expected):
+def test_kept_components_may_be_dropped_until_the_mask_fits_and_then_only_stopping_is_left(kept, fits, expected):
     allowed = valid_actions(np.array(kept), fits)
     assert allowed.dtype == bool
     assert allowed.tolist() == expected
