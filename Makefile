@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: train test model clean
 
