@@ -110,6 +110,6 @@ def _print_summary(columns: list[str], cells: list[list], path: Path) -> None:
         table.add_column(column, justify="left" if column == "policy" else "right")
     for row in cells:
         table.add_row(*map(str, row))
-    console = Console(width=max(100, Console().width))  # a log file has no width, and would cut the columns
+    console = Console(width=max(110, Console().width))  # a log file has no width, and would cut the columns
     console.print(table)
     console.print(f"record: {path}", soft_wrap=True)
