@@ -4,12 +4,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from rap_env.errors import InfeasibleBudget, InvalidReward, SearchExhausted
+from rap_env.errors import InvalidReward, SearchExhausted
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import Footprint, footprint, smallest_bytes
+from rap_env.memory.footprint import Footprint, check_feasible, footprint
 from rap_env.memory.workload import Workload
 from rap_env.reward import overshoot_ratio, weighted_reward
 from rap_env.rng import isolated_rng
@@ -131,9 +131,7 @@ class PruningProblem:
             InfeasibleBudget: Even with every component dropped the footprint exceeds the budget.
             InvalidWorkload: The workload is beyond the model's context.
         """
-        smallest = smallest_bytes(self.shape, workload)
-        if not budget_bytes >= smallest:  # so that NaN is refused too
-            raise InfeasibleBudget(budget_bytes, smallest, workload)
+        check_feasible(self.shape, workload, budget_bytes)
 
     def evaluate(self, mask: PruningMask, workload: Workload, budget_bytes: int) -> Outcome:
         """Judges a mask for a workload and a budget.

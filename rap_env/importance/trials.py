@@ -17,7 +17,7 @@ class MaskStreams:
 
     Dropping component j leaves everything in front of j as it is, so a trial is the stored stream in front of j run
     through the components behind it: half of the work on average, and the same result to the bit. It costs one stream
-    [N, T, H] for each kept component, `stream_bytes` in all.
+    [N, T, H] of memory for each kept component.
 
     Args:
         llm: The model.
@@ -30,11 +30,6 @@ class MaskStreams:
         self._kept = llm.shape.components
         self._streams = [embedded]
         self.component_executions = 0
-
-    @property
-    def stream_bytes(self) -> int:
-        """Bytes that are held now."""
-        return sum(stream.nbytes for stream in self._streams)
 
     def move_to(self, mask: PruningMask) -> None:
         """Turns to another mask and keeps the streams in front of the first component that differs."""

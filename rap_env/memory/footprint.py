@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from rap_env.errors import InvalidMask
+from rap_env.errors import InfeasibleBudget, InvalidMask
 from rap_env.mask import ATTENTION, PruningMask
 from rap_env.memory.workload import Workload
 
@@ -90,6 +90,18 @@ def smallest_bytes(shape, workload: Workload) -> int:
     """Peak bytes with every component dropped: the smallest budget that any mask can meet."""
     none_kept = PruningMask(shape.components, (False,) * len(shape.components))
     return footprint(shape, none_kept, workload).peak_bytes
+
+
+def check_feasible(shape, workload: Workload, budget_bytes: float) -> None:
+    """Refuses a budget that no mask can meet.
+
+    Raises:
+        InfeasibleBudget: Even with every component dropped the footprint exceeds the budget, or it is NaN.
+        InvalidWorkload: The workload is beyond the model's context.
+    """
+    smallest = smallest_bytes(shape, workload)
+    if not budget_bytes >= smallest:  # so that NaN is refused too
+        raise InfeasibleBudget(budget_bytes, smallest, workload)
 
 
 def dense_bytes(shape, workload: Workload) -> int:

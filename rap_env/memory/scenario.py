@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rap_env.errors import InfeasibleBudget, InvalidWorkload
-from rap_env.memory.footprint import dense_bytes, smallest_bytes
+from rap_env.errors import InvalidWorkload
+from rap_env.memory.footprint import check_feasible, dense_bytes
 from rap_env.memory.workload import Workload
 
 
@@ -27,9 +27,7 @@ class Scenario:
             InvalidWorkload: The workload is beyond the model's context.
         """
         budget_bytes = int(budget_ratio * dense_bytes(shape, workload))
-        smallest = smallest_bytes(shape, workload)
-        if budget_bytes < smallest:
-            raise InfeasibleBudget(budget_bytes, smallest, workload)
+        check_feasible(shape, workload, budget_bytes)
         return cls(workload, budget_bytes)
 
 

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from rap_env.envs.observation import observe, valid_actions
-from rap_env.errors import InfeasibleBudget
 from rap_env.llm.architecture import ModelShape
 from rap_env.mask import PruningMask, full_order
-from rap_env.memory.footprint import footprint, smallest_bytes
+from rap_env.memory.footprint import check_feasible, footprint
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import policy_kind
@@ -76,9 +75,7 @@ class SequentialPolicy(_NetworkPolicy):
     sequential = True
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
-        smallest = smallest_bytes(self.shape, workload)
-        if budget_bytes < smallest:
-            raise InfeasibleBudget(budget_bytes, smallest, workload)
+        check_feasible(self.shape, workload, budget_bytes)
         scenario, mask = Scenario(workload, budget_bytes), PruningMask.all_kept(self.shape)
         while True:
             fits = footprint(self.shape, mask, workload).peak_bytes <= budget_bytes
