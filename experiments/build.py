@@ -60,7 +60,7 @@ def build(config: DictConfig, progress: Callable[[int, int], None] = lambda done
     sampler.check(llm.shape)
     grid = scenario_grid(llm.shape, config.workload.report.workloads, config.workload.report.budget_ratios)
     search_tasks, report_tasks = build_evaluators(config)
-    corpus = _build_corpus(config, llm)
+    corpus = build_corpus(config, llm)
     refuse_contamination(corpus, search_tasks.item_texts | report_tasks.item_texts)
     store = ResultStore(config.store or cache_folder() / "results.db")
     calibration = config.calibration
@@ -96,8 +96,8 @@ def build_evaluators(config: DictConfig) -> tuple[HarnessEvaluator, HarnessEvalu
     return search, report
 
 
-def _build_corpus(config: DictConfig, llm: SwitchableLLM) -> Corpus:
-    """Calls the corpus source; the one that samples text from the model also takes the model and a folder."""
+def build_corpus(config: DictConfig, llm: SwitchableLLM) -> Corpus:
+    """Calibration text; the source that samples it from the model also takes the model and a folder."""
     source = instantiate(config.calibration.corpus, _partial_=True)
     return call_with(source, llm=llm, folder=cache_folder() / "calibration")
 

@@ -32,5 +32,13 @@ __all__ = [
     "load_policy",
 ]
 
-gymnasium.register("rap/Pruning-v0", entry_point="rap_env.envs.pruning:PruningEnv")
-gymnasium.register("rap/SequentialPruning-v0", entry_point="rap_env.envs.sequential:SequentialPruningEnv")
+gymnasium.register(
+    "rap/Pruning-v0",
+    entry_point="rap_env.envs.pruning:PruningEnv",
+    vector_entry_point="rap_env.envs.vector:PruningVectorEnv",
+)
+gymnasium.register(
+    "rap/SequentialPruning-v0",
+    entry_point="rap_env.envs.sequential:SequentialPruningEnv",
+    vector_entry_point="rap_env.envs.vector:SequentialPruningVectorEnv",
+)

@@ -103,3 +103,7 @@ class RecordExists(RapError, FileExistsError):
 
 class SearchExhausted(RapError):
     """An evaluation budget that is used up; searches catch it and return the best found so far."""
+
+
+class MemoryBoundTooSmall(RapError, ValueError):
+    """A memory bound that does not cover one forward."""

@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import itertools
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +29,7 @@ class Component:
     kind: str
     index: int | None = None
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """`layer3.attention`, or `layer3.attention.1` for a group."""
         base = f"layer{self.layer}.{self.kind}"
@@ -75,11 +77,11 @@ class PruningMask:
         Raises:
             InvalidMask: The length is wrong, or a value is neither 0 nor 1.
         """
-        values = list(bits)
-        if any(value not in (0, 1) for value in values):
-            bad = next(value for value in values if value not in (0, 1))
-            raise InvalidMask(f"expected keep-bits of 0 or 1; got {bad!r}")
-        return cls(shape.components, tuple(bool(value) for value in values))
+        values = bits.tolist() if hasattr(bits, "tolist") else list(bits)  # Python's numbers compare ten times faster
+        for value in values:
+            if value not in (0, 1):
+                raise InvalidMask(f"expected keep-bits of 0 or 1; got {value!r}")
+        return cls(shape.components, tuple(map(bool, values)))
 
     def position(self, name: "str | Component") -> int:
         """Position of a component in `keep`.
@@ -111,11 +113,11 @@ class PruningMask:
 
     @functools.cached_property
     def kept(self) -> tuple[Component, ...]:
-        return tuple(c for c, bit in zip(self.components, self.keep, strict=True) if bit)
+        return tuple(itertools.compress(self.components, self.keep))
 
     @functools.cached_property
     def dropped(self) -> tuple[Component, ...]:
-        return tuple(c for c, bit in zip(self.components, self.keep, strict=True) if not bit)
+        return tuple(itertools.compress(self.components, map(operator.not_, self.keep)))
 
     @functools.cached_property
     def digest(self) -> str:

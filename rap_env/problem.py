@@ -1,7 +1,7 @@
 """The one way to learn how good a mask is."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from rap_env.errors import InvalidReward, SearchExhausted
@@ -79,22 +79,25 @@ class EvaluationBudget:
     def exhausted(self) -> bool:
         return self.limit is not None and self.spent >= self.limit
 
-    def spend(self, mask: PruningMask) -> None:
-        """Counts a mask, once.
+    def spend(self, masks: Iterable[PruningMask]) -> None:
+        """Counts masks, each once.
 
         Raises:
-            SearchExhausted: The mask is new and the limit is reached.
+            SearchExhausted: More of them are new than the limit leaves; none was counted.
         """
-        if mask.digest not in self.asked and self.exhausted:
-            raise SearchExhausted(f"all {self.limit} evaluations are used up")
-        self.asked.add(mask.digest)
+        new = {mask.digest for mask in masks} - self.asked
+        if self.limit is not None and self.spent + len(new) > self.limit:
+            raise SearchExhausted(
+                f"{self.spent} of {self.limit} evaluations are used up; {len(new)} more were asked for"
+            )
+        self.asked |= new
 
 
 class PruningProblem:
     """A model, a judge and a store; environments, searches and reports all ask here.
 
     Args:
-        llm: The model; it is left as it was after every call.
+        llm: The model; the mask that is applied to it does not matter, and stays.
         evaluator: Judges masked models.
         store: Keeps finished evaluations; None keeps them in memory only.
         reward_weights: Weights of the terms in `Outcome.reward_terms`.
@@ -134,20 +137,31 @@ class PruningProblem:
         check_feasible(self.shape, workload, budget_bytes)
 
     def evaluate(self, mask: PruningMask, workload: Workload, budget_bytes: int) -> Outcome:
-        """Judges a mask for a workload and a budget.
+        """Judges a mask for a workload and a budget; raises what `evaluate_many` raises."""
+        return self.evaluate_many([(mask, workload, budget_bytes)])[0]
+
+    def evaluate_many(self, cases: Sequence[tuple[PruningMask, Workload, int]]) -> list[Outcome]:
+        """Judges masks for workloads and budgets; those that are not known yet are judged together.
+
+        The outcomes are equal to the bit to those of judging one after the other.
 
         Raises:
-            InfeasibleBudget: No mask can meet the budget.
-            InvalidWorkload: The workload is beyond the model's context.
-            InvalidMask: The mask's components are not the model's.
-            SearchExhausted: The evaluation budget is used up.
+            InfeasibleBudget: No mask can meet a budget.
+            InvalidWorkload: A workload is beyond the model's context.
+            InvalidMask: A mask's components are not the model's.
+            SearchExhausted: The evaluation budget does not cover all cases; none was judged.
         """
         started = time.perf_counter()
-        self.check_budget(workload, budget_bytes)
-        needed = footprint(self.shape, mask, workload)
-        self.budget.spend(mask)
-        evaluation, from_store = self._evaluation(mask)
-        return Outcome(evaluation, needed, int(budget_bytes), from_store, time.perf_counter() - started)
+        for _mask, workload, budget_bytes in cases:
+            self.check_budget(workload, budget_bytes)
+        needed = [footprint(self.shape, mask, workload) for mask, workload, _budget_bytes in cases]
+        self.budget.spend(mask for mask, _workload, _budget_bytes in cases)
+        measured = self._ensure_known({mask.digest: mask for mask, _workload, _budget_bytes in cases})
+        seconds = time.perf_counter() - started
+        return [
+            Outcome(self._known[mask.digest], size, int(budget_bytes), mask.digest not in measured, seconds)
+            for (mask, _workload, budget_bytes), size in zip(cases, needed, strict=True)
+        ]
 
     def reward(self, outcome: Outcome) -> float:
         """The outcome's terms times this problem's weights.
@@ -157,21 +171,28 @@ class PruningProblem:
         """
         return weighted_reward(outcome.reward_terms, self.reward_weights)
 
-    def _evaluation(self, mask: PruningMask) -> tuple[Evaluation, bool]:
-        if mask.digest in self._known:
-            return self._known[mask.digest], True
-        identity = self.identity(mask) if self.store else None
-        stored = self.store.get(identity) if self.store else None
-        if stored is None:
-            with self.llm.pruned(mask), isolated_rng():
-                evaluation = self.evaluator.evaluate(self.llm)
-            self.fresh_evaluations += 1
-            if self.store:
-                self.store.put(identity, asdict(evaluation))
-        else:
-            evaluation = Evaluation(**stored)
-        self._known[mask.digest] = evaluation
-        return evaluation, stored is not None
+    def _ensure_known(self, masks: Mapping[str, PruningMask]) -> set[str]:
+        """Makes every mask's evaluation known and returns the digests of those that had to be measured."""
+        fresh = {}
+        for digest, mask in masks.items():
+            if digest in self._known:
+                continue
+            stored = self.store.get(self.identity(mask)) if self.store else None
+            if stored is None:
+                fresh[digest] = mask
+            else:
+                self._known[digest] = Evaluation(**stored)
+        if fresh:
+            self._measure(list(fresh.values()))
+        return set(fresh)
+
+    def _measure(self, masks: list[PruningMask]) -> None:
+        with isolated_rng():
+            for mask, evaluation in self.evaluator.evaluate_many(self.llm, masks):
+                if self.store:  # one by one: whatever is killed, what was finished is kept
+                    self.store.put(self.identity(mask), asdict(evaluation))
+                self.fresh_evaluations += 1
+                self._known[mask.digest] = evaluation
 
     def identity(self, mask: PruningMask) -> dict:
         """The key of an evaluation: everything that its result depends on."""

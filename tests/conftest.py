@@ -1,23 +1,27 @@
 """Fixtures: tiny fakes for unit tests, the embedded model for those that are about it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
 
-from rap_env.evaluation.evaluator import Evaluation
+from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.importance.source import ImportanceSource
 from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
 from rap_env.llm.loading import build_tiny_llm, load_llm
+from rap_env.mask import PruningMask
 from rap_env.memory.scenario import ScenarioSampler
 from rap_env.problem import PruningProblem
 
 
-class CountingEvaluator:
+class CountingEvaluator(Evaluator):
     """Scores a mask by a known rule instead of running anything: 1 minus the weights of what is dropped.
 
     Component i of n costs (i + 1) / (n (n + 1) / 2), so that the best masks are known.
+
+    Attributes:
+        calls: Masks that were judged.
     """
 
     def __init__(self) -> None:
@@ -27,10 +31,14 @@ class CountingEvaluator:
     def identity(self) -> Mapping:
         return {"evaluator": "counting"}
 
-    def evaluate(self, llm) -> Evaluation:
-        self.calls += 1
-        n = len(llm.mask.keep)
-        dropped = sum(position + 1 for position, bit in enumerate(llm.mask.keep) if not bit)
+    def evaluate_many(self, llm, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, Evaluation]]:
+        for mask in masks:
+            self.calls += 1
+            yield mask, self.judge(mask)
+
+    def judge(self, mask: PruningMask) -> Evaluation:
+        n = len(mask.keep)
+        dropped = sum(position + 1 for position, bit in enumerate(mask.keep) if not bit)
         score = 1.0 - dropped / (n * (n + 1) / 2)
         return Evaluation(score, {"toy": {"acc": score, "smooth_acc": score, "items": 1}}, tokens=1, seconds=0.0)
 

@@ -23,25 +23,25 @@ PLENTY_BYTES = 10**9
 
 
 class RaisingEvaluator(CountingEvaluator):
-    """Fails after it has seen the masked model."""
+    """Fails while it judges."""
 
-    def evaluate(self, llm) -> Evaluation:
+    def judge(self, mask) -> Evaluation:
         raise ZeroDivisionError("in the middle of an evaluation")
 
 
 class ReseedingEvaluator(CountingEvaluator):
     """Does what lm-eval does on every call, and worse."""
 
-    def evaluate(self, llm) -> Evaluation:
+    def judge(self, mask) -> Evaluation:
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
         torch.rand(3)
-        return super().evaluate(llm)
+        return super().judge(mask)
 
 
 class NanEvaluator(CountingEvaluator):
-    def evaluate(self, llm) -> Evaluation:
+    def judge(self, mask) -> Evaluation:
         return Evaluation(float("nan"), {"toy": {"smooth_acc": 0.5, "items": 1}}, tokens=1, seconds=0.0)
 
 
@@ -177,18 +177,36 @@ def test_exhausted_budget_refuses_new_masks_and_answers_known_ones(tiny_llm, mas
     problem = PruningProblem(tiny_llm, CountingEvaluator(), budget=EvaluationBudget(1))
     problem.evaluate(mask, WORK, PLENTY_BYTES)
     assert problem.budget.exhausted
-    with pytest.raises(SearchExhausted, match="all 1 evaluations"):
+    with pytest.raises(SearchExhausted, match="1 of 1 evaluations are used up; 1 more were asked for"):
         problem.evaluate(mask.drop("layer0.mlp"), WORK, PLENTY_BYTES)
     assert problem.evaluator.calls == problem.budget.spent == 1
     assert problem.evaluate(mask, Workload(1, 64), PLENTY_BYTES).score == pytest.approx(1 - 11 / 36)
 
 
-def test_evaluator_sees_the_masked_model_and_leaves_it_dense(toy_problem, tiny_llm, mask):
-    tokens = torch.arange(16)[None]
-    before = tiny_llm.model(tokens).logits
-    assert toy_problem.evaluate(mask, WORK, PLENTY_BYTES).score < 1, "the evaluator reads the applied mask"
+def test_applied_mask_changes_no_outcome_and_stays(toy_problem, tiny_llm, mask):
+    applied = PruningMask.all_kept(tiny_llm.shape).drop("layer0.attention")
+    with tiny_llm.pruned(applied):
+        assert toy_problem.evaluate(mask, WORK, PLENTY_BYTES).score == pytest.approx(1 - 11 / 36)
+        assert tiny_llm.mask == applied
     assert not tiny_llm.mask.dropped
-    assert torch.equal(tiny_llm.model(tokens).logits, before)
+
+
+def test_evaluator_that_is_asked_itself_judges_the_applied_mask(tiny_llm, mask):
+    with tiny_llm.pruned(mask):
+        assert CountingEvaluator().evaluate(tiny_llm).score == pytest.approx(1 - 11 / 36)
+    assert CountingEvaluator().evaluate(tiny_llm).score == 1
+
+
+def test_budget_counts_each_mask_once_and_all_of_a_call_or_none(mask):
+    budget = EvaluationBudget(3)
+    budget.spend([mask, mask])
+    budget.spend([mask.drop("layer0.mlp"), mask])
+    assert budget.spent == 2 and not budget.exhausted
+    with pytest.raises(SearchExhausted, match="2 of 3 evaluations are used up; 2 more were asked for"):
+        budget.spend([mask.drop("layer1.mlp"), mask, mask.drop("layer2.mlp")])
+    assert budget.asked == {mask.digest, mask.drop("layer0.mlp").digest}
+    budget.spend(iter([mask.drop("layer1.mlp")]))
+    assert budget.exhausted
 
 
 def test_failed_evaluation_leaves_model_and_store_as_they_were(tiny_llm, mask, store):
@@ -213,10 +231,10 @@ def test_random_streams_go_on_as_if_nothing_had_been_evaluated(tiny_llm, mask):
 
 def test_random_streams_are_restored_when_the_evaluator_raises(tiny_llm, mask):
     class Worst(RaisingEvaluator):
-        def evaluate(self, llm):
+        def judge(self, mask):
             torch.manual_seed(0)
             random.seed(0)
-            return super().evaluate(llm)
+            return super().judge(mask)
 
     before = plain(global_states())
     with pytest.raises(ZeroDivisionError):

@@ -1,6 +1,6 @@
-"""What both pruning environments share: scenario, observation, info and rendering."""
+"""What both pruning environments share: scenario, step, observation, info and rendering."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -11,13 +11,30 @@ from rap_env.envs.render import Scene, render_ansi, render_rgb
 from rap_env.errors import UnknownName
 from rap_env.importance.source import ImportanceSource
 from rap_env.mask import PruningMask, full_order
-from rap_env.memory.footprint import footprint
+from rap_env.memory.footprint import Footprint, footprint
 from rap_env.memory.scenario import Scenario, ScenarioSampler
+from rap_env.memory.workload import Workload
 from rap_env.problem import Outcome, PruningProblem
 
 
+class Move(NamedTuple):
+    """What an action did, before the mask is judged: the reward for the action itself, and how the episode ended."""
+
+    reward: float
+    terminated: bool
+    truncated: bool
+
+    @property
+    def ends_episode(self) -> bool:
+        return self.terminated or self.truncated
+
+
 class MaskEnv(gymnasium.Env):
-    """Holds one scenario and the mask that is being built for it; subclasses define actions and steps."""
+    """Holds one scenario and the mask that is being built for it; subclasses define the actions.
+
+    A step has two halves, so that a vector environment can judge the masks of many environments between them: `act`
+    changes the mask, `finish` pays. A mask is judged when its episode ends, and only then.
+    """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
 
@@ -56,6 +73,30 @@ class MaskEnv(gymnasium.Env):
         self._outcome = None
         return self._observe(), self._info()
 
+    def step(self, action):
+        move = self.act(action)
+        return self.finish(move, self.problem.evaluate(*self.case) if move.ends_episode else None)
+
+    def act(self, action) -> Move:
+        """Changes the mask as the action says."""
+        raise NotImplementedError
+
+    @property
+    def case(self) -> tuple[PruningMask, Workload, int]:
+        """What the problem is asked when the episode ends: mask, workload, budget in bytes."""
+        return self._mask, self._scenario.workload, self._scenario.budget_bytes
+
+    def finish(self, move: Move, outcome: Outcome | None):
+        """Ends the step that `act` began and returns what `step` returns.
+
+        Args:
+            move: What `act` returned.
+            outcome: The mask's, if the episode ends; else None.
+        """
+        self._outcome = outcome
+        reward = move.reward + (self.problem.reward(outcome) if outcome else 0.0)
+        return self._observe(), reward, move.terminated, move.truncated, self._info()
+
     @property
     def scenario(self) -> Scenario | None:
         """What the present episode is about; None before the first reset."""
@@ -65,13 +106,12 @@ class MaskEnv(gymnasium.Env):
         order = self.importance.static if self._gsi == "static" else self.importance.current(self._mask)
         return observe(self.shape, self._scenario, self._mask, order)
 
-    def _judge(self) -> float:
-        """Evaluates the mask as it is and returns its reward."""
-        self._outcome = self.problem.evaluate(self._mask, self._scenario.workload, self._scenario.budget_bytes)
-        return self.problem.reward(self._outcome)
+    def _footprint(self) -> Footprint:
+        """Bytes of the present mask; the outcome's own once it is judged."""
+        return self._outcome.footprint if self._outcome else footprint(self.shape, self._mask, self._scenario.workload)
 
     def _info(self) -> dict[str, Any]:
-        needed = footprint(self.shape, self._mask, self._scenario.workload)
+        needed = self._footprint()
         info: dict[str, Any] = {
             "scenario": self._scenario,
             "mask": self._mask,
@@ -95,7 +135,7 @@ class MaskEnv(gymnasium.Env):
         scene = Scene(
             mask=self._mask,
             workload=workload,
-            footprint=footprint(self.shape, self._mask, workload),
+            footprint=self._footprint(),
             dense_footprint=footprint(self.shape, PruningMask.all_kept(self.shape), workload),
             budget_bytes=self._scenario.budget_bytes,
             reward=self.problem.reward(outcome) if outcome else None,

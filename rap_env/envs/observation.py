@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import component_bytes, dense_bytes, smallest_bytes
+from rap_env.memory.footprint import component_bytes, smallest_bytes
 from rap_env.memory.scenario import Scenario
 
 _LARGEST_BATCH = 1024  # scales `batch_size`; larger batches are clipped to 1
@@ -49,7 +49,7 @@ def observe(shape, scenario: Scenario, mask: PruningMask, order: tuple[str, ...]
         "memory_budget": fixed["memory_budget"].copy(),
         "batch_size": fixed["batch_size"].copy(),
         "sequence_length": fixed["sequence_length"].copy(),
-        "gsi_ranking": _ranks(mask.components, order).copy(),
+        "gsi_ranking": _ranks(shape, order).copy(),
         "kept": kept,
         "footprint": _scalar(smallest + float(kept @ fixed["component_bytes"].astype(np.float64))),
         "component_bytes": fixed["component_bytes"].copy(),
@@ -74,18 +74,19 @@ def _scalar(value: float) -> np.ndarray:
 @functools.lru_cache(maxsize=256)
 def _scenario_entries(shape, scenario: Scenario) -> dict:
     workload = scenario.workload
-    dense = dense_bytes(shape, workload)
+    sizes, smallest = component_bytes(shape, workload), smallest_bytes(shape, workload)
+    dense = smallest + sum(sizes)
     return {
         "memory_budget": _scalar(scenario.budget_bytes / dense),
         "batch_size": _scalar(math.log2(workload.batch_size) / math.log2(_LARGEST_BATCH)),
         "sequence_length": _scalar(math.log2(workload.sequence_tokens) / math.log2(shape.context_tokens)),
-        "component_bytes": np.array(component_bytes(shape, workload), dtype=np.float32) / np.float32(dense),
-        "_smallest": smallest_bytes(shape, workload) / dense,
+        "component_bytes": np.array(sizes, dtype=np.float32) / np.float32(dense),
+        "_smallest": smallest / dense,
     }
 
 
 @functools.lru_cache(maxsize=256)
-def _ranks(components: tuple, order: tuple[str, ...]) -> np.ndarray:
+def _ranks(shape, order: tuple[str, ...]) -> np.ndarray:
     position = {name: index for index, name in enumerate(order)}
-    ranks = [position[component.name] for component in components]
+    ranks = [position[component.name] for component in shape.components]
     return np.array(ranks, dtype=np.float32) / max(1, len(ranks) - 1)

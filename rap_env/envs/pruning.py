@@ -3,7 +3,7 @@
 import numpy as np
 from gymnasium import spaces
 
-from rap_env.envs.base import MaskEnv
+from rap_env.envs.base import MaskEnv, Move
 from rap_env.mask import PruningMask
 
 
@@ -66,7 +66,6 @@ class PruningEnv(MaskEnv):
         super().__init__(**arguments)
         self.action_space = spaces.MultiBinary(len(self.shape.components))
 
-    def step(self, action: np.ndarray):
+    def act(self, action: np.ndarray) -> Move:
         self._mask = PruningMask.from_bits(self.shape, action)
-        reward = self._judge()
-        return self._observe(), reward, True, False, self._info()
+        return Move(0.0, terminated=True, truncated=False)

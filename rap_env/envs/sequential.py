@@ -3,7 +3,7 @@
 import numpy as np
 from gymnasium import spaces
 
-from rap_env.envs.base import MaskEnv
+from rap_env.envs.base import MaskEnv, Move
 from rap_env.envs.observation import valid_actions
 
 
@@ -74,18 +74,16 @@ class SequentialPruningEnv(MaskEnv):
 
     def action_masks(self) -> np.ndarray:
         """Booleans [n + 1], for MaskablePPO."""
-        fits = self._info()["overshoot_bytes"] == 0
+        fits = self._footprint().peak_bytes <= self._scenario.budget_bytes
         return valid_actions(np.array(self._mask.keep), fits)
 
-    def step(self, action: int):
+    def act(self, action: int) -> Move:
         self._steps += 1
         stop = int(action) == len(self.shape.components)
         reward = 0.0 if stop else self._drop(int(action))
         terminated = stop or not self._mask.kept
         truncated = not terminated and self._steps >= 2 * len(self.shape.components)
-        if terminated or truncated:
-            reward += self._judge()
-        return self._observe(), reward, terminated, truncated, self._info()
+        return Move(reward, terminated, truncated)
 
     def _drop(self, action: int) -> float:
         """Drops a component and returns the shaping reward for it."""

@@ -1,10 +1,11 @@
-"""What every evaluator is: it judges the model as it is switched right now."""
+"""What every evaluator is: it judges masked models, many at once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Evaluation:
         score: The one number that searches compare; higher is better.
         tasks: For each task its metrics by name, and `items`, the number of items behind them.
         tokens: Tokens that were forwarded.
-        seconds: Wall-clock time.
+        seconds: Wall-clock time; of several that were judged at once, the time since the one before.
     """
 
     score: float
@@ -36,5 +37,11 @@ class Evaluator(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """Everything a result depends on besides the model: items, metric, library versions."""
 
+    def evaluate_many(
+        self, llm: SwitchableLLM, masks: Sequence[PruningMask]
+    ) -> Iterator[tuple[PruningMask, Evaluation]]:
+        """Judges distinct masks, whatever mask is applied; each is yielded as soon as it is finished, in any order."""
+
     def evaluate(self, llm: SwitchableLLM) -> Evaluation:
         """Judges the model with the mask that is applied."""
+        return next(iter(self.evaluate_many(llm, [llm.mask])))[1]

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from rap_env.errors import EvaluationFailed, UnknownName
-from rap_env.evaluation.evaluator import Evaluation
-from rap_env.evaluation.scoring import forwarded_inputs, score_continuations
+from rap_env.evaluation.evaluator import Evaluation, Evaluator
+from rap_env.evaluation.scoring import Score, ScoringPlan, score_continuations
 from rap_env.evaluation.tasks import TASKS_FOLDER
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
 from rap_env.rng import isolated_rng
 
 SMOOTH = "smooth_acc"
@@ -77,7 +78,7 @@ class ScoringLM(TemplateLM):
         raise NotImplementedError("only multiple-choice tasks are judged")
 
 
-class HarnessEvaluator:
+class HarnessEvaluator(Evaluator):
     """Zero-shot multiple-choice accuracy over lm-eval tasks.
 
     Metrics of a task: whatever its YAML lists (`acc`, `acc_norm`), and `smooth_acc`, the mean over items of the
@@ -112,7 +113,7 @@ class HarnessEvaluator:
             raise EvaluationFailed(f"evaluation.limit must be at least 1 or None; got {limit}")
         self._metric = metric
         self._batch_tokens = batch_tokens
-        self._encoded: tuple | None = None  # the last tokenizer and its pairs
+        self._planned: tuple | None = None  # the last tokenizer and its plan
         with isolated_rng(0):
             self._tasks = _load_tasks(list(tasks), include_path)
             for name, task in self._tasks.items():
@@ -155,27 +156,34 @@ class HarnessEvaluator:
             for name, task in self._tasks.items()
         }
 
-    def evaluate(self, llm: SwitchableLLM) -> Evaluation:
-        started = time.perf_counter()
-        pairs = self._encode(llm)
-        answers = iter(score_continuations(llm, pairs, self._batch_tokens))
-        tasks = {}
-        with isolated_rng(0):
-            for name, task in self._tasks.items():
-                for instance in task.instances:
-                    instance.resps = [next(answers)]
-                task.apply_filters()
-                tasks[name] = _metrics(task)
-        score = float(np.mean([metrics[self._metric] for metrics in tasks.values()]))
-        tokens = sum(len(tokens) for tokens in forwarded_inputs(pairs))
-        return Evaluation(score, tasks, tokens, time.perf_counter() - started)
+    def evaluate_many(
+        self, llm: SwitchableLLM, masks: Sequence[PruningMask]
+    ) -> Iterator[tuple[PruningMask, Evaluation]]:
+        started, plan = time.perf_counter(), self.plan(llm)
+        for mask, scores in plan.run(llm, masks):
+            with isolated_rng(0):
+                tasks = self._task_metrics(scores)
+            score = float(np.mean([metrics[self._metric] for metrics in tasks.values()]))
+            finished = time.perf_counter()
+            yield mask, Evaluation(score, tasks, plan.tokens, finished - started)
+            started = finished
 
-    def _encode(self, llm: SwitchableLLM) -> list:
-        if self._encoded is None or self._encoded[0] is not llm.tokenizer:
+    def _task_metrics(self, scores: list[Score]) -> dict[str, dict[str, float]]:
+        answers, tasks = iter(scores), {}
+        for name, task in self._tasks.items():
+            for instance in task.instances:
+                instance.resps = [next(answers)]
+            task.apply_filters()
+            tasks[name] = _metrics(task)
+        return tasks
+
+    def plan(self, llm: SwitchableLLM) -> ScoringPlan:
+        """How the requests are forwarded with a model's tokenizer."""
+        if self._planned is None or self._planned[0] is not llm.tokenizer:
             lm = ScoringLM(llm)
             pairs = [lm.encode_request(*i.args) for task in self._tasks.values() for i in task.instances]
-            self._encoded = (llm.tokenizer, pairs)
-        return self._encoded[1]
+            self._planned = (llm.tokenizer, ScoringPlan(pairs, self._batch_tokens))
+        return self._planned[1]
 
 
 def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:

@@ -3,13 +3,15 @@
 import hashlib
 import math
 import time
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 import torch
 from torch.nn import functional
 
-from rap_env.evaluation.evaluator import Evaluation
+from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
 
 _HEAD_ROWS = 128  # rows of float32 logits that are alive at once; more of them fall out of the CPU cache
 
@@ -39,18 +41,19 @@ def stream_loss(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tenso
     return total / len(targets)
 
 
-@torch.inference_mode()
-def window_losses(llm: SwitchableLLM, windows: torch.Tensor, batch_tokens: int = 4096) -> list[float]:
-    """Mean loss of each window [N, T] under the mask that is applied."""
-    losses = []
+def window_losses(
+    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = 4096
+) -> Iterator[tuple[PruningMask, list[float]]]:
+    """Mean loss of each window [N, T] under each of several distinct masks, whatever mask is applied."""
+    losses: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
     for batch in windows.to(llm.device).split(max(1, batch_tokens // windows.shape[1])):
-        hidden, context = llm.open_stream(batch)
-        hidden = llm.run(llm.mask.kept, hidden, context)
-        losses += [stream_loss(llm, hidden[row, None], batch[row, None]) for row in range(len(batch))]
-    return losses
+        for mask, hidden in llm.run_masks(masks, *llm.open_stream(batch)):
+            losses[mask] += [stream_loss(llm, hidden[row, None], batch[row, None]) for row in range(len(batch))]
+            if len(losses[mask]) == len(windows):
+                yield mask, losses[mask]
 
 
-class PerplexityEvaluator:
+class PerplexityEvaluator(Evaluator):
     """Perplexity over fixed windows; the score is minus the mean loss.
 
     Protocol: windows of equal length, no BOS, the first token of a window is not scored, the mean is over all scored
@@ -69,9 +72,13 @@ class PerplexityEvaluator:
         libraries = {library: version(library) for library in ("torch", "transformers")}
         return {"evaluator": "perplexity", "windows": tokens_digest(self._windows), "versions": libraries}
 
-    def evaluate(self, llm: SwitchableLLM) -> Evaluation:
+    def evaluate_many(
+        self, llm: SwitchableLLM, masks: Sequence[PruningMask]
+    ) -> Iterator[tuple[PruningMask, Evaluation]]:
         started = time.perf_counter()
-        losses = window_losses(llm, self._windows)
-        loss = sum(losses) / len(losses)
-        metrics = {"loss": loss, "perplexity": math.exp(loss), "items": len(losses)}
-        return Evaluation(-loss, {self._name: metrics}, self._windows.numel(), time.perf_counter() - started)
+        for mask, losses in window_losses(llm, self._windows, masks):
+            loss = sum(losses) / len(losses)
+            metrics = {"loss": loss, "perplexity": math.exp(loss), "items": len(losses)}
+            finished = time.perf_counter()
+            yield mask, Evaluation(-loss, {self._name: metrics}, self._windows.numel(), finished - started)
+            started = finished

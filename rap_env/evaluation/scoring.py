@@ -1,85 +1,183 @@
 """Log-likelihoods of continuations, for as few forwarded tokens and logits as the requests allow."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+from rap_env.memory.working import working_bytes
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a context and of its continuation
+Score = tuple[float, bool]  # log-probability of a continuation, and whether greedy decoding would produce it
 _HEAD_ROWS = 128  # rows of float32 logits that are alive at once; more of them fall out of the CPU cache
+# Branches' tokens for each token of their context. Beyond it another copy of the context costs less than attention
+# over everything that the branches may not see.
+_BRANCHING = 8
 
 
-def forwarded_inputs(pairs: Sequence[Pair]) -> dict[tuple[int, ...], list[int]]:
-    """Distinct inputs that the pairs need, with the pairs that each one answers.
+@dataclass
+class _Request:
+    """A tree with the pairs that it answers: `owners[b]` are those whose last input token ends branch b - 1, and
+    `owners[0]` those whose continuation is one token, predicted from the context alone."""
 
-    The last token of a continuation is only predicted, never read. Choices of one token therefore share one input,
-    their context.
-    """
-    inputs: dict[tuple[int, ...], list[int]] = {}
-    for index, (context, continuation) in enumerate(pairs):
-        inputs.setdefault((context + continuation)[:-1], []).append(index)
-    return inputs
+    context: tuple[int, ...]
+    branches: list[tuple[int, ...]] = field(default_factory=list)
+    owners: list[list[int]] = field(default_factory=lambda: [[]])
+
+    @property
+    def tree(self) -> TokenTree:
+        return TokenTree(self.context, tuple(self.branches))
+
+    def add(self, branch: tuple[int, ...], owners: list[int]) -> None:
+        if branch:
+            self.branches.append(branch)
+            self.owners.append(owners)
+        else:
+            self.owners[0] = owners
 
 
-def score_continuations(
-    llm: SwitchableLLM, pairs: Sequence[Pair], batch_tokens: int = 4096
-) -> list[tuple[float, bool]]:
-    """Scores continuations under the mask that is applied.
+class ScoringPlan:
+    """How a list of pairs is forwarded: which tokens, in which batches, and where each answer is read.
 
-    Inputs are padded on the right, where causal attention keeps the padding from everything that is read, so no
-    attention mask is needed. Logits are computed for the predicted positions only and normalised in float32.
+    The choices of an item share their context; the last token of a continuation is only predicted, never read; choices
+    that begin alike share the logits they are predicted from. Trees are packed by length, without padding.
 
     Args:
-        llm: The model.
         pairs: Tokens of contexts (at least one) and continuations (at least one).
-        batch_tokens: Tokens that are forwarded at once, padding included; bounds the activations' memory.
-
-    Returns:
-        For each pair the log-probability of its continuation, and whether greedy decoding would produce it.
+        batch_tokens: Tokens that are forwarded at once; bounds the activations' memory. A longer tree goes alone.
     """
-    totals, all_greedy = [0.0] * len(pairs), [True] * len(pairs)
-    inputs = forwarded_inputs(pairs)
-    with torch.inference_mode():
-        for batch in _batches(sorted(inputs, key=len, reverse=True), batch_tokens):
-            hidden = _forward(llm, batch)
-            rows, positions, targets, owners = [], [], [], []
-            for row, tokens in enumerate(batch):
-                for index in inputs[tokens]:
-                    continuation = pairs[index][1]
-                    rows += [row] * len(continuation)
-                    positions += range(len(tokens) - len(continuation), len(tokens))
-                    targets += continuation
-                    owners += [index] * len(continuation)
-            logprobs, greedy = _token_logprobs(llm, hidden[rows, positions], torch.tensor(targets, device=llm.device))
-            for index, logprob, is_greedy in zip(owners, logprobs, greedy, strict=True):
-                totals[index] += logprob
-                all_greedy[index] &= is_greedy
-    return list(zip(totals, all_greedy, strict=True))
+
+    def __init__(self, pairs: Sequence[Pair], batch_tokens: int = 4096) -> None:
+        self.pairs = pairs
+        requests = sorted(_requests(pairs, batch_tokens), key=lambda request: len(request.tree))
+        self._batches = list(_cut(requests, batch_tokens))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are forwarded."""
+        return sum(len(request.tree) for batch in self._batches for request in batch)
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
+    def peak_bytes(self, shape, n_masks: int = 1) -> int:
+        """Predicted peak of what scoring needs beside the weights.
+
+        Args:
+            shape: The model's `ModelShape`.
+            n_masks: Masks that are scored together; log2 of them are held as streams.
+        """
+        largest = max((sum(len(request.tree) for request in batch) for batch in self._batches), default=0)
+        return working_bytes(shape, largest, 1 + max(1, n_masks).bit_length(), _HEAD_ROWS)
+
+    @property
+    def head_rows(self) -> int:
+        """Positions whose logits are computed."""
+        return sum(1 + sum(map(len, request.branches)) for batch in self._batches for request in batch)
+
+    def run(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[Score]]]:
+        """Scores all pairs under each mask, whatever mask is applied.
+
+        Args:
+            llm: The model.
+            masks: Distinct masks; what they have in common in front is run once.
+
+        Yields:
+            Each mask with the pairs' scores, as soon as its last batch is done.
+        """
+        totals = {mask: [0.0] * len(self.pairs) for mask in masks}
+        greedy = {mask: [True] * len(self.pairs) for mask in masks}
+        for index, batch in enumerate(self._batches):
+            hidden, context, packing = llm.open_packed([request.tree for request in batch])
+            reading = _Reading(batch, packing.starts, self.pairs, llm.device)
+            for mask, stream in llm.run_masks(masks, hidden, context):
+                for pair, logprob, is_greedy in reading.read(llm, stream[0]):
+                    totals[mask][pair] += logprob
+                    greedy[mask][pair] &= is_greedy
+                if index == len(self._batches) - 1:
+                    yield mask, list(zip(totals[mask], greedy[mask], strict=True))
 
 
-def _batches(inputs: list[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Cuts inputs, longest first, into batches of at most `batch_tokens` padded tokens (at least one input each)."""
-    start = 0
-    while start < len(inputs):
-        size = max(1, batch_tokens // len(inputs[start]))
-        yield inputs[start : start + size]
-        start += size
+def score_continuations(llm: SwitchableLLM, pairs: Sequence[Pair], batch_tokens: int = 4096) -> list[Score]:
+    """Scores continuations under the mask that is applied; see `ScoringPlan`."""
+    if not pairs:
+        return []
+    return next(ScoringPlan(pairs, batch_tokens).run(llm, [llm.mask]))[1]
 
 
-def _forward(llm: SwitchableLLM, batch: list[tuple[int, ...]]) -> torch.Tensor:
-    longest = len(batch[0])
-    padded = torch.tensor([tokens + (0,) * (longest - len(tokens)) for tokens in batch], device=llm.device)
-    hidden, context = llm.open_stream(padded)
-    return llm.run(llm.mask.kept, hidden, context)
+def _requests(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[_Request]:
+    branches: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    for index, (context, continuation) in enumerate(pairs):
+        branches.setdefault(context, {}).setdefault(continuation[:-1], []).append(index)
+    for context, owners_of in branches.items():
+        room = min(_BRANCHING * len(context), batch_tokens - len(context))
+        request, left = _Request(context), room
+        for branch, owners in owners_of.items():
+            if branch and request.branches and len(branch) > left:
+                yield request
+                request, left = _Request(context), room
+            request.add(branch, owners)
+            left -= len(branch)
+        yield request
 
 
-def _token_logprobs(llm: SwitchableLLM, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[list[float], list[bool]]:
-    logprobs, greedy = [], []
-    for start in range(0, len(targets), _HEAD_ROWS):
-        chunk = targets[start : start + _HEAD_ROWS, None]
-        logits = llm.logits(hidden[start : start + _HEAD_ROWS]).float()
-        chosen = logits.gather(1, chunk)[:, 0]
-        logprobs += (chosen - logits.logsumexp(-1)).tolist()
-        greedy += (chosen == logits.amax(-1)).tolist()
-    return logprobs, greedy
+def _cut(requests: list[_Request], batch_tokens: int) -> Iterator[list[_Request]]:
+    """Cuts requests into batches of at most `batch_tokens` tokens (at least one request each)."""
+    batch, tokens = [], 0
+    for request in requests:
+        if batch and tokens + len(request.tree) > batch_tokens:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(request)
+        tokens += len(request.tree)
+    if batch:
+        yield batch
+
+
+class _Reading:
+    """Which positions of a packed stream predict which tokens of which pairs.
+
+    R rows are read; each of the Q predicted tokens is looked up in the logits of one of them.
+    """
+
+    def __init__(self, batch: list[_Request], starts: list[int], pairs: Sequence[Pair], device: torch.device) -> None:
+        positions, queries = [], []
+        for request, start in zip(batch, starts, strict=True):
+            first_row, end = len(positions), start + len(request.context)
+            positions.append(end - 1)
+            for branch, owners in zip([(), *request.branches], request.owners, strict=True):
+                rows = [first_row, *range(len(positions), len(positions) + len(branch))]
+                positions += range(end, end + len(branch))
+                end += len(branch)
+                queries += [
+                    (row, token, pair) for pair in owners for row, token in zip(rows, pairs[pair][1], strict=True)
+                ]
+        queries.sort()  # by row, so that each chunk of rows answers a run of them
+        self._positions = torch.tensor(positions, device=device)
+        self._rows = torch.tensor([row for row, _token, _pair in queries], device=device)
+        self._tokens = torch.tensor([token for _row, token, _pair in queries], device=device)
+        self._pairs = [pair for _row, _token, pair in queries]
+
+    def read(self, llm: SwitchableLLM, stream: torch.Tensor) -> Iterator[tuple[int, float, bool]]:
+        """Pair, log-probability and greediness of each predicted token, from the final stream [N, H]."""
+        logprobs, greedy = self._logprobs(llm, stream[self._positions])
+        return zip(self._pairs, logprobs.tolist(), greedy.tolist(), strict=True)
+
+    def _logprobs(self, llm: SwitchableLLM, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs = torch.empty(len(self._rows), device=states.device)
+        greedy = torch.empty(len(self._rows), dtype=torch.bool, device=states.device)
+        cuts = torch.searchsorted(
+            self._rows, torch.arange(0, len(states) + _HEAD_ROWS, _HEAD_ROWS, device=states.device)
+        )
+        for chunk, (first, last) in enumerate(zip(cuts.tolist(), cuts[1:].tolist(), strict=False)):
+            logits = llm.logits(states[chunk * _HEAD_ROWS : (chunk + 1) * _HEAD_ROWS]).float()
+            rows = self._rows[first:last] - chunk * _HEAD_ROWS
+            chosen = logits[rows, self._tokens[first:last]]
+            logprobs[first:last] = chosen - logits.logsumexp(-1)[rows]
+            greedy[first:last] = chosen == logits.amax(-1)[rows]
+        return logprobs, greedy

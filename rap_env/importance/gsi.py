@@ -1,19 +1,18 @@
 """Greedy Sequential Importance: remove the least harmful component, re-measure on the shrunk model, repeat."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from rap_env.evaluation.store import ResultStore
-from rap_env.importance.trials import RemovalMeter, Trial
+from rap_env.importance.lazy import LazyRounds, split_windows
+from rap_env.importance.rounds import ExactRounds
+from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import PruningMask
-
-# How much of the model's own rise in loss an old trial is expected to have followed. At 0 old trials are lower bounds:
-# on SmolLM2-135M (2 x 256 tokens, 40 removals) 679 trials and next to no drift; at 1 there are 180, and losses up to 2%
-# above the exact rule's after 12 removals; at 0.8 there are 298, and at most 0.6% up to 30 removals.
-_TRUST = 0.8
+from rap_env.memory.footprint import component_bytes
+from rap_env.memory.working import streams_within, working_bytes
+from rap_env.memory.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -25,96 +24,94 @@ class ImportanceRanking:
             their last trial.
         losses: Calibration loss after each removal.
         dense_loss: Calibration loss of the dense model.
-        evaluations: Trials that the rule asked for.
+        increases: For each component, by how much the loss of the dense model rises without it. The lazy rule knows
+            the least important third of them from all windows, the others from the sketch. Empty without any round.
+        evaluations: Trials that the rule asked for, wholly or on the sketch only.
         tokens: Tokens of these trials.
         component_executions: Sub-blocks that were run for them when they were measured.
         seconds: Time that they took then.
+        peak_bytes: Predicted peak of what the trials need beside the weights.
     """
 
     order: tuple[str, ...]
     losses: tuple[float, ...]
     dense_loss: float
+    increases: Mapping[str, float]
     evaluations: int
     tokens: int
     component_executions: int = field(compare=False)
     seconds: float = field(compare=False)
+    peak_bytes: int = field(compare=False)
+
+    def per_byte(self, shape, workload: Workload) -> tuple[str, ...]:
+        """Names from the least to the most loss for each byte that dropping the component frees at a workload.
+
+        Takes the increases of the dense model as they are, so it costs no trial. To rank by loss per byte on the
+        shrinking model, give `greedy_sequential_importance` the workload.
+
+        Args:
+            shape: The model's `ModelShape`.
+            workload: The request batch; long ones make attentions dear to keep, short ones MLPs.
+        """
+        freed = bytes_by_name(shape, workload)
+        return tuple(sorted(self.increases, key=lambda name: self.increases[name] / freed[name]))
 
 
-def greedy_sequential_importance(
+def bytes_by_name(shape, workload: Workload) -> dict[str, int]:
+    """Bytes that dropping each component frees at a workload."""
+    names = (component.name for component in shape.components)
+    return dict(zip(names, component_bytes(shape, workload), strict=True))
+
+
+def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything but the first two by name
     llm: SwitchableLLM,
     windows: torch.Tensor,
     removals: int | None = None,
-    exact: bool = True,
+    exact: bool = False,
     store: ResultStore | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    workload: Workload | None = None,
+    memory_bytes: int | None = None,
 ) -> ImportanceRanking:
     """Ranks components by greedy removal (RAP, arXiv 2505.17138; the same order as BlockPruner, arXiv 2406.10594).
 
     Each round removes the component whose absence gives the lowest loss. The exact rule tries every kept component in
-    every round: n (n + 1) / 2 trials for a full ranking of n. The lazy rule trusts trials of earlier rounds, raised by
-    what the model's own loss has risen since, and tries only what looks least important until something that was
-    tried in this round does (as in Minoux's lazy greedy search).
+    every round: n (n + 1) / 2 trials for a full ranking of n. The lazy rule tries only what looks least important; see
+    `rap_env.importance.lazy`.
 
     Args:
         llm: The model.
         windows: Calibration tokens [N, T].
         removals: Rounds; None removes everything. Components that are left are ranked by their last trials.
-        exact: Whether every round tries every kept component; otherwise the lazy rule.
-        store: Keeps finished trials; the same call goes on after a kill.
+        exact: Whether every round tries every kept component on all windows; otherwise the lazy rule.
+        store: Keeps finished trials; the same call goes on after a kill, and other calls reuse them.
         progress: Called with (rounds done, rounds in all).
+        workload: Ranks by loss increase for each byte that the removal frees at this workload; None ranks by loss.
+        memory_bytes: Bound of what the trials need beside the weights; None for no bound. A low bound costs time.
+
+    Raises:
+        MemoryBoundTooSmall: The bound does not cover one forward of the windows.
     """
-    search = _GreedySearch(RemovalMeter(llm, windows, store))
-    rounds = len(search.mask.keep) if removals is None else min(removals, len(search.mask.keep))
-    dense_loss, order, losses = search.loss, [], []
-    for index in range(rounds):
-        order.append(search.remove_least_important(exact))
-        losses.append(search.loss)
-        progress(index + 1, rounds)
+    freed = bytes_by_name(llm.shape, workload) if workload else {c.name: 1 for c in llm.shape.components}
+    held_streams = len(freed) + 1
+    if memory_bytes is not None:
+        held_streams = min(held_streams, streams_within(llm.shape, windows.numel(), memory_bytes))
+    parts = [windows] if exact else split_windows(windows)
+    meters = [RemovalMeter(llm, part, store, held_streams) for part in parts]
+    rounds = ExactRounds(*meters, freed=freed) if exact else LazyRounds(*meters, freed=freed)
+    n_rounds = len(freed) if removals is None else min(removals, len(freed))
+    dense_loss, removed = rounds.loss, []
+    for index in range(n_rounds):
+        removed.append(rounds.remove_least_important())
+        progress(index + 1, n_rounds)
     return ImportanceRanking(
-        order=(*order, *search.left()),
-        losses=tuple(losses),
+        order=(*(removal.name for removal in removed), *rounds.left()),
+        losses=tuple(removal.loss for removal in removed),
         dense_loss=dense_loss,
-        evaluations=len(search.trials),
-        tokens=len(search.trials) * search.meter.tokens_per_trial,
-        component_executions=sum(trial.component_executions for trial in search.trials),
-        seconds=sum(trial.seconds for trial in search.trials),
+        increases=rounds.first_increases,
+        evaluations=len(rounds.tried),
+        tokens=rounds.tokens,
+        component_executions=sum(trial.component_executions for trial in rounds.costs),
+        seconds=sum(trial.seconds for trial in rounds.costs),
+        peak_bytes=working_bytes(llm.shape, windows.numel(), held_streams),
     )
-
-
-class _GreedySearch:
-    """The shrinking model of one greedy search, with the last trial of each component that is left."""
-
-    def __init__(self, meter: RemovalMeter) -> None:
-        self.meter = meter
-        self.mask = PruningMask.all_kept(meter.llm.shape)
-        self.loss = meter.trial(self.mask).loss
-        self.trials: list[Trial] = []
-        self._last: dict[str, tuple[float, float]] = {}  # name -> loss without it, the model's own loss at that time
-
-    def remove_least_important(self, exact: bool) -> str:
-        tried: set[str] = set()
-        if exact or not self._last:
-            for component in self.mask.kept:
-                self._try(component.name)
-            tried.update(self._last)
-        while (name := min(self._last, key=self._expected_loss)) not in tried:
-            self._try(name)
-            tried.add(name)
-        self.loss, _ = self._last.pop(name)
-        self.mask = self.mask.drop(name)
-        return name
-
-    def left(self) -> list[str]:
-        """Names of what was not removed, the least important first."""
-        return sorted((component.name for component in self.mask.kept), key=self._expected_loss)
-
-    def _try(self, name: str) -> None:
-        trial = self.meter.trial(self.mask, self.mask.components[self.mask.position(name)])
-        self.trials.append(trial)
-        self._last[name] = trial.loss, self.loss
-
-    def _expected_loss(self, name: str) -> float:
-        if not self._last:
-            return 0.0  # no round has been tried: nothing is known of anything
-        loss, loss_then = self._last[name]
-        return loss + _TRUST * (self.loss - loss_then)

@@ -1,6 +1,8 @@
 """Trials: what dropping one component of a masked model does to its calibration loss."""
 
+import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -13,23 +15,25 @@ from rap_env.mask import Component, PruningMask
 
 
 class MaskStreams:
-    """The residual stream in front of every kept component of a masked model, run no further than asked.
+    """The residual stream in front of the kept components of a masked model, run no further than asked.
 
-    Dropping component j leaves everything in front of j as it is, so a trial is the stored stream in front of j run
-    through the components behind it: half of the work on average, and the same result to the bit. It costs one stream
-    [N, T, H] of memory for each kept component.
+    Dropping component j leaves everything in front of j as it is, so a trial is the stream in front of j run through
+    the components behind it: half of the work on average, and the same result to the bit. Streams are held in front
+    of every component, or where fewer may be held, of every second, third, ...
 
     Args:
         llm: The model.
         windows: Calibration tokens [N, T].
+        held_streams: Streams [N, T, H] that may be held, at least 1; None for as many as there are.
     """
 
-    def __init__(self, llm: SwitchableLLM, windows: torch.Tensor) -> None:
+    def __init__(self, llm: SwitchableLLM, windows: torch.Tensor, held_streams: int | None = None) -> None:
+        n_streams = len(llm.shape.components) + 1
         self._llm, self._windows = llm, windows
+        self._stride = math.ceil(n_streams / max(1, held_streams or n_streams))
         embedded, self._context = llm.open_stream(windows)
         self._kept = llm.shape.components
-        self._streams = [embedded]
-        self.component_executions = 0
+        self._held = [embedded]  # in front of kept component 0, stride, 2 stride, ...
 
     def move_to(self, mask: PruningMask) -> None:
         """Turns to another mask and keeps the streams in front of the first component that differs."""
@@ -37,28 +41,34 @@ class MaskStreams:
         while shared < min(len(self._kept), len(mask.kept)) and self._kept[shared] == mask.kept[shared]:
             shared += 1
         self._kept = mask.kept
-        del self._streams[shared + 1 :]
+        del self._held[shared // self._stride + 1 :]
+
+    def loss(self) -> float:
+        """Loss of the present mask."""
+        return self._loss(self._in_front_of(len(self._kept)))
 
     def loss_without(self, component: Component) -> float:
         """Loss of the present mask without one of its components."""
         position = self._kept.index(component)
-        return self._loss(self._in_front_of(position), self._kept[position + 1 :])
+        return self._loss(self._run(self._kept[position + 1 :], self._in_front_of(position)))
 
-    def loss(self) -> float:
-        """Loss of the present mask."""
-        return self._loss(self._in_front_of(len(self._kept)), ())
+    def losses_without_each(self, mask: PruningMask, components: Sequence[Component]) -> Iterator[tuple[str, float]]:
+        """Losses of a mask without each of several of its components; the streams in front are shared, not held."""
+        trials = {mask.drop(component): component.name for component in components}
+        for trial, hidden in self._llm.run_masks(list(trials), self._held[0], self._context):
+            yield trials[trial], self._loss(hidden)
 
     def _in_front_of(self, position: int) -> torch.Tensor:
-        while len(self._streams) <= position:
-            component = self._kept[len(self._streams) - 1]
-            self._streams.append(self._run([component], self._streams[-1]))
-        return self._streams[position]
+        while len(self._held) * self._stride <= position:
+            first = (len(self._held) - 1) * self._stride
+            self._held.append(self._run(self._kept[first : first + self._stride], self._held[-1]))
+        nearest = position // self._stride
+        return self._run(self._kept[nearest * self._stride : position], self._held[nearest])
 
-    def _loss(self, hidden: torch.Tensor, components: tuple[Component, ...]) -> float:
-        return stream_loss(self._llm, self._run(components, hidden), self._windows)
+    def _loss(self, hidden: torch.Tensor) -> float:
+        return stream_loss(self._llm, hidden, self._windows)
 
-    def _run(self, components, hidden: torch.Tensor) -> torch.Tensor:
-        self.component_executions += len(components)
+    def _run(self, components: Sequence[Component], hidden: torch.Tensor) -> torch.Tensor:
         return self._llm.run(components, hidden, self._context)
 
 
@@ -84,14 +94,22 @@ class RemovalMeter:
         llm: The model.
         windows: Calibration tokens [N, T].
         store: Keeps every finished trial, so that a ranking that was cut off goes on where it stopped.
+        held_streams: Streams in front of components that may be held; fewer cost time. None for as many as there are.
     """
 
-    def __init__(self, llm: SwitchableLLM, windows: torch.Tensor, store: ResultStore | None = None) -> None:
+    def __init__(
+        self,
+        llm: SwitchableLLM,
+        windows: torch.Tensor,
+        store: ResultStore | None = None,
+        held_streams: int | None = None,
+    ) -> None:
         self.llm = llm
         self.tokens_per_trial = windows.numel()
         self._windows = windows.to(llm.device)
+        self._held_streams = held_streams
         self._store = store
-        self._streams: MaskStreams | None = None
+        self._opened: MaskStreams | None = None
         self._identity = {
             "kind": "calibration loss",
             "model": llm.digest,
@@ -103,29 +121,51 @@ class RemovalMeter:
     def trial(self, mask: PruningMask, component: Component | None = None) -> Trial:
         """Loss of a masked model, without one more of its components if one is named."""
         judged = mask if component is None else mask.drop(component)
-        identity = self._identity | {"dropped": [dropped.name for dropped in judged.dropped]}
-        stored = self._store.get(identity) if self._store else None
-        if stored is None:
-            stored = self._measure(mask, component)
-            if self._store:
-                self._store.put(identity, stored)
-        return Trial(**stored)
+        stored = self._stored(judged)
+        if stored is not None:
+            return stored
+        clock = _Clock(self.llm)
+        self._streams.move_to(mask)
+        loss = self._streams.loss() if component is None else self._streams.loss_without(component)
+        return self._keep(judged, clock.trial(loss))
 
     def trials(self, mask: PruningMask) -> dict[str, Trial]:
-        """Tries to drop each kept component of a masked model in turn, by name."""
-        return {component.name: self.trial(mask, component) for component in mask.kept}
+        """Tries to drop each kept component of a masked model in turn, by name; all together share their streams."""
+        known = {component.name: self._stored(mask.drop(component)) for component in mask.kept}
+        missing = [component for component in mask.kept if known[component.name] is None]
+        clock = _Clock(self.llm)
+        for name, loss in self._streams.losses_without_each(mask, missing) if missing else ():
+            known[name] = self._keep(mask.drop(name), clock.trial(loss))
+        return known
 
-    @torch.inference_mode()
-    def _measure(self, mask: PruningMask, component: Component | None) -> dict:
-        started = time.perf_counter()
-        if self._streams is None:
-            self._streams = MaskStreams(self.llm, self._windows)
-        streams = self._streams
-        streams.move_to(mask)
-        before = streams.component_executions
-        loss = streams.loss() if component is None else streams.loss_without(component)
-        return {
-            "loss": loss,
-            "component_executions": streams.component_executions - before,
-            "seconds": time.perf_counter() - started,
-        }
+    @property
+    def _streams(self) -> MaskStreams:
+        if self._opened is None:  # not before something has to be measured
+            self._opened = MaskStreams(self.llm, self._windows, self._held_streams)
+        return self._opened
+
+    def _stored(self, mask: PruningMask) -> Trial | None:
+        stored = self._store.get(self._identity_of(mask)) if self._store else None
+        return None if stored is None else Trial(**stored)
+
+    def _keep(self, mask: PruningMask, trial: Trial) -> Trial:
+        if self._store:
+            self._store.put(self._identity_of(mask), vars(trial))
+        return trial
+
+    def _identity_of(self, mask: PruningMask) -> dict:
+        return self._identity | {"dropped": [component.name for component in mask.dropped]}
+
+
+class _Clock:
+    """What has been spent since it was last asked."""
+
+    def __init__(self, llm: SwitchableLLM) -> None:
+        self._llm = llm
+        self._executions, self._seconds = llm.component_executions, time.perf_counter()
+
+    def trial(self, loss: float) -> Trial:
+        executions, seconds = self._llm.component_executions, time.perf_counter()
+        trial = Trial(loss, executions - self._executions, seconds - self._seconds)
+        self._executions, self._seconds = executions, seconds
+        return trial

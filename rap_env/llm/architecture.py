@@ -74,6 +74,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
+def attention_window(config: PretrainedConfig) -> int | None:
+    """Tokens that attention looks back, the own one included; None for all. All layers are alike in this."""
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]  # families without types slide or not
+    return getattr(config, "sliding_window", None) if layer_types[0] == "sliding_attention" else None
+
+
 def submodule(module: nn.Module, path: str) -> nn.Module:
     return operator.attrgetter(path)(module)
 

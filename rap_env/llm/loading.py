@@ -1,7 +1,9 @@
 """Loads real models by name or folder, and builds tiny random ones for tests."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -143,11 +145,26 @@ def build_tiny_llm(
         sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192}
     if model_type == "mistral":
         sizes |= {"sliding_window": None}
+    sizes |= {"initializer_range": 0.2}  # large enough for every component to matter
+    return build_random_llm(model_type, sizes, seed, dtype, device)
+
+
+def build_random_llm(
+    model_type: str, sizes: Mapping[str, Any], seed: int = 0, dtype: str = "float32", device: str = "cpu"
+) -> SwitchableLLM:
+    """Builds a model with random weights and a byte-level tokenizer: what it costs is real, what it says is not.
+
+    Args:
+        model_type: A family of the architecture table.
+        sizes: Entries of the family's config; the vocabulary holds at least 257 tokens.
+        seed: Seed of the weights.
+        dtype: As in `load_llm`.
+        device: As in `load_llm`.
+    """
     config = AutoConfig.for_model(model_type, bos_token_id=256, eos_token_id=256, pad_token_id=256, **sizes)
-    config.initializer_range = 0.2  # large enough for every component to matter
     with isolated_rng(seed):
-        model = AutoModelForCausalLM.from_config(config).to(dtype=_DTYPES[dtype], device=device)
-    return SwitchableLLM(model, _byte_tokenizer(), f"{TINY_NAME}-{model_type}")
+        model = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[dtype]).to(device=device)
+    return SwitchableLLM(model, _byte_tokenizer(), f"random-{model_type}")
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

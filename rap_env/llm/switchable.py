@@ -4,13 +4,14 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from rap_env.errors import InvalidMask
-from rap_env.llm.architecture import ModelShape, architecture_of, decoder_layers, submodule
+from rap_env.llm.architecture import ModelShape, architecture_of, attention_window, decoder_layers, submodule
+from rap_env.llm.packing import PACKED_ATTENTION, Packing, TokenTree
 from rap_env.mask import ATTENTION, KINDS, Component, PruningMask
 
 # Entries of a config that say where it comes from, or what the weights' own types say already.
@@ -37,6 +38,9 @@ class SwitchableLLM:
         tokenizer: The tokenizer that belongs to it.
         name: What reports call the model.
 
+    Attributes:
+        component_executions: Sub-blocks that `run` and `run_masks` have run so far.
+
     Raises:
         UnknownName: The architecture table does not know the model's family.
         UnsupportedArchitecture: The layers are not alike, or not pre-norm.
@@ -48,6 +52,7 @@ class SwitchableLLM:
         self.name = name
         self.shape = ModelShape.from_config(model.config, dtype=model.dtype)
         self.mask = PruningMask.all_kept(self.shape)
+        self.component_executions = 0
         self._architecture = architecture_of(model.config)
         self._layers = decoder_layers(model)
         self._use_cache: list[bool | None] | None = None  # upstream's settings while no attention is kept
@@ -76,16 +81,8 @@ class SwitchableLLM:
         return [parameter for module in modules for parameter in module.parameters()]
 
     def apply(self, mask: PruningMask) -> None:
-        """Makes the model run with the mask's components only, until the next call.
-
-        Raises:
-            InvalidMask: The mask's components are not this model's.
-        """
-        if mask.components != self.shape.components:
-            raise InvalidMask(
-                f"expected a mask over the {len(self.shape.components)} components of {self.name};"
-                f" got one over {len(mask.components)} others"
-            )
+        """Makes the model run with the mask's components only, until the next call; raises what `check` raises."""
+        self.check(mask)
         kept_attentions = 0
         for index, layer in enumerate(self._layers):
             kinds = [kind for kind in KINDS if mask.keeps(Component(index, kind))]
@@ -96,6 +93,18 @@ class SwitchableLLM:
             kept_attentions += ATTENTION in kinds
         self._allow_cache(kept_attentions > 0)
         self.mask = mask
+
+    def check(self, mask: PruningMask) -> None:
+        """Refuses another model's masks.
+
+        Raises:
+            InvalidMask: The mask's components are not this model's.
+        """
+        if mask.components != self.shape.components:
+            raise InvalidMask(
+                f"expected a mask over the {len(self.shape.components)} components of {self.name};"
+                f" got one over {len(mask.components)} others"
+            )
 
     def _allow_cache(self, allowed: bool) -> None:
         """Without any attention there is no cache, hence no past length to continue from: decode without one."""
@@ -149,11 +158,79 @@ class SwitchableLLM:
             handle.remove()
         raise AssertionError("upstream's forward did not reach its first layer")
 
+    def open_packed(self, trees: Sequence[TokenTree]) -> tuple[torch.Tensor, dict, Packing]:
+        """Embeds token trees, packed into one stream of N tokens without padding.
+
+        Args:
+            trees: What to forward, in order of length.
+
+        Returns:
+            The residual stream [1, N, H], the context that `run` needs with it, and where each tree starts.
+        """
+        packing = Packing(trees, self.device, attention_window(self.model.config))
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # stops upstream from building one [N, N]
+        hidden, context = self.open_stream(
+            packing.tokens[None], position_ids=packing.positions[None], attention_mask=mask
+        )
+        return hidden, context | {"attention_mask": packing}, packing
+
     def run(self, components: Iterable[Component], hidden: torch.Tensor, context: dict) -> torch.Tensor:
         """Runs components over the residual stream, [B, T, H] -> [B, T, H], whatever mask is applied."""
-        for component in components:
-            hidden = self._layers[component.layer].run(component.kind, hidden, context)
+        with self._attention_for(context):
+            for component in components:
+                self.component_executions += 1
+                hidden = self._layers[component.layer].run(component.kind, hidden, context)
         return hidden
+
+    def run_masks(
+        self, masks: Iterable[PruningMask], hidden: torch.Tensor, context: dict, start: int = 0
+    ) -> Iterator[tuple[PruningMask, torch.Tensor]]:
+        """Runs several masks over one stream; what masks have in common in front is run once.
+
+        Goes down the trie over the keep-bits in layer order. Where masks part, the stream is held for the larger group
+        while the smaller one is run, so at most log2(number of masks) streams are held. Each result is equal to the bit
+        to that of running its mask alone.
+
+        Args:
+            masks: Distinct masks over this model's components.
+            hidden: The residual stream [B, T, H] in front of component `start`.
+            context: What `open_stream` or `open_packed` returned with it.
+            start: Position of the first component to run; the bits in front of it are taken as done.
+
+        Raises:
+            InvalidMask: A mask's components are not this model's.
+
+        Yields:
+            Each mask with the residual stream behind its last component, as soon as it is known.
+        """
+        masks = list(masks)
+        for mask in masks:
+            self.check(mask)
+        held = [(start, hidden, masks)] if masks else []
+        while held:
+            position, hidden, group = held.pop()
+            while position < len(self.shape.components):
+                keeping = [mask for mask in group if mask.keep[position]]
+                dropping = [mask for mask in group if not mask.keep[position]]
+                if keeping and dropping:  # the smaller group first: then no more than log2 of all can be waiting
+                    group, waiting = sorted((keeping, dropping), key=len)
+                    held.append((position, hidden, waiting))
+                if group[0].keep[position]:
+                    hidden = self.run([self.shape.components[position]], hidden, context)
+                position += 1
+            for mask in group:
+                yield mask, hidden
+
+    @contextlib.contextmanager
+    def _attention_for(self, context: dict) -> Iterator[None]:
+        config = self.model.config
+        previous = config._attn_implementation
+        if isinstance(context.get("attention_mask"), Packing):
+            config._attn_implementation = PACKED_ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = previous
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head, [..., H] -> [..., V] in the model's dtype."""

@@ -21,6 +21,7 @@ from rap_env.memory.footprint import footprint
 from rap_env.memory.scenario import Scenario, scenario_grid
 from rap_env.policies import OrderPolicy, Policy, RandomPolicy, load_policy, save_policy
 from rap_env.problem import EvaluationBudget, PruningProblem
+from tests.conftest import CountingEvaluator
 
 CONF = Path(__file__).parents[2] / "conf"
 AGENTS = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
@@ -110,13 +111,13 @@ def test_unknown_algorithms_and_environments_are_refused_with_the_known_ones():
 # drops the last component first. The importance order that agents are given drops the first one first.
 
 
-class LastIsLeast:
+class LastIsLeast(CountingEvaluator):
     """Judges by a rule that contradicts the components' own order."""
 
     identity = {"evaluator": "last is least"}
 
-    def evaluate(self, llm) -> Evaluation:
-        score = score_of(llm.mask.keep)
+    def judge(self, mask) -> Evaluation:
+        score = score_of(mask.keep)
         return Evaluation(score, {"toy": {"acc": score, "smooth_acc": score, "items": 1}}, tokens=1, seconds=0.0)
 
 

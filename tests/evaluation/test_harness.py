@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import lm_eval
 import pytest
@@ -174,6 +175,21 @@ def test_evaluating_leaves_the_random_streams_alone(tiny_llm, folder):
 
 def test_evaluating_twice_gives_equal_results(tiny_llm, evaluator):
     assert evaluator.evaluate(tiny_llm) == evaluator.evaluate(tiny_llm)
+
+
+def test_many_masks_are_judged_as_each_alone_whatever_mask_is_applied(tiny_llm, evaluator):
+    n_bits = len(tiny_llm.shape.components)
+    codes = [0, 2**n_bits - 1, *random.Random(0).sample(range(1, 2**n_bits - 1), 8)]
+    masks = [PruningMask.from_bits(tiny_llm.shape, [code >> bit & 1 for bit in range(n_bits)]) for code in codes]
+    with tiny_llm.pruned(masks[3]):
+        together = list(evaluator.evaluate_many(tiny_llm, masks))
+        assert tiny_llm.mask == masks[3]
+    assert sorted(mask.keep for mask, _ in together) == sorted(mask.keep for mask in masks), "each mask once"
+    for mask, evaluation in together:
+        with tiny_llm.pruned(mask):
+            alone = evaluator.evaluate(tiny_llm)
+        assert (evaluation, evaluation.tokens) == (alone, alone.tokens)
+    assert len({evaluation.mean("smooth_acc") for _, evaluation in together}) == 10  # none could be taken for another
 
 
 def test_one_evaluator_judges_models_with_other_tokenizers(tiny_llm, folder):

@@ -1,6 +1,7 @@
 """Perplexity follows its protocol: windows without BOS, first token unscored, float32 logits, mean over tokens."""
 
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -27,23 +28,60 @@ def loss_of(model, window) -> float:
     return -sum(logits[position - 1, window[position]].item() for position in range(1, len(window))) / (len(window) - 1)
 
 
+def losses_of(llm, windows, *options) -> list[float]:
+    """Losses under the mask that is applied."""
+    ((mask, losses),) = window_losses(llm, windows, [llm.mask], *options)
+    assert mask == llm.mask
+    return losses
+
+
+def random_masks(shape, n: int) -> list[PruningMask]:
+    """Distinct masks, the one that drops everything and the dense one among them."""
+    rng, n_bits = random.Random(0), len(shape.components)
+    codes = [0, 2**n_bits - 1, *rng.sample(range(1, 2**n_bits - 1), n - 2)]
+    return [PruningMask.from_bits(shape, [code >> bit & 1 for bit in range(n_bits)]) for code in codes]
+
+
 @pytest.mark.parametrize("dropped", [(), ("layer0.attention", "layer3.mlp")])
 def test_window_losses_equal_plain_forwards(tiny_llm, windows, dropped):
     with tiny_llm.pruned(PruningMask.all_kept(tiny_llm.shape).drop(*dropped)):
-        assert window_losses(tiny_llm, windows) == pytest.approx(
-            [loss_of(tiny_llm.model, w) for w in windows], abs=1e-5
-        )
+        assert losses_of(tiny_llm, windows) == pytest.approx([loss_of(tiny_llm.model, w) for w in windows], abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 12, 30, 10_000])
 def test_losses_do_not_depend_on_the_batch(tiny_llm, windows, batch_tokens):
     expected = [loss_of(tiny_llm.model, w) for w in windows]
-    assert window_losses(tiny_llm, windows, batch_tokens) == pytest.approx(expected, abs=1e-5)
+    assert losses_of(tiny_llm, windows, batch_tokens) == pytest.approx(expected, abs=1e-5)
 
 
 def test_losses_do_not_depend_on_how_the_head_is_cut(tiny_llm, windows, monkeypatch):
     monkeypatch.setattr(perplexity, "_HEAD_ROWS", 4)  # 11 scored tokens: cuts of 4, 4 and 3
-    assert window_losses(tiny_llm, windows) == pytest.approx([loss_of(tiny_llm.model, w) for w in windows], abs=1e-5)
+    assert losses_of(tiny_llm, windows) == pytest.approx([loss_of(tiny_llm.model, w) for w in windows], abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch_tokens", [24, 10_000])  # three batches, or one
+def test_losses_under_many_masks_are_to_the_bit_those_of_each_mask_alone(windows, dtype, batch_tokens):
+    llm = build_tiny_llm(dtype=dtype)
+    masks = random_masks(llm.shape, 12)
+    together = list(window_losses(llm, windows, masks, batch_tokens))
+    assert sorted(mask.keep for mask, _ in together) == sorted(mask.keep for mask in masks), "each mask once"
+    for mask, losses in together:
+        with llm.pruned(mask):
+            assert losses == losses_of(llm, windows, batch_tokens)
+    assert len({tuple(losses) for _, losses in together}) == 12  # so that no mask could be taken for another
+
+
+def test_many_masks_are_judged_as_each_alone_whatever_mask_is_applied(tiny_llm, windows):
+    evaluator, masks = PerplexityEvaluator(windows, "toy text"), random_masks(tiny_llm.shape, 12)
+    with tiny_llm.pruned(masks[4]):
+        together = dict(evaluator.evaluate_many(tiny_llm, masks))
+        assert tiny_llm.mask == masks[4]
+    assert together.keys() == set(masks)
+    for mask in masks:
+        with tiny_llm.pruned(mask):
+            alone = evaluator.evaluate(tiny_llm)
+        assert (together[mask], together[mask].tokens) == (alone, alone.tokens)
 
 
 def test_the_score_is_minus_the_mean_loss_and_perplexity_its_exponential(tiny_llm, windows):
@@ -71,7 +109,7 @@ def test_in_bfloat16_the_loss_is_not_rounded_to_bfloat16(windows):
         logits = llm.model(windows).logits[:, :-1].reshape(-1, 257)
     expected = functional.cross_entropy(logits.double(), windows[:, 1:].reshape(-1)).item()
     assert abs(torch.tensor(expected).bfloat16().item() - expected) > 1e-3  # so that rounding would show
-    losses = window_losses(llm, windows)
+    losses = losses_of(llm, windows)
     assert sum(losses) / 5 == pytest.approx(expected, abs=1e-5)
 
 

@@ -1,12 +1,14 @@
-"""Log-likelihoods equal those of one plain forward for each request, however the requests are batched."""
+"""Log-likelihoods equal those of one plain forward for each request, however the requests are packed."""
 
+import itertools
 import random
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from rap_env.evaluation import scoring
-from rap_env.evaluation.scoring import forwarded_inputs, score_continuations
+from rap_env.evaluation.scoring import ScoringPlan, score_continuations
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
 
@@ -33,9 +35,17 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
+def build_llm(family: str):
+    """A tiny model; a sliding window is read from the config at every forward, so it can be set afterwards."""
+    llm = build_tiny_llm("mistral" if family == "sliding window" else family)
+    if family == "sliding window":
+        llm.model.config.sliding_window = 5
+    return llm
+
+
+@pytest.fixture(scope="module", params=["llama", "opt", "qwen2", "sliding window"])
 def llm(request):
-    return build_tiny_llm(request.param)
+    return build_llm(request.param)
 
 
 @pytest.fixture(params=[(), ("layer0.attention", "layer2.mlp")], ids=["dense", "pruned"])
@@ -56,6 +66,19 @@ def score_alone(model, context, continuation) -> tuple[float, bool]:
 
 
 @torch.inference_mode()
+def score_padded(model, pairs) -> list[float]:
+    """All requests in one batch by upstream's forward, each with a row of its own, padded on the right."""
+    sequences = [torch.tensor(context + continuation) for context, continuation in pairs]
+    tokens = pad_sequence(sequences, batch_first=True)
+    real = torch.arange(tokens.shape[1]) < torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    logprobs = model(tokens, attention_mask=real.long()).logits.double().log_softmax(-1)
+    return [
+        sum(logprobs[row, len(context) + offset - 1, token].item() for offset, token in enumerate(continuation))
+        for row, (context, continuation) in enumerate(pairs)
+    ]
+
+
+@torch.inference_mode()
 def greedy_continuation(model, context, length: int) -> tuple[int, ...]:
     tokens = list(context)
     for _ in range(length):
@@ -70,6 +93,32 @@ def test_scores_equal_one_plain_forward_for_each_request(llm, mask):
     assert [s[0] for s in scores] == pytest.approx([e[0] for e in expected], abs=1e-4)
     assert [s[1] for s in scores] == [e[1] for e in expected]
     assert len({round(s[0], 6) for s in scores}) == len(PAIRS) - 1  # all differ but the duplicate
+
+
+def test_scores_equal_those_of_a_padded_batch(llm, mask):
+    with llm.pruned(mask):
+        expected = score_padded(llm.model, PAIRS)
+        assert [s[0] for s in score_continuations(llm, PAIRS)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_sliding_window_is_felt():
+    pair = (tuple(range(20)), (30, 31, 32))
+    narrow, wide = (score_continuations(build_llm(name), [pair])[0][0] for name in ("sliding window", "mistral"))
+    assert abs(narrow - wide) > 0.01
+
+
+def test_many_masks_are_scored_to_the_bit_as_each_alone(llm):
+    rng = random.Random(0)
+    masks = [PruningMask.from_bits(llm.shape, [code >> bit & 1 for bit in range(8)]) for code in (0, 255, 254, 127)]
+    masks += [PruningMask.from_bits(llm.shape, [rng.randint(0, 1) for _ in range(8)]) for _ in range(4)]
+    with llm.pruned(masks[5]):
+        together = list(ScoringPlan(PAIRS, 100).run(llm, masks))
+        assert llm.mask == masks[5]
+    assert sorted(mask.keep for mask, _ in together) == sorted(mask.keep for mask in masks), "each mask once"
+    for mask, scores in together:
+        with llm.pruned(mask):
+            assert scores == score_continuations(llm, PAIRS, 100)
+    assert len({tuple(scores) for _, scores in together}) == 8
 
 
 def test_only_what_greedy_decoding_would_write_is_greedy(llm, mask):
@@ -104,39 +153,6 @@ def test_scores_do_not_depend_on_how_the_head_is_cut(llm, monkeypatch, rows):
     assert [s[0] for s in score_continuations(llm, PAIRS)] == pytest.approx([e[0] for e in expected], abs=1e-5)
 
 
-def test_choices_of_one_token_share_their_context():
-    pairs = [((1, 2), (3,)), ((1, 2), (4,)), ((1, 2), (3, 4)), ((1, 2, 3), (9,)), ((5,), (6, 7))]
-    assert forwarded_inputs(pairs) == {(1, 2): [0, 1], (1, 2, 3): [2, 3], (5, 6): [4]}
-
-
-def test_each_distinct_input_is_forwarded_once_within_the_token_limit(llm, monkeypatch):
-    batches = []
-    open_stream = llm.open_stream
-
-    def record(input_ids, **inputs):
-        batches.append(tuple(input_ids.shape))
-        return open_stream(input_ids, **inputs)
-
-    monkeypatch.setattr(llm, "open_stream", record)
-    # Distinct inputs of 6, 4, 3, 3 and 1 tokens; with 9 tokens at once: 6 | 2 x 4 padded | 3 + 1 padded.
-    pairs = [
-        (tuple(range(10, 16)), (1,)),
-        (tuple(range(20, 24)), (1,)),
-        ((30, 31, 32), (1,)),
-        ((30, 31, 32), (2,)),
-        ((40, 41), (42, 43)),
-        ((50,), (51,)),
-    ]
-    score_continuations(llm, pairs, batch_tokens=9)
-    assert batches == [(1, 6), (2, 4), (2, 3)]
-
-
-def test_an_input_longer_than_the_limit_is_forwarded_alone(llm):
-    pairs = [(tuple(range(30)), (1,)), ((1, 2), (3,))]
-    expected = [score_alone(llm.model, *pair)[0] for pair in pairs]
-    assert [s[0] for s in score_continuations(llm, pairs, batch_tokens=10)] == pytest.approx(expected, abs=1e-4)
-
-
 def test_bfloat16_logits_are_normalised_in_float32():
     llm = build_tiny_llm(dtype="bfloat16")
     scores = [score for score, _ in score_continuations(llm, [(SHARED, (token,)) for token in range(257)])]
@@ -146,11 +162,30 @@ def test_bfloat16_logits_are_normalised_in_float32():
     assert scores == pytest.approx(logits.double().log_softmax(-1).tolist(), abs=1e-5)
 
 
-def test_no_requests_give_no_scores(llm):
-    assert score_continuations(llm, []) == []
-
-
-def test_scoring_leaves_no_gradient_and_no_mask_behind(llm):
-    score_continuations(llm, PAIRS[:2])
+def test_scoring_leaves_no_trace_also_when_it_is_abandoned(llm, mask):
+    tokens = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+    masks = [PruningMask.all_kept(llm.shape), mask.drop("layer3.attention"), mask.drop("layer1.mlp")]
+    before, implementation = llm.model(tokens).logits, llm.model.config._attn_implementation
+    for abandoned in (False, True):
+        run = ScoringPlan(PAIRS, 50).run(llm, masks)
+        results = [next(run)] if abandoned else list(run)
+        assert len(results) == (1 if abandoned else 3)
+        assert torch.equal(llm.model(tokens).logits, before)  # while the abandoned run is still open
+        run.close()
+        assert torch.equal(llm.model(tokens).logits, before)
+        assert llm.model.config._attn_implementation == implementation
     assert llm.mask == PruningMask.all_kept(llm.shape)
     assert all(p.grad is None for p in llm.model.parameters())
+
+
+@pytest.mark.llm
+def test_scores_of_the_embedded_model_equal_plain_forwards(embedded_llm_float32):
+    llm = embedded_llm_float32
+    contexts = ("The capital of France is", "Water boils at a temperature of 100", "A")
+    choices = (" Paris", " London, of course", " degrees Celsius", " small cat sat")
+    pairs = [tuple(tuple(llm.tokenizer.encode(text)) for text in pair) for pair in itertools.product(contexts, choices)]
+    with llm.pruned(PruningMask.all_kept(llm.shape).drop("layer0.attention", "layer17.mlp")):
+        scores = score_continuations(llm, pairs)
+        expected = [score_alone(llm.model, *pair) for pair in pairs]
+    assert [s[0] for s in scores] == pytest.approx([e[0] for e in expected], abs=1e-3)
+    assert [s[1] for s in scores] == [e[1] for e in expected]

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidWorkload
-from rap_env.evaluation.evaluator import Evaluation
+from rap_env.evaluation.evaluator import Evaluator
 from rap_env.llm.architecture import ARCHITECTURES, ModelShape
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
@@ -181,10 +181,10 @@ def test_a_mask_of_another_model_is_refused(llama2, tiny_llm):
         footprint(llama2, PruningMask.all_kept(tiny_llm.shape), Workload(1, 1))
 
 
-class NeverCalled:
+class NeverCalled(Evaluator):
     identity = {"evaluator": "never"}
 
-    def evaluate(self, llm) -> Evaluation:
+    def evaluate_many(self, llm, masks):
         raise AssertionError("an infeasible budget must be refused before the model is judged")
 
 

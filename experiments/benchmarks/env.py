@@ -1,0 +1,131 @@
+"""Part `env`: a vector environment against single environments in turn, and an environment's own time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from experiments.benchmarks.timing import alternate, speedup, timed
+from rap_env.evaluation.harness import HarnessEvaluator
+from rap_env.importance.source import ImportanceSource
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+from rap_env.memory.scenario import ScenarioSampler
+from rap_env.policies.walk import fit_to_budget
+from rap_env.problem import PruningProblem
+
+_NAME = "rap/Pruning-v0"
+_STORED_STEPS = 2000
+
+
+def measure(
+    llm: SwitchableLLM,
+    evaluator: HarnessEvaluator,
+    importance: ImportanceSource,
+    options: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Steps on masks that nobody has judged yet, then on one that is known.
+
+    Args:
+        llm: The model.
+        evaluator: The judge.
+        importance: The ranking that environments show, and that wishes are projected along.
+        options: `environments`, `repeats`.
+        progress: Called with (steps done, steps in all).
+    """
+    evaluator.evaluate(llm)  # encodes the requests
+    n_steps, done = 2 * 2 * options["repeats"], 0
+
+    def step(result):
+        nonlocal done
+        done += 1
+        progress(done, n_steps)
+        return result
+
+    def run(together: bool, repeat: int, actions_of: Callable) -> list[float]:
+        problem = PruningProblem(llm, evaluator)  # without a store: every mask is fresh
+        rewards = _together if together else _in_turn
+        return step(
+            rewards({"problem": problem, "importance": importance}, options["environments"], repeat, actions_of)
+        )
+
+    results = {}
+    for name, actions_of in (("random_bits", _random_bits), ("projected_bits", _projected_bits)):
+        ways = {
+            "plain": lambda repeat, actions_of=actions_of: run(False, repeat, actions_of),
+            "ours": lambda repeat, actions_of=actions_of: run(True, repeat, actions_of),
+        }
+        seconds, rewards = alternate(ways, options["repeats"])
+        results[name] = {
+            "speedup": speedup(seconds["plain"], seconds["ours"]),
+            "identical": rewards["plain"] == rewards["ours"],
+        }
+    return results | {"stored": _stored(PruningProblem(llm, evaluator), importance, options["environments"])}
+
+
+def _random_bits(env, scenario, rng: np.random.Generator) -> np.ndarray:
+    """Every component kept with probability 3/4."""
+    return (rng.random(env.action_space.n) < 0.75).astype(np.int8)
+
+
+def _projected_bits(env, scenario, rng: np.random.Generator) -> np.ndarray:
+    """What a one-step agent sends when its training begins: random wishes, projected onto the budget."""
+    wish = PruningMask.from_bits(env.shape, _random_bits(env, scenario, rng))
+    mask = fit_to_budget(wish, env.shape, env.importance.static, scenario.workload, scenario.budget_bytes)
+    return np.array(mask.keep, dtype=np.int8)
+
+
+def _together(arguments: dict, n: int, repeat: int, actions_of: Callable) -> list[float]:
+    envs = gymnasium.make_vec(_NAME, num_envs=n, vectorization_mode="vector_entry_point", **arguments)
+    envs.reset(seed=repeat * n)
+    rng = np.random.default_rng(repeat)
+    actions = np.stack([actions_of(env, env.scenario, rng) for env in envs.unwrapped.envs])
+    return envs.step(actions)[1].tolist()
+
+
+def _in_turn(arguments: dict, n: int, repeat: int, actions_of: Callable) -> list[float]:
+    rng, rewards = np.random.default_rng(repeat), []
+    for index in range(n):
+        env = gymnasium.make(_NAME, **arguments)
+        _observation, info = env.reset(seed=repeat * n + index)
+        rewards.append(env.step(actions_of(env.unwrapped, info["scenario"], rng))[1])
+    return rewards
+
+
+def _stored(problem: PruningProblem, importance: ImportanceSource, n: int) -> dict[str, Any]:
+    """Microseconds of an episode (reset and step) whose mask is known, alone and in a vector environment."""
+    arguments = {"problem": problem, "importance": importance, "sampler": ScenarioSampler()}
+    env = gymnasium.make(_NAME, **arguments)
+    known = np.ones(env.action_space.n, dtype=np.int8)
+    env.reset(seed=0)
+    env.step(known)
+    times = {"reset": [], "step": []}
+    for _ in range(_STORED_STEPS):
+        times["reset"].append(timed(env.reset)[0])
+        times["step"].append(timed(lambda: env.step(known))[0])
+    envs = gymnasium.make_vec(_NAME, num_envs=n, vectorization_mode="vector_entry_point", **arguments)
+    envs.reset(seed=0)
+    actions = np.stack([known] * n)
+    vector = [timed(lambda: envs.step(actions))[0] / n for _ in range(_STORED_STEPS // n)]
+    return {
+        "reset_microseconds": float(np.median(times["reset"]) * 1e6),
+        "step_microseconds": float(np.median(times["step"]) * 1e6),
+        "vector_step_microseconds": float(np.median(vector) * 1e6),
+        "steps": _STORED_STEPS,
+    }
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """What is printed."""
+    stored = results["stored"]
+    return [
+        *(
+            f"{name.replace('_', ' ')}: {results[name]['speedup']['ratio']:.2f} times faster than single environments,"
+            f" identical: {results[name]['identical']}"
+            for name in ("random_bits", "projected_bits")
+        ),
+        f"known mask: reset {stored['reset_microseconds']:.0f} us, step {stored['step_microseconds']:.0f} us;"
+        f" in a vector environment {stored['vector_step_microseconds']:.0f} us for each (reset included)",
+    ]

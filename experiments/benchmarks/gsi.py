@@ -1,0 +1,182 @@
+"""Part `gsi`: exact and lazy greedy importance against the plain rule with whole forwards, over calibration seeds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from scipy.stats import kendalltau
+
+from experiments.benchmarks.timing import speedup, timed
+from rap_env.importance.gsi import greedy_sequential_importance
+from rap_env.importance.lazy import LazyRounds, split_windows
+from rap_env.importance.rounds import ExactRounds, Rounds
+from rap_env.importance.trials import RemovalMeter
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import Component, PruningMask
+from rap_env.memory.measured import measured_peak
+
+
+@dataclass(frozen=True)
+class GsiOptions:
+    """What part `gsi` does.
+
+    Attributes:
+        seeds: Calibration seeds; each is one repeat.
+        removals: Rounds that all three rules are timed on.
+        quality_removals: Rounds that exact and lazy losses are compared on, at least `removals`.
+        plain_every: The plain rule makes every so many-th trial of a round, and its time is scaled up; 1 makes all.
+    """
+
+    seeds: Sequence[int]
+    removals: int
+    quality_removals: int
+    plain_every: int
+
+
+@torch.inference_mode()
+def plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> float:
+    """Calibration loss as published searches take it: upstream's whole forward, all logits, one float32 copy."""
+    with llm.pruned(mask):
+        logits = llm.model(windows, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+
+
+def measure(
+    llm: SwitchableLLM,
+    windows_of: Callable[[int], torch.Tensor],
+    options: GsiOptions,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Runs the three rules round by round, in turn, on each seed's windows."""
+    n_rounds = options.quality_removals * len(options.seeds)
+    runs = []
+    for index, seed in enumerate(options.seeds):
+        done = index * options.quality_removals
+
+        def advance(rounds: int, done: int = done) -> None:
+            progress(done + rounds, n_rounds)
+
+        runs.append({"seed": seed} | _race(llm, windows_of(seed), options, advance))
+    plain, exact, lazy = ([run["seconds"][name] for run in runs] for name in ("plain", "exact", "lazy"))
+    windows = windows_of(options.seeds[0])
+    return {
+        "exact_against_plain": speedup(plain, exact),
+        "lazy_against_plain": speedup(plain, lazy),
+        "lazy_against_exact": speedup(exact, lazy),
+        "runs": runs,
+        "between_seeds": _between_seeds(llm, windows_of, runs),
+        "memory": _memory(llm, windows),
+    }
+
+
+def _race(
+    llm: SwitchableLLM, windows: torch.Tensor, options: GsiOptions, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    freed = {component.name: 1 for component in llm.shape.components}
+    start_seconds, rules = {}, {}
+    start_seconds["exact"], rules["exact"] = timed(lambda: ExactRounds(RemovalMeter(llm, windows), freed=freed))
+    start_seconds["lazy"], rules["lazy"] = timed(
+        lambda: LazyRounds(*(RemovalMeter(llm, part) for part in split_windows(windows)), freed=freed)
+    )
+    seconds = {"plain": 0.0} | start_seconds
+    at_removals: dict[str, dict] = {}
+    removed: dict[str, list] = {name: [] for name in rules}
+    checks = []
+    for index in range(options.quality_removals):
+        before = rules["exact"].mask, rules["exact"].loss
+        for name, rounds in rules.items():
+            taken, removal = timed(rounds.remove_least_important)
+            removed[name].append(removal)
+            seconds[name] += taken if index < options.removals else 0.0
+        if index < options.removals:
+            sampled = before[0].kept[index % options.plain_every :: options.plain_every]
+            taken, losses = timed(lambda mask=before[0], sampled=sampled: _plain_trials(llm, windows, mask, sampled))
+            seconds["plain"] += taken * len(before[0].kept) / len(sampled)
+            checks.append(_check(losses, rules["exact"], before[1], removed["exact"][-1].name))
+        if index + 1 == options.removals:
+            at_removals = {name: _cost(rounds) for name, rounds in rules.items()}
+        advance(index + 1)
+    gaps = [lazy.loss / exact.loss - 1 for exact, lazy in zip(removed["exact"], removed["lazy"], strict=True)]
+    return {
+        "seconds": seconds,
+        "cost_at_removals": at_removals,
+        "cost": {name: _cost(rounds) for name, rounds in rules.items()},
+        "orders": {name: [*(r.name for r in removed[name]), *rules[name].left()] for name in rules},
+        "losses": {name: [r.loss for r in removed[name]] for name in rules},
+        "lazy_loss_above_exact": gaps,
+        "agreement": _agreement(
+            *([*(r.name for r in removed[name]), *rules[name].left()] for name in rules),
+            sizes=(options.removals, options.quality_removals),
+        ),
+        "plain_checks": checks,
+    }
+
+
+def _plain_trials(
+    llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask, components: Sequence[Component]
+) -> dict[str, float]:
+    return {component.name: plain_loss(llm, windows, mask.drop(component)) for component in components}
+
+
+def _check(losses: dict[str, float], exact: Rounds, loss_before: float, choice: str) -> dict[str, Any]:
+    """How far the plain trials of a round are from the exact rule's, and whether they would choose the same."""
+    differences = [abs(loss - loss_before - exact.increases[name]) for name, loss in losses.items()]
+    complete = len(losses) == len(exact.mask.kept) + 1
+    return {
+        "trials": len(losses),
+        "largest_difference": max(differences),
+        "same_choice": min(losses, key=losses.__getitem__) == choice if complete else None,
+    }
+
+
+def _cost(rounds: Rounds) -> dict[str, int]:
+    return {
+        "evaluations": len(rounds.tried),
+        "tokens": rounds.tokens,
+        "component_executions": sum(trial.component_executions for trial in rounds.costs),
+    }
+
+
+def _agreement(first: Sequence[str], second: Sequence[str], sizes: Sequence[int]) -> dict[str, float]:
+    """Kendall's tau over all components, and the shared part of the first k for each size."""
+    positions = [first.index(name) for name in second]
+    overlaps = {f"top_{size}_overlap": len({*first[:size]} & {*second[:size]}) / size for size in sizes}
+    return {"kendall_tau": float(kendalltau(range(len(positions)), positions).statistic)} | overlaps
+
+
+def _between_seeds(llm: SwitchableLLM, windows_of: Callable[[int], torch.Tensor], runs: list[dict]) -> dict[str, Any]:
+    """How much the calibration sample matters: agreement of the exact orders, and each mask's loss on each sample."""
+    sizes = (len(runs[0]["plain_checks"]), len(runs[0]["losses"]["exact"]))
+    orders = [run["orders"]["exact"] for run in runs]
+    pairs = [_agreement(first, second, sizes) for first, second in combinations(orders, 2)]
+    meters = [RemovalMeter(llm, windows_of(run["seed"])) for run in runs]
+    dense = PruningMask.all_kept(llm.shape)
+    losses = {
+        f"after_{size}": [[meter.trial(dense.drop(*order[:size])).loss for meter in meters] for order in orders]
+        for size in sizes
+    }
+    return {"agreement_of_pairs": pairs, "loss_of_rows_mask_on_columns_sample": losses}
+
+
+def _memory(llm: SwitchableLLM, windows: torch.Tensor) -> dict[str, int]:
+    with measured_peak(llm.device) as peak:
+        ranking = greedy_sequential_importance(llm, windows, removals=1)
+    return {"predicted_bytes": ranking.peak_bytes, "measured_bytes": peak.peak_bytes}
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """What is printed."""
+    comparisons = [name for name in results if "against" in name]
+    printed = [f"{name.replace('_', ' ')}: {results[name]['ratio']:.1f} times faster" for name in comparisons]
+    for run in results["runs"]:
+        gaps, timed_rounds, costs = run["lazy_loss_above_exact"], len(run["plain_checks"]), run["cost_at_removals"]
+        printed.append(
+            f"seed {run['seed']}: lazy loss above exact at most {max(gaps[:timed_rounds]):.2%} up to {timed_rounds}"
+            f" removals, {max(gaps):.2%} up to {len(gaps)}; Kendall tau {run['agreement']['kendall_tau']:.2f};"
+            f" {costs['lazy']['evaluations']} of {costs['exact']['evaluations']} trials"
+        )
+    printed += [f"between samples: {pair}" for pair in results["between_seeds"]["agreement_of_pairs"]]
+    memory = results["memory"]
+    return [*printed, f"memory: predicted {memory['predicted_bytes']:,} bytes, measured {memory['measured_bytes']:,}"]

@@ -1,0 +1,110 @@
+"""Part `population`: masks mutated from a parent, judged together against one by one with the same engine."""
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, speedup
+from rap_env.evaluation.harness import HarnessEvaluator
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+
+
+def swapped(parent: PruningMask, n_swaps: int, rng: np.random.Generator) -> PruningMask:
+    """Drops and restores components of one kind, as EvoPress mutates (arXiv 2410.14649)."""
+    mask = parent
+    for _ in range(n_swaps):
+        restored = mask.dropped[rng.integers(len(mask.dropped))]
+        same_kind = [component for component in mask.kept if component.kind == restored.kind]
+        mask = mask.drop(same_kind[rng.integers(len(same_kind))]).restore(restored)
+    return mask
+
+
+def offspring(parent: PruningMask, n_masks: int, most_swaps: int, rng: np.random.Generator) -> list[PruningMask]:
+    """Distinct mutants; with up to 3 swaps their number is the lower of two draws, as in EvoPress."""
+    masks: set[PruningMask] = set()
+    while len(masks) < n_masks:
+        n_swaps = int(rng.integers(1, most_swaps + 1, size=2).min())
+        masks.add(swapped(parent, n_swaps, rng))
+    return sorted(masks - {parent}, key=lambda mask: mask.digest)
+
+
+def measure(
+    llm: SwitchableLLM,
+    evaluator: HarnessEvaluator,
+    order: Sequence[str],
+    options: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Judges a fresh population in each repeat, for single swaps and for EvoPress's one to three.
+
+    Args:
+        llm: The model.
+        evaluator: The judge.
+        order: Importance order; the parent drops its first components.
+        options: `masks`, `kept_ratio`, `repeats`.
+        progress: Called with (steps done, steps in all).
+    """
+    n = len(order)
+    parent = PruningMask.all_kept(llm.shape).drop(*order[: n - round(options["kept_ratio"] * n)])
+    n_steps, results, done = 2 * 2 * options["repeats"], {}, 0
+
+    def step(result):
+        nonlocal done
+        done += 1
+        progress(done, n_steps)
+        return result
+
+    evaluator.evaluate(llm)  # encodes the requests
+    for name, most_swaps in (("one_swap", 1), ("one_to_three_swaps", 3)):
+        populations = [
+            offspring(parent, options["masks"], most_swaps, np.random.default_rng([repeat, most_swaps]))
+            for repeat in range(options["repeats"])
+        ]
+        results[name] = _together(llm, evaluator, populations, step)
+    return results | {
+        "gemm_flops_per_second": gemm_flops_per_second(llm),
+        "parent_dropped": [c.name for c in parent.dropped],
+    }
+
+
+def _together(llm, evaluator, populations: list[list[PruningMask]], step: Callable) -> dict[str, Any]:
+    executions: list[int] = []
+
+    def together(repeat: int) -> dict:
+        before = llm.component_executions
+        scores = dict(evaluator.evaluate_many(llm, populations[repeat]))
+        executions.append(llm.component_executions - before)
+        return step(scores)
+
+    def one_by_one(repeat: int) -> dict:
+        return step({mask: next(evaluator.evaluate_many(llm, [mask]))[1] for mask in populations[repeat]})
+
+    seconds, scores = alternate({"plain": one_by_one, "ours": together}, len(populations))
+    separate = [sum(len(mask.kept) for mask in population) for population in populations]
+    plan = evaluator.plan(llm)
+    flops = [sum(forward_flops(llm, mask, plan.tokens, plan.head_rows) for mask in masks) for masks in populations]
+    return {
+        "speedup": speedup(seconds["plain"], seconds["ours"]),
+        "identical": scores["plain"] == scores["ours"],
+        "masks": len(populations[0]),
+        "shared_executions_ratios": [
+            apart * plan.batches / shared for apart, shared in zip(separate, executions, strict=True)
+        ],
+        "one_by_one_flops_per_second": [count / taken for count, taken in zip(flops, seconds["plain"], strict=True)],
+    }
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """What is printed."""
+    gemm, printed = results["gemm_flops_per_second"], []
+    for name in ("one_swap", "one_to_three_swaps"):
+        part = results[name]
+        printed.append(
+            f"{name.replace('_', ' ')}: {part['speedup']['ratio']:.2f} times faster together, identical:"
+            f" {part['identical']}; {median(part['shared_executions_ratios']):.2f} times fewer component executions;"
+            f" one by one at {median(part['one_by_one_flops_per_second']) / gemm:.0%} of the GEMM rate"
+        )
+    return printed

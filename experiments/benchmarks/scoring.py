@@ -1,0 +1,176 @@
+"""Part `scoring`: lm-eval with its own HF adapter at its best batch size against lm-eval with our scoring engine."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, speedup, timed
+from rap_env.evaluation.harness import ScoringLM
+from rap_env.evaluation.scoring import ScoringPlan
+from rap_env.evaluation.tasks import TASKS_FOLDER
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.memory.measured import measured_peak
+from rap_env.rng import isolated_rng
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What part `scoring` does.
+
+    Attributes:
+        tasks: lm-eval task names.
+        include_path: Folder with further task YAMLs, or None.
+        limit: First items of each task; None takes all.
+        plain_batch_sizes: Those that the HF adapter is tried with; the fastest is the one to beat.
+        repeats: How often both are timed.
+    """
+
+    tasks: Sequence[str]
+    include_path: str | None
+    limit: int | None
+    plain_batch_sizes: Sequence[int]
+    repeats: int
+
+
+class _Tasks:
+    """The same call of `simple_evaluate` for every model."""
+
+    def __init__(self, options: ScoringOptions) -> None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        folders = [str(TASKS_FOLDER), *([options.include_path] if options.include_path else [])]
+        self._manager = TaskManager(include_path=folders, include_defaults=False)
+        self._options = options
+
+    def judge(self, lm, log_samples: bool = False, limit: int | None = None) -> dict:
+        with isolated_rng(0):
+            return simple_evaluate(
+                model=lm,
+                tasks=list(self._options.tasks),
+                task_manager=self._manager,
+                num_fewshot=0,
+                limit=limit or self._options.limit,
+                bootstrap_iters=0,
+                log_samples=log_samples,
+                verbosity="ERROR",
+            )
+
+
+def measure(
+    llm: SwitchableLLM,
+    llm_float32: SwitchableLLM,
+    options: ScoringOptions,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Times both in the model's dtype, then compares their results in float32.
+
+    Args:
+        llm: The model to time.
+        llm_float32: The same model in float32.
+        options: Tasks and repeats.
+        progress: Called with (steps done, steps in all).
+    """
+    tasks = _Tasks(options)
+    n_steps = len(options.plain_batch_sizes) + 2 * options.repeats + 2
+    done = iter(range(1, n_steps + 1))
+
+    def judge(lm) -> dict:
+        results = tasks.judge(lm)
+        progress(next(done), n_steps)
+        return results
+
+    plain = {size: _plain(llm, size) for size in options.plain_batch_sizes}
+    search_seconds = {size: timed(lambda lm=lm: judge(lm))[0] for size, lm in plain.items()}
+    best = min(search_seconds, key=search_seconds.__getitem__)
+    ours = _Counted(llm)
+    seconds, results = alternate(
+        {"plain": lambda _: judge(plain[best]), "ours": lambda _: judge(ours)}, options.repeats
+    )
+    gemm = gemm_flops_per_second(llm)
+    plan = ours.plan
+    flops = forward_flops(llm, llm.mask, plan.tokens, plan.head_rows)
+    with measured_peak(llm.device) as peak:
+        engine = [timed(lambda: next(plan.run(llm, [llm.mask])))[0] for _ in range(options.repeats)]
+    return {
+        "simple_evaluate": speedup(seconds["plain"], seconds["ours"]),
+        "plain_batch_size": best,
+        "plain_batch_size_seconds": {str(size): taken for size, taken in search_seconds.items()},
+        "requests": len(plan.pairs),
+        "tokens": plan.tokens,
+        "tokens_of_requests": sum(len(context) + len(continuation) - 1 for context, continuation in plan.pairs),
+        "head_rows": plan.head_rows,
+        "gemm_flops_per_second": gemm,
+        "engine_seconds": engine,
+        "engine_flops_per_second": flops / sorted(engine)[len(engine) // 2],
+        "engine_share_of_gemm": flops / sorted(engine)[len(engine) // 2] / gemm,
+        "memory": {"predicted_bytes": plan.peak_bytes(llm.shape, 1), "measured_bytes": peak.peak_bytes},
+        "results": {name: _accuracies(runs[0]) for name, runs in results.items()},
+        "float32": _compare(tasks, llm_float32, best, lambda: progress(next(done), n_steps)),
+    }
+
+
+def _plain(llm: SwitchableLLM, batch_size: int) -> HFLM:
+    return HFLM(pretrained=llm.model, tokenizer=llm.tokenizer, batch_size=batch_size)
+
+
+class _Counted(ScoringLM):
+    """Keeps the plan of its last requests, for the record."""
+
+    plan: ScoringPlan
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        pairs = [(tuple(context), tuple(continuation)) for _text, context, continuation in requests]
+        self.plan = ScoringPlan(pairs, self._batch_tokens)
+        return next(self.plan.run(self.llm, [self.llm.mask]))[1]
+
+
+def _accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        task: {
+            name.partition(",")[0]: value for name, value in metrics.items() if name in ("acc,none", "acc_norm,none")
+        }
+        for task, metrics in results["results"].items()
+        if "acc,none" in metrics
+    }
+
+
+def _compare(tasks: _Tasks, llm: SwitchableLLM, batch_size: int, advance: Callable[[], None]) -> dict[str, Any]:
+    """Metrics and log-likelihoods of both ways in float32."""
+    judged = []
+    for lm in (_plain(llm, batch_size), ScoringLM(llm)):
+        judged.append(tasks.judge(lm, log_samples=True))
+        advance()
+    plain, ours = (
+        {
+            (task, sample["doc_id"], index): response[0]
+            for task, samples in results["samples"].items()
+            for sample in samples
+            for index, response in enumerate(sample["filtered_resps"])
+        }
+        for results in judged
+    )
+    differences = [abs(float(plain[key]) - float(ours[key])) for key in plain]
+    return {
+        "accuracies": {"plain": _accuracies(judged[0]), "ours": _accuracies(judged[1])},
+        "accuracies_equal": _accuracies(judged[0]) == _accuracies(judged[1]),
+        "log_likelihoods": len(differences),
+        "largest_difference": max(differences),
+    }
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """What is printed."""
+    float32, memory = results["float32"], results["memory"]
+    return [
+        f"simple_evaluate: {results['simple_evaluate']['ratio']:.2f} times faster than HFLM at batch size"
+        f" {results['plain_batch_size']}; {results['tokens']:,} tokens forwarded for {results['tokens_of_requests']:,}",
+        f"engine: {results['engine_flops_per_second'] / 1e9:.0f} GFLOP/s,"
+        f" {results['engine_share_of_gemm']:.0%} of the GEMM rate",
+        f"float32: accuracies equal: {float32['accuracies_equal']}; log-likelihoods differ by at most"
+        f" {float32['largest_difference']:.1e} ({float32['log_likelihoods']} of them)",
+        f"memory: predicted {memory['predicted_bytes']:,} bytes, measured {memory['measured_bytes']:,}",
+    ]

@@ -1,0 +1,77 @@
+"""Timings that can be compared: taken alternately in one run, as ratios, beside the machine's own GEMM rate."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+
+_GEMM_SIZE = 2048  # rows and columns; larger ones are no faster on the CPUs tried
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a call takes, and what it returns."""
+    started = time.perf_counter()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def alternate(ways: Mapping[str, Callable[[int], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, list]]:
+    """Calls every way once in each repeat, in turned order every second time, so that drift hits all alike.
+
+    Args:
+        ways: Functions of the repeat's number, by name.
+        repeats: How often each is called.
+
+    Returns:
+        Seconds and results of each way, one for each repeat.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, list] = {name: [] for name in ways}
+    for repeat in range(repeats):
+        for name in list(ways) if repeat % 2 == 0 else reversed(list(ways)):
+            taken, result = timed(lambda name=name, repeat=repeat: ways[name](repeat))
+            seconds[name].append(taken)
+            results[name].append(result)
+    return seconds, results
+
+
+def speedup(plain_seconds: Sequence[float], our_seconds: Sequence[float]) -> dict[str, Any]:
+    """Medians of both and of the ratios, repeat by repeat; the ratios' range tells the noise."""
+    ratios = [plain / ours for plain, ours in zip(plain_seconds, our_seconds, strict=True)]
+    return {
+        "plain_seconds": list(plain_seconds),
+        "our_seconds": list(our_seconds),
+        "plain_median_seconds": median(plain_seconds),
+        "our_median_seconds": median(our_seconds),
+        "ratios": ratios,
+        "ratio": median(ratios),
+        "repeats": len(ratios),
+    }
+
+
+def gemm_flops_per_second(llm: SwitchableLLM, repeats: int = 5) -> float:
+    """The best rate of a large matrix product in the model's dtype on its device, in floating point operations."""
+    left = torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(llm.device, llm.dtype)
+    torch.nn.functional.linear(left, left)
+    best_seconds = min(timed(lambda: torch.nn.functional.linear(left, left))[0] for _ in range(repeats))
+    return 2 * _GEMM_SIZE**3 / best_seconds
+
+
+def forward_flops(llm: SwitchableLLM, mask: PruningMask, tokens: int, head_rows: int) -> int:
+    """Floating point operations of the matrix products with weights; attention scores are left out.
+
+    Args:
+        llm: The model.
+        mask: What is kept.
+        tokens: Tokens that run through the kept components.
+        head_rows: Positions whose logits are computed.
+    """
+    kept_parameters = sum(llm.shape.parameters_of(component) for component in mask.kept)
+    return 2 * tokens * kept_parameters + 2 * head_rows * llm.shape.hidden_size * llm.shape.vocab_size

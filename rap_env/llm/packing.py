@@ -1,0 +1,121 @@
+"""Token trees laid one behind the other: many requests in one stream, no padding, contexts shared by branches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+
+PACKED_ATTENTION = "rap_packed"
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A context and the continuations that are read behind it, each as if it stood there alone.
+
+    Attributes:
+        context: Tokens of the trunk, at least one.
+        branches: Tokens of each branch, at least one each.
+    """
+
+    context: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.context) + sum(map(len, self.branches))
+
+    @property
+    def tokens(self) -> list[int]:
+        """The context, then the branches."""
+        return [*self.context, *(token for branch in self.branches for token in branch)]
+
+    @property
+    def positions(self) -> list[int]:
+        """Each token's position in its sequence; every branch goes on where the context ends."""
+        start = len(self.context)
+        return [*range(start), *(start + offset for branch in self.branches for offset in range(len(branch)))]
+
+    @property
+    def segments(self) -> list[int]:
+        """0 for the context's tokens, 1, 2, ... for those of the branches."""
+        return [0] * len(self.context) + [index for index, branch in enumerate(self.branches, 1) for _token in branch]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Trees of one length that lie side by side, so that attention sees them as a batch of equal sequences.
+
+    Attributes:
+        start: The first tree's first token in the stream.
+        trees: B, the number of trees.
+        length: T, the tokens of each.
+        visible: Which token may attend to which [B, 1, T, T]; None if all trees are plain sequences.
+    """
+
+    start: int
+    trees: int
+    length: int
+    visible: torch.Tensor | None
+
+
+class Packing:
+    """Trees in one stream of N tokens, ordered by length.
+
+    Norms, projections and MLPs run over the stream as it is; attention runs over groups of trees of equal length, as
+    views of the stream. So no token is padding, and none sees another tree.
+
+    Args:
+        trees: What to pack, in order of length.
+        device: Where the model is.
+        window: Tokens that attention looks back, the own one included; None for all.
+    """
+
+    def __init__(self, trees: Sequence[TokenTree], device: torch.device, window: int | None = None) -> None:
+        self.tokens = torch.tensor([token for tree in trees for token in tree.tokens], device=device)
+        self.positions = torch.tensor([position for tree in trees for position in tree.positions], device=device)
+        self.starts, self._buckets, start = [], [], 0
+        for length, group in groupby(trees, key=len):
+            equal = list(group)
+            self.starts += range(start, start + length * len(equal), length)
+            self._buckets.append(_Bucket(start, len(equal), length, _visible(equal, device, window)))
+            start += length * len(equal)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Attention within trees, [1, heads, N, size] -> [1, N, heads, size]; key and value may have fewer heads."""
+        outputs = []
+        for bucket in self._buckets:
+            parts = [_batch_view(tensor, bucket) for tensor in (query, key, value)]
+            attended = functional.scaled_dot_product_attention(
+                *parts, attn_mask=bucket.visible, is_causal=bucket.visible is None, scale=scale, enable_gqa=True
+            )
+            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)[None]
+
+
+def _batch_view(tensor: torch.Tensor, bucket: _Bucket) -> torch.Tensor:
+    """[1, heads, N, size] -> [B, heads, T, size]."""
+    part = tensor[0, :, bucket.start : bucket.start + bucket.trees * bucket.length]
+    return part.unflatten(1, (bucket.trees, bucket.length)).transpose(0, 1)
+
+
+def _visible(trees: list[TokenTree], device: torch.device, window: int | None) -> torch.Tensor | None:
+    length = len(trees[0])
+    if not any(tree.branches for tree in trees) and (window is None or length <= window):
+        return None
+    segments = torch.tensor([tree.segments for tree in trees])
+    positions = torch.tensor([tree.positions for tree in trees])
+    back = positions[:, :, None] - positions[:, None, :]
+    same_or_context = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+    visible = same_or_context & (back >= 0)
+    if window is not None:
+        visible &= back < window
+    return visible[:, None].to(device)
+
+
+def _packed_attention(module, query, key, value, attention_mask: Packing, scaling: float | None = None, **_context):
+    return attention_mask.attend(query, key, value, scaling), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, _packed_attention)

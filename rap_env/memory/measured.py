@@ -1,0 +1,110 @@
+"""Measured peak bytes: of the allocator on CUDA, of the process everywhere else."""
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+_SAMPLING_SECONDS = 0.002
+_RESETS_HIGH_WATER = "5"  # written to clear_refs, see proc_pid_clear_refs(5)
+_SLACK_BYTES = 2**20  # between two readings of /proc; the kernel counts pages in batches for each processor
+
+
+@dataclass
+class PeakMemory:
+    """What a block of `measured_peak` needed.
+
+    Attributes:
+        peak_bytes: The block's peak above what was in use when it began; 0 until it ends.
+    """
+
+    peak_bytes: int = 0
+
+
+@contextlib.contextmanager
+def measured_peak(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
+    """Measures the peak memory of a block, above what was in use when it began; blocks must not be nested.
+
+    On CUDA it is what tensors on the device took (`torch.cuda.max_memory_allocated`), without what the allocator only
+    caches. Elsewhere it is the resident memory of the whole process, all threads: what the C library keeps after a
+    `free` counts, and so do pages of memory-mapped weights that the block is first to read, so run a block once before
+    it is measured. Linux's own high-water mark is used where it can be reset, which misses nothing (and resets
+    `ru_maxrss` too); a thread that reads the resident memory every 2 ms is used elsewhere.
+
+    Args:
+        device: Where the tensors are.
+
+    Yields:
+        The result, filled in when the block ends, also when it raises.
+    """
+    device, peak = torch.device(device), PeakMemory()
+    if device.type == "cuda":
+        meter = _allocator(device, peak)
+    else:
+        _return_free_memory()
+        meter = _high_water_mark(peak) if _reset_high_water_mark() else _sampling(peak)
+    with meter:
+        yield peak
+
+
+@contextlib.contextmanager
+def _allocator(device: torch.device, peak: PeakMemory) -> Iterator[None]:
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        yield
+    finally:
+        peak.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+
+
+@contextlib.contextmanager
+def _high_water_mark(peak: PeakMemory) -> Iterator[None]:
+    before = _status_bytes("VmHWM")
+    try:
+        yield
+    finally:
+        peak.peak_bytes = _status_bytes("VmHWM") - before
+
+
+@contextlib.contextmanager
+def _sampling(peak: PeakMemory) -> Iterator[None]:
+    process, ended = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def sample() -> None:
+        while not ended.wait(_SAMPLING_SECONDS):
+            peak.peak_bytes = max(peak.peak_bytes, process.memory_info().rss - before)
+
+    thread = threading.Thread(target=sample, name="measured_peak", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        peak.peak_bytes = max(peak.peak_bytes, process.memory_info().rss - before)
+
+
+def _reset_high_water_mark() -> bool:
+    """Sets Linux's high-water mark to the present resident memory; says whether that worked."""
+    try:
+        Path("/proc/self/clear_refs").write_text(_RESETS_HIGH_WATER)
+        return _status_bytes("VmHWM") <= _status_bytes("VmRSS") + _SLACK_BYTES
+    except (OSError, KeyError):  # another system, a sandbox without these files, or one that forbids writing
+        return False
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(dict(line.split(":", 1) for line in lines)[name].removesuffix("kB"))
+
+
+def _return_free_memory() -> None:
+    """Gives back what the C library keeps of freed memory: a block that took it again would seem to need nothing."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)

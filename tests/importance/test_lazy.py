@@ -1,0 +1,139 @@
+"""The lazy rule: exact where importance only grows, true losses everywhere, less work."""
+
+import pytest
+import torch
+
+from rap_env.importance.gsi import greedy_sequential_importance
+from rap_env.importance.lazy import split_windows
+from rap_env.llm.loading import build_tiny_llm
+from tests.importance.cases import WINDOWS, loss_of, measure_by_rule
+
+SKETCH_TOKENS, ALL_TOKENS = 16, 80
+
+
+def growing(weights: dict[str, float]):
+    """Losses that rise by more for each component, the more others are gone."""
+    return lambda dropped: sum(weights[name] for name in dropped) * len(dropped)
+
+
+def seen_on_parts(loss_by_rule, deviations: dict[str, float]):
+    """A rule for whole windows, as the sketch and the rest see it: off by something of each dropped component.
+
+    What the rest is off by makes up for it: 4 windows against 1.
+    """
+    share = {SKETCH_TOKENS: 1.0, ALL_TOKENS - SKETCH_TOKENS: -0.25, ALL_TOKENS: 0.0}
+    return lambda tokens, dropped: loss_by_rule(dropped) + share[tokens] * sum(deviations[name] for name in dropped)
+
+
+@pytest.fixture(scope="module")
+def deep_llm():
+    """A random Llama of 12 layers, 24 components."""
+    return build_tiny_llm("llama", n_layers=12, seed=5)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.2])
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
+def test_it_equals_the_exact_rule_where_importance_only_grows(llm, monkeypatch, step, deviation):
+    names = [component.name for component in llm.shape.components]
+    weights = {name: float(step * position % 8 + 1) for position, name in enumerate(names)}
+    deviations = {name: deviation * (position % 3 - 1) for position, name in enumerate(names)}
+    measure_by_rule(monkeypatch, seen_on_parts(growing(weights), deviations))
+    exact = greedy_sequential_importance(llm, WINDOWS, exact=True)
+    lazy = greedy_sequential_importance(llm, WINDOWS)
+    assert lazy.order == exact.order == tuple(sorted(weights, key=weights.get))
+    assert lazy.losses == pytest.approx(exact.losses)
+    assert lazy.evaluations < exact.evaluations
+    assert lazy.tokens < exact.tokens
+
+
+# A fall by the whole rise of the first removal is looked for beside it, one by a tenth of it everywhere.
+@pytest.mark.parametrize(
+    ("partner", "fall"), [("layer1.mlp", 0.9), ("layer0.mlp", 0.9), ("layer2.attention", 0.9), ("layer3.mlp", 0.09)]
+)
+@pytest.mark.parametrize("n_windows", [1, 5])
+def test_a_component_whose_importance_falls_after_a_removal_is_found(llm, monkeypatch, partner, fall, n_windows):
+    first = "layer1.attention"
+    weights = {component.name: 1.5 + 0.01 * position for position, component in enumerate(llm.shape.components)}
+    weights |= {first: 1.0, partner: 1.49 + fall}  # beside the first removal, less than all others
+
+    def loss(_tokens, dropped):
+        return sum(weights[name] for name in dropped) - (fall if {first, partner} <= set(dropped) else 0.0)
+
+    measure_by_rule(monkeypatch, loss)
+    lazy = greedy_sequential_importance(llm, WINDOWS[:n_windows])
+    assert lazy.order[:2] == (first, partner)
+    assert lazy == greedy_sequential_importance(llm, WINDOWS[:n_windows]), "deterministic"
+    assert lazy.order == greedy_sequential_importance(llm, WINDOWS[:n_windows], exact=True).order
+
+
+@pytest.mark.parametrize("n_windows", [1, 2, 3, 4, 5])
+def test_every_loss_is_that_of_the_shrunk_model_on_all_windows(llm, n_windows):
+    windows = WINDOWS[:n_windows]
+    lazy = greedy_sequential_importance(llm, windows)
+    assert sorted(lazy.order) == sorted(component.name for component in llm.shape.components)
+    assert lazy.losses == pytest.approx([loss_of(llm, lazy.order[: k + 1], windows) for k in range(8)], abs=1e-5)
+    assert lazy.dense_loss == pytest.approx(loss_of(llm, [], windows), abs=1e-5)
+    assert lazy.evaluations <= 36
+
+
+def test_a_deep_models_losses_are_true_and_take_fewer_tokens_than_the_exact_rule(deep_llm, measured):
+    lazy = greedy_sequential_importance(deep_llm, WINDOWS, removals=12)
+    assert lazy.losses == pytest.approx([loss_of(deep_llm, lazy.order[: k + 1]) for k in range(12)], abs=1e-5)
+    exact_trials = sum(range(13, 25))
+    assert lazy.evaluations < exact_trials
+    assert lazy.tokens < exact_trials * ALL_TOKENS / 2
+    on_sketch = [measurement for measurement in measured if measurement.tokens == SKETCH_TOKENS]
+    assert len(on_sketch) > len(measured) - len(on_sketch), "the sketch rules some out"
+
+
+@pytest.mark.parametrize("n_windows", [1, 2, 5])
+def test_evaluations_and_tokens_are_those_of_the_trials_made(llm, measured, n_windows):
+    lazy = greedy_sequential_importance(llm, WINDOWS[:n_windows])
+    trials = [measurement for measurement in measured if measurement.dropped]
+    assert lazy.evaluations == len({trial.dropped for trial in trials}), "one for each mask, however much of it"
+    assert lazy.tokens == sum(trial.tokens for trial in trials)
+    assert len(trials) - len(measured) == (-1 if n_windows == 1 else -2), "the dense loss of each part is no trial"
+
+
+def test_one_window_is_its_own_sketch(llm, measured):
+    lazy = greedy_sequential_importance(llm, WINDOWS[:1])
+    assert {measurement.tokens for measurement in measured} == {16}
+    assert len(set(measured)) == len(measured), "nothing is measured again for want of other windows"
+    assert lazy.increases == pytest.approx(
+        {c.name: loss_of(llm, [c.name], WINDOWS[:1]) - lazy.dense_loss for c in llm.shape.components}, abs=1e-5
+    )
+
+
+def test_the_first_round_tries_all_on_the_sketch_and_a_third_on_all_windows(llm, measured):
+    lazy = greedy_sequential_importance(llm, WINDOWS, removals=1)
+
+    def increases(windows):
+        return {c.name: loss_of(llm, [c.name], windows) - loss_of(llm, [], windows) for c in llm.shape.components}
+
+    on_sketch, on_all = increases(WINDOWS[:1]), increases(WINDOWS)
+    third = sorted(on_sketch, key=on_sketch.get)[:3]
+    assert lazy.increases == pytest.approx(on_sketch | {name: on_all[name] for name in third}, abs=1e-5)
+    on_rest = [measurement.dropped for measurement in measured if measurement.tokens == ALL_TOKENS - SKETCH_TOKENS]
+    assert on_rest[1:4] == [(name,) for name in third]  # behind the dense loss
+    assert len([measurement for measurement in measured if measurement.tokens == SKETCH_TOKENS]) == 1 + 8
+    assert lazy.evaluations == 8
+
+
+@pytest.mark.parametrize("removals", [0, 1, 3, 8, 100])
+def test_some_removals_are_the_first_of_all(llm, lazy, removals):
+    partial = greedy_sequential_importance(llm, WINDOWS, removals=removals)
+    assert sorted(partial.order) == sorted(lazy.order)
+    assert partial.order[:removals] == lazy.order[:removals]
+    assert partial.losses == lazy.losses[:removals]
+    assert partial.increases == (lazy.increases if removals else {})
+    assert (partial.evaluations > 0) == (removals > 0)
+
+
+@pytest.mark.parametrize(
+    ("n_windows", "parts"), [(1, [1]), (2, [1, 1]), (3, [1, 2]), (4, [1, 3]), (5, [1, 4]), (8, [2, 6]), (10, [2, 8])]
+)
+def test_a_quarter_of_the_windows_is_the_sketch(n_windows, parts):
+    windows = torch.arange(n_windows)[:, None].expand(-1, 4)
+    split = split_windows(windows)
+    assert [len(part) for part in split] == parts
+    assert torch.equal(torch.cat(split), windows)

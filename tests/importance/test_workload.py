@@ -1,0 +1,141 @@
+"""Importance for each byte that a removal frees: what is dear to keep depends on the workload."""
+
+import pytest
+
+from rap_env.importance.gsi import ImportanceRanking, bytes_by_name, greedy_sequential_importance
+from rap_env.llm.loading import build_tiny_llm
+from rap_env.memory.workload import Workload
+from tests.importance.cases import WINDOWS, brute_force
+
+SHORT, LONG = Workload(batch_size=1, prompt_tokens=8, generated_tokens=8), Workload(4, 250, 6)
+KINDS = ("attention", "mlp")
+# Parameters of 4 bytes; float32 keys and values for each of 16 and 1,024 tokens. Hidden size 32, MLP size 64, 4 heads
+# of 8; Llama with 2 KV heads and 3 MLP matrices, OPT with 4, 2 and biases.
+FREED = {
+    ("llama", SHORT): (4 * (2 * 32 * 32 + 2 * 32 * 16) + 16 * 2 * 16 * 4, 4 * 3 * 32 * 64),
+    ("llama", LONG): (4 * (2 * 32 * 32 + 2 * 32 * 16) + 1024 * 2 * 16 * 4, 4 * 3 * 32 * 64),
+    ("opt", SHORT): (4 * 4 * (32 * 32 + 32) + 16 * 2 * 32 * 4, 4 * (2 * 32 * 64 + 64 + 32)),
+    ("opt", LONG): (4 * 4 * (32 * 32 + 32) + 1024 * 2 * 32 * 4, 4 * (2 * 32 * 64 + 64 + 32)),
+}
+WORKLOADS = pytest.mark.parametrize("workload", [SHORT, LONG], ids=["short", "long"])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return build_tiny_llm("llama", n_layers=2)
+
+
+def freed_by_hand(llm, workload: Workload) -> dict[str, int]:
+    by_kind = dict(zip(KINDS, FREED[llm.shape.model_type, workload], strict=True))
+    return {component.name: by_kind[component.kind] for component in llm.shape.components}
+
+
+def ranking_of(increases: dict[str, float]) -> ImportanceRanking:
+    return ImportanceRanking(
+        order=tuple(sorted(increases, key=increases.get)),
+        losses=(),
+        dense_loss=3.0,
+        increases=increases,
+        evaluations=4,
+        tokens=64,
+        component_executions=0,
+        seconds=0.0,
+        peak_bytes=0,
+    )
+
+
+@WORKLOADS
+def test_freed_bytes_are_weights_and_for_attentions_the_kv_cache(llm, workload):
+    assert bytes_by_name(llm.shape, workload) == freed_by_hand(llm, workload)
+
+
+@WORKLOADS
+def test_the_order_by_loss_per_byte_equals_a_brute_force_search(llm, ranking, workload):
+    order, losses, _rounds = brute_force(llm, 8, freed_by_hand(llm, workload))
+    by_bytes = greedy_sequential_importance(llm, WINDOWS, exact=True, workload=workload)
+    assert list(by_bytes.order) == order
+    assert by_bytes.losses == pytest.approx(losses, abs=1e-5)
+    assert by_bytes.increases == ranking.increases, "loss, not loss per byte"
+    assert by_bytes.evaluations == 36 and by_bytes.tokens == 36 * 80
+
+
+def test_a_long_workload_drops_attentions_before_the_order_by_loss_does(llm, ranking):
+    def attentions_first(ranking):
+        return sum(position for position, name in enumerate(ranking.order) if name.endswith("attention"))
+
+    by_bytes = greedy_sequential_importance(llm, WINDOWS, exact=True, workload=LONG)
+    assert by_bytes.order != ranking.order
+    assert attentions_first(by_bytes) < attentions_first(ranking)
+
+
+@WORKLOADS
+def test_after_some_removals_the_rest_is_ranked_by_loss_per_byte(llm, workload):
+    freed = freed_by_hand(llm, workload)
+    order, losses, rounds = brute_force(llm, 2, freed)
+    partial = greedy_sequential_importance(llm, WINDOWS, removals=2, exact=True, workload=workload)
+    last = {name: (loss - losses[0]) / freed[name] for name, loss in rounds[-1].items() if name not in order}
+    assert partial.order == (*order, *sorted(last, key=last.get))
+
+
+@WORKLOADS
+def test_lazy_losses_per_byte_are_those_of_the_shrunk_model(llm, workload):
+    freed = freed_by_hand(llm, workload)
+    lazy = greedy_sequential_importance(llm, WINDOWS, workload=workload)
+    assert sorted(lazy.order) == sorted(freed)
+    on_one = WINDOWS[:1]
+    assert (
+        greedy_sequential_importance(llm, on_one, removals=1, workload=workload).order[0]
+        == (greedy_sequential_importance(llm, on_one, removals=1, exact=True, workload=workload).order[0])
+    )
+
+
+def test_an_exact_ranking_by_loss_reuses_the_first_round_of_one_by_bytes(llm, ranking, store, measured):
+    greedy_sequential_importance(llm, WINDOWS, removals=1, exact=True, store=store, workload=LONG)
+    assert len(measured) == 1 + 8
+    measured.clear()
+    by_loss = greedy_sequential_importance(llm, WINDOWS, removals=1, exact=True, store=store)
+    assert measured == []
+    assert by_loss.order[0] == ranking.order[0] and by_loss.increases == ranking.increases
+
+
+def test_a_lazy_ranking_by_loss_reuses_the_sketch_of_one_by_bytes(llm, store, measured):
+    greedy_sequential_importance(llm, WINDOWS, removals=1, store=store, workload=LONG)
+    known = set(measured)
+    measured.clear()
+    by_loss = greedy_sequential_importance(llm, WINDOWS, removals=1, store=store)
+    assert not known & set(measured)
+    assert {measurement.tokens for measurement in measured} <= {64}, "nothing on the sketch"
+    assert by_loss == greedy_sequential_importance(llm, WINDOWS, removals=1)
+
+
+def test_the_order_per_byte_flips_between_attentions_and_mlps(llama):
+    # Attentions free 12,288 + 128 a token, MLPs 24,576: 14,336 at 16 tokens and 143,360 at 1,024.
+    increases = {"layer0.attention": 0.3, "layer0.mlp": 0.4, "layer1.attention": 0.1, "layer1.mlp": 0.2}
+    ranking = ranking_of(increases)
+    # By 1e-5 a byte: 2.09, 1.63, 0.70, 0.81.
+    assert ranking.per_byte(llama.shape, SHORT) == ("layer1.attention", "layer1.mlp", "layer0.mlp", "layer0.attention")
+    # 0.21, 1.63, 0.07, 0.81.
+    assert ranking.per_byte(llama.shape, LONG) == ("layer1.attention", "layer0.attention", "layer1.mlp", "layer0.mlp")
+    assert ranking.order == ("layer1.attention", "layer1.mlp", "layer0.attention", "layer0.mlp")
+
+
+def test_attentions_that_hurt_as_much_as_mlps_go_last_at_short_and_first_at_long_workloads(llama):
+    ranking = ranking_of({component.name: 0.5 for component in llama.shape.components})
+    kinds = {
+        workload: [name.split(".")[1] for name in ranking.per_byte(llama.shape, workload)] for workload in (SHORT, LONG)
+    }
+    assert kinds == {SHORT: ["mlp"] * 2 + ["attention"] * 2, LONG: ["attention"] * 2 + ["mlp"] * 2}
+
+
+def test_a_measured_ranking_gives_the_first_removal_for_any_workload_without_a_trial(llm, ranking):
+    for workload in (SHORT, LONG):
+        before = llm.component_executions
+        order = ranking.per_byte(llm.shape, workload)
+        assert llm.component_executions == before
+        assert sorted(order) == sorted(ranking.order)
+        by_bytes = greedy_sequential_importance(llm, WINDOWS, removals=1, exact=True, workload=workload)
+        assert order[0] == by_bytes.order[0]
+
+
+def test_without_any_round_there_is_nothing_to_rank_per_byte(llm):
+    assert greedy_sequential_importance(llm, WINDOWS, removals=0).per_byte(llm.shape, LONG) == ()
