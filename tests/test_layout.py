@@ -21,7 +21,7 @@ HOMES = {
     "transformers": ("rap_env/llm/",),
     "huggingface_hub": ("rap_env/llm/",),
     "tokenizers": ("rap_env/llm/",),
-    "lm_eval": ("rap_env/evaluation/harness.py",),
+    "lm_eval": ("rap_env/evaluation/harness.py", "experiments/benchmarks/scoring.py"),
     "stable_baselines3": ("agents/",),
     "sb3_contrib": ("agents/",),
     "hydra": ("train.py", "experiments/"),

@@ -1,5 +1,7 @@
 """Part `scoring`: lm-eval with its own HF adapter at its best batch size against lm-eval with our scoring engine."""
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,14 +48,14 @@ class _Tasks:
         self._manager = TaskManager(include_path=folders, include_defaults=False)
         self._options = options
 
-    def judge(self, lm, log_samples: bool = False, limit: int | None = None) -> dict:
-        with isolated_rng(0):
+    def judge(self, lm, log_samples: bool = False) -> dict:
+        with isolated_rng(0), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
             return simple_evaluate(
                 model=lm,
                 tasks=list(self._options.tasks),
                 task_manager=self._manager,
                 num_fewshot=0,
-                limit=limit or self._options.limit,
+                limit=self._options.limit,
                 bootstrap_iters=0,
                 log_samples=log_samples,
                 verbosity="ERROR",

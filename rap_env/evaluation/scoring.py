@@ -175,9 +175,9 @@ class _Reading:
             self._rows, torch.arange(0, len(states) + _HEAD_ROWS, _HEAD_ROWS, device=states.device)
         )
         for chunk, (first, last) in enumerate(zip(cuts.tolist(), cuts[1:].tolist(), strict=False)):
-            logits = llm.logits(states[chunk * _HEAD_ROWS : (chunk + 1) * _HEAD_ROWS]).float()
-            rows = self._rows[first:last] - chunk * _HEAD_ROWS
-            chosen = logits[rows, self._tokens[first:last]]
-            logprobs[first:last] = chosen - logits.logsumexp(-1)[rows]
-            greedy[first:last] = chosen == logits.amax(-1)[rows]
+            logits = llm.logits(states[chunk * _HEAD_ROWS : (chunk + 1) * _HEAD_ROWS])
+            rows, tokens = self._rows[first:last] - chunk * _HEAD_ROWS, self._tokens[first:last]
+            # The operation that lm-eval's adapter calls: over 49,152 words it rounds ten times as much as all layers.
+            logprobs[first:last] = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]
+            greedy[first:last] = logits[rows, tokens] == logits.amax(-1)[rows]
         return logprobs, greedy

@@ -26,9 +26,9 @@ class LazyRounds(Rounds):
     """Rounds that try only what looks least important, until something that was tried in the round does.
 
     As in Minoux's lazy greedy search, an increase that was measured in an earlier round stands for the present one,
-    lowered by what it may have shrunk since. A component whose turn comes is looked at on a sketch first, a part of the
-    windows; the change that the sketch shows since the last look is taken for that of all windows. Only if the component
-    still looks least important the other windows follow. The loss after a removal is always that of all windows.
+    lowered by what it may have shrunk since. A component whose turn comes is looked at on a sketch first, a part of
+    the windows; the change that the sketch shows since the last look is taken for that of all windows. Only if the
+    component still looks least important the other windows follow. The loss after a removal is that of all windows.
 
     Args:
         sketch: Measures the first windows.
@@ -94,10 +94,8 @@ class LazyRounds(Rounds):
         """How far the latest looks were from the increases on all windows, on the mean."""
         return sum(self._errors) / len(self._errors) if self._errors else 0.0
 
-    def _price(self, name: str) -> float:
-        if name not in self.increases:
-            return 0.0
-        return (self.increases[name] - self._slack[name]) / self._freed[name]
+    def _cheapest(self) -> str:
+        return min(self.increases, key=lambda name: (self.increases[name] - self._slack[name]) / self._freed[name])
 
     def _mean(self, sketch_loss: float, rest_loss: float) -> float:
         if self._rest is None:

@@ -1,5 +1,6 @@
 """The memory model: bytes that a masked model needs for a workload. Pure arithmetic on a `ModelShape`."""
 
+import functools
 from dataclasses import asdict, dataclass
 
 from rap_env.errors import InfeasibleBudget, InvalidMask
@@ -63,8 +64,9 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
         raise InvalidMask(f"expected a mask over this model's {len(shape.components)} components; got {len(mask.keep)}")
     kept = mask.kept
     parameters = shape.fixed_parameters + sum(shape.parameters_of(component) for component in kept)
-    kv_channels = sum(shape.kv_channels for component in kept if component.kind == ATTENTION)
-    width = max((shape.activation_width(component.kind) for component in kept), default=0)
+    kinds = [component.kind for component in kept]
+    kv_channels = shape.kv_channels * kinds.count(ATTENTION)
+    width = max(map(shape.activation_width, set(kinds)), default=0)
     prompt_tokens = workload.batch_size * workload.prompt_tokens
     return Footprint(
         weights_bytes=shape.bytes_per_parameter * parameters,
@@ -74,6 +76,7 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def component_bytes(shape, workload: Workload) -> tuple[int, ...]:
     """Peak bytes that dropping each component frees at a workload, in component order.
 
@@ -86,6 +89,7 @@ def component_bytes(shape, workload: Workload) -> tuple[int, ...]:
     )
 
 
+@functools.lru_cache(maxsize=256)
 def smallest_bytes(shape, workload: Workload) -> int:
     """Peak bytes with every component dropped: the smallest budget that any mask can meet."""
     none_kept = PruningMask(shape.components, (False,) * len(shape.components))
@@ -104,6 +108,7 @@ def check_feasible(shape, workload: Workload, budget_bytes: float) -> None:
         raise InfeasibleBudget(budget_bytes, smallest, workload)
 
 
+@functools.lru_cache(maxsize=256)
 def dense_bytes(shape, workload: Workload) -> int:
     """Peak bytes of the unpruned model; a `budget_ratio` is a fraction of it."""
     return footprint(shape, PruningMask.all_kept(shape), workload).peak_bytes

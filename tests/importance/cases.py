@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import torch
 
+from rap_env.importance.lazy import split_windows
 from rap_env.importance.trials import RemovalMeter, Trial
 from rap_env.mask import PruningMask
 
-# Five windows: the lazy rule's sketch is the first, and the mean over both parts has to be a weighted one.
+# Five windows: the lazy rule's two parts can't be equally long, and the mean over both has to be a weighted one.
 WINDOWS = torch.randint(0, 256, (5, 16), generator=torch.Generator().manual_seed(0))
+SKETCH, REST = split_windows(WINDOWS)
 
 
 class Killed(Exception):

@@ -157,7 +157,7 @@ def test_a_packed_stream_has_the_logits_of_each_sequence(llm):
     "max_window_layers",
     [
         0,
-        pytest.param(4, marks=pytest.mark.xfail(strict=True, reason="open_packed reads sliding_window only")),
+        4,
     ],
 )
 @torch.inference_mode()
