@@ -28,10 +28,8 @@ def judge(
     """
     rows = []
     for name, policy in policies.items():
-        for scenario in grid:
-            workload, budget_bytes = scenario.workload, scenario.budget_bytes
-            mask = policy.decide(workload, budget_bytes)
-            outcome = problem.evaluate(mask, workload, budget_bytes)
+        cases = [(policy.decide(s.workload, s.budget_bytes), s.workload, s.budget_bytes) for s in grid]
+        for (mask, workload, budget_bytes), outcome in zip(cases, problem.evaluate_many(cases), strict=True):
             rows.append(
                 {
                     "policy": name,

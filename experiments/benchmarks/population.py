@@ -27,8 +27,8 @@ def offspring(parent: PruningMask, n_masks: int, most_swaps: int, rng: np.random
     masks: set[PruningMask] = set()
     while len(masks) < n_masks:
         n_swaps = int(rng.integers(1, most_swaps + 1, size=2).min())
-        masks.add(swapped(parent, n_swaps, rng))
-    return sorted(masks - {parent}, key=lambda mask: mask.digest)
+        masks |= {swapped(parent, n_swaps, rng)} - {parent}
+    return sorted(masks, key=lambda mask: mask.digest)
 
 
 def measure(

@@ -73,9 +73,9 @@ def _random_case(name: str, llm: SwitchableLLM) -> tuple[SwitchableLLM, torch.Te
     return model, _windows(model, 2 * _WINDOW_TOKENS), [model.mask]
 
 
-def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The p of the best fit seconds = c * size ** p, by least squares on logarithms."""
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
+    """The p of the best fit seconds = c * size ** p, by least squares on logarithms; None for fewer than two sizes."""
+    return None if len(sizes) < 2 else float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def _windows(llm: SwitchableLLM, tokens: int) -> torch.Tensor:
@@ -106,5 +106,5 @@ def lines(results: dict[str, Any]) -> list[str]:
         f"{name}: seconds grow with the power {curve['exponent']:.2f} of {curve['unit']}, from {curve['sizes'][0]:,}"
         f" ({curve['seconds'][0]:.2f} s) to {curve['sizes'][-1]:,} ({curve['seconds'][-1]:.2f} s)"
         for name, curve in results.items()
-        if isinstance(curve, dict)
+        if isinstance(curve, dict) and curve["exponent"] is not None
     ]

@@ -5,14 +5,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rap_env.errors import MemoryBoundTooSmall
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.lazy import LazyRounds, split_windows
-from rap_env.importance.rounds import ExactRounds
+from rap_env.importance.rounds import ExactRounds, price
 from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.memory.footprint import component_bytes
 from rap_env.memory.working import streams_within, working_bytes
 from rap_env.memory.workload import Workload
+
+_PASSING_STREAMS = 2  # alive beside the held ones: what waits where masks part, and the last result
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,21 @@ class ImportanceRanking:
             workload: The request batch; long ones make attentions dear to keep, short ones MLPs.
         """
         freed = bytes_by_name(shape, workload)
-        return tuple(sorted(self.increases, key=lambda name: self.increases[name] / freed[name]))
+        return tuple(sorted(self.increases, key=lambda name: price(self.increases[name], freed[name])))
 
 
 def bytes_by_name(shape, workload: Workload) -> dict[str, int]:
     """Bytes that dropping each component frees at a workload."""
     names = (component.name for component in shape.components)
     return dict(zip(names, component_bytes(shape, workload), strict=True))
+
+
+def _streams_to_hold(shape, tokens: int, memory_bytes: int) -> int:
+    held_streams = streams_within(shape, tokens, memory_bytes) - _PASSING_STREAMS
+    if held_streams < 1:
+        least = working_bytes(shape, tokens, 1 + _PASSING_STREAMS)
+        raise MemoryBoundTooSmall(memory_bytes, least, tokens)
+    return held_streams
 
 
 def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything but the first two by name
@@ -93,9 +104,9 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
         MemoryBoundTooSmall: The bound does not cover one forward of the windows.
     """
     freed = bytes_by_name(llm.shape, workload) if workload else {c.name: 1 for c in llm.shape.components}
-    held_streams = len(freed) + 1
+    held_streams = 1 if exact else len(freed) + 1  # the exact rule goes down the trie from the embedding each round
     if memory_bytes is not None:
-        held_streams = min(held_streams, streams_within(llm.shape, windows.numel(), memory_bytes))
+        held_streams = min(held_streams, _streams_to_hold(llm.shape, windows.numel(), memory_bytes))
     parts = [windows] if exact else split_windows(windows)
     meters = [RemovalMeter(llm, part, store, held_streams) for part in parts]
     rounds = ExactRounds(*meters, freed=freed) if exact else LazyRounds(*meters, freed=freed)
@@ -113,5 +124,5 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
         tokens=rounds.tokens,
         component_executions=sum(trial.component_executions for trial in rounds.costs),
         seconds=sum(trial.seconds for trial in rounds.costs),
-        peak_bytes=working_bytes(llm.shape, windows.numel(), held_streams),
+        peak_bytes=working_bytes(llm.shape, windows.numel(), held_streams + _PASSING_STREAMS),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from rap_env.importance.rounds import Removal, Rounds
+from rap_env.importance.rounds import Removal, Rounds, price
 from rap_env.importance.trials import RemovalMeter
 
 # Part of the windows that a component is looked at first.
@@ -95,7 +95,7 @@ class LazyRounds(Rounds):
         return sum(self._errors) / len(self._errors) if self._errors else 0.0
 
     def _cheapest(self) -> str:
-        return min(self.increases, key=lambda name: (self.increases[name] - self._slack[name]) / self._freed[name])
+        return min(self.increases, key=lambda name: price(self.increases[name] - self._slack[name], self._freed[name]))
 
     def _mean(self, sketch_loss: float, rest_loss: float) -> float:
         if self._rest is None:

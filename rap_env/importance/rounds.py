@@ -15,6 +15,11 @@ class Removal(NamedTuple):
     loss: float
 
 
+def price(increase: float, freed: float) -> float:
+    """Loss increase for what a removal frees; where the loss falls, freeing more is better too."""
+    return increase / freed if increase > 0 else increase * freed
+
+
 class Rounds:
     """The shrinking model of one greedy search; a subclass says which trials a round makes.
 
@@ -51,7 +56,7 @@ class Rounds:
         return sorted((component.name for component in self.mask.kept), key=self._price)
 
     def _price(self, name: str) -> float:
-        return self.increases.get(name, 0.0) / self._freed[name]
+        return price(self.increases.get(name, 0.0), self._freed[name])
 
     def _cheapest(self) -> str:
         return min(self.increases, key=self._price)

@@ -30,7 +30,7 @@ class MaskStreams:
     def __init__(self, llm: SwitchableLLM, windows: torch.Tensor, held_streams: int | None = None) -> None:
         n_streams = len(llm.shape.components) + 1
         self._llm, self._windows = llm, windows
-        self._stride = math.ceil(n_streams / max(1, held_streams or n_streams))
+        self._stride = math.ceil(n_streams / max(1, n_streams if held_streams is None else held_streams))
         embedded, self._context = llm.open_stream(windows)
         self._kept = llm.shape.components
         self._held = [embedded]  # in front of kept component 0, stride, 2 stride, ...

@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache
 from itertools import combinations, pairwise
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 
 from rap_env.errors import MemoryBoundTooSmall
 from rap_env.llm.architecture import ARCHITECTURES, ModelShape
+from rap_env.llm.embedded import EMBEDDED_NAME
 from rap_env.llm.loading import build_tiny_llm, load_llm
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
@@ -21,7 +22,7 @@ from rap_env.mask import PruningMask
 from rap_env.memory.measured import measured_peak, return_freed_memory
 from rap_env.memory.working import streams_within, working_bytes
 
-SCRATCH = 8_388_608
+SCRATCH = 16_777_216
 HEAD_ROWS = 128
 
 
@@ -114,7 +115,7 @@ def test_as_many_streams_are_held_as_the_bound_allows(shape, tokens, head_rows, 
 def test_a_bound_below_one_mask_at_a_time_names_the_smallest_that_works(shape):
     smallest = 100 * (128 + 160) + 89_600 + SCRATCH
     assert streams_within(shape, 100, smallest, head_rows=10) == 0
-    message = r"on 100 tokens at once needs at least 8,507,008 bytes beside the weights; the bound is 8,507,007 bytes"
+    message = r"on 100 tokens at once needs at least 16,895,616 bytes beside the weights; the bound is 16,895,615 bytes"
     with pytest.raises(MemoryBoundTooSmall, match=message) as refusal:
         streams_within(shape, 100, smallest - 1, head_rows=10)
     assert (refusal.value.memory_bytes, refusal.value.smallest_bytes) == (smallest - 1, smallest)
@@ -131,7 +132,7 @@ def test_bounds_of_nothing_are_refused(shape, memory_bytes):
 class Judging:
     """What is measured: masks over equal windows, forwarded by a model that a fresh process builds."""
 
-    build: Callable[..., SwitchableLLM]
+    name: str
     dtype: str
     n_windows: int
     length: int
@@ -149,7 +150,7 @@ class Judging:
         else:
             hidden, context = llm.open_stream(torch.arange(self.length).repeat(self.n_windows, 1))
         components = llm.shape.components
-        shallow = PruningMask.all_kept(llm.shape).drop(*components[6:])  # deeper ones take no more memory
+        shallow = PruningMask.all_kept(llm.shape).drop(*components[4:])  # deeper ones take no more memory
         forks = components[1 : 1 + self.forks]
         masks = [shallow.drop(*dropped) for n in range(self.forks + 1) for dropped in combinations(forks, n)]
         for _mask, stream in llm.run_masks(masks, hidden, context):
@@ -158,13 +159,18 @@ class Judging:
     def measure(self) -> tuple[int, int]:
         """Measured and predicted peak bytes of a second run, in the process that this is called in."""
         torch.set_num_threads(1)
-        llm = self.build(dtype=self.dtype, device="cpu")
+        llm = build(self.name, self.dtype)
         with torch.inference_mode():
             self.run(llm)
             with measured_peak("cpu") as peak:
                 self.run(llm)
         tokens = self.n_windows * self.length
         return peak.peak_bytes, working_bytes(llm.shape, tokens, self.held_streams, HEAD_ROWS)
+
+
+@cache  # in the fresh process: what a freed model leaves behind would be used again by the next one
+def build(name: str, dtype: str) -> SwitchableLLM:
+    return build_tiny_llm(name, dtype=dtype) if name in ARCHITECTURES else load_llm(name, dtype, device="cpu")
 
 
 def read(llm: SwitchableLLM, stream: torch.Tensor) -> None:
@@ -187,12 +193,12 @@ def fresh_process() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("n_windows", "length", "packed", "forks"),
-    [(2, 512, False, 0), (2, 512, True, 2), (1, 1024, True, 0), (8, 512, False, 2), (8, 512, True, 0)],
+    [(2, 512, False, 2), (1, 1024, True, 0), (8, 512, True, 1)],
 )
 def test_a_real_forward_takes_between_half_and_all_of_the_prediction(
     embedded_folder, fresh_process, dtype, n_windows, length, packed, forks
 ):
-    judging = Judging(load_llm, dtype, n_windows, length, packed, forks)
+    judging = Judging(EMBEDDED_NAME, dtype, n_windows, length, packed, forks)
     measured, predicted = fresh_process.submit(judging.measure).result()
     print(f"{judging}: measured {measured:,}, predicted {predicted:,}, {measured / predicted:.3f}")
     assert predicted / 2 < measured <= predicted
@@ -201,7 +207,7 @@ def test_a_real_forward_takes_between_half_and_all_of_the_prediction(
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_no_family_takes_more_than_predicted(fresh_process, family, dtype):
-    judging = Judging(partial(build_tiny_llm, family), dtype, n_windows=2048, length=64, packed=True, forks=1)
+    judging = Judging(family, dtype, n_windows=512, length=64, packed=True, forks=1)
     measured, predicted = fresh_process.submit(judging.measure).result()
     print(f"{judging}: measured {measured:,}, predicted {predicted:,}, {measured / predicted:.3f}")
     assert predicted / 3 < measured <= predicted

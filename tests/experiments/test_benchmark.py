@@ -1,0 +1,148 @@
+"""The benchmark's parts run on a tiny model, say what they measured, and their arithmetic is right."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments.benchmark import PARTS, Bench
+from experiments.benchmarks.gsi import _agreement
+from experiments.benchmarks.population import offspring, swapped
+from experiments.benchmarks.scaling import exponent
+from experiments.benchmarks.timing import alternate, forward_flops, speedup
+from experiments.records import read_record, write_record
+from rap_env.mask import PruningMask
+
+CONF = Path(__file__).parents[2] / "conf"
+TINY = [
+    "model=tiny",
+    "calibration.corpus.n_documents=2",
+    "calibration.corpus.tokens_per_document=100",
+    "calibration.tokens_per_sample=16",
+    "evaluation.limit=2",
+    "gsi.seeds=[0,1]",
+    "gsi.removals=2",
+    "gsi.quality_removals=3",
+    "gsi.plain_every=1",
+    "scoring.plain_batch_sizes=[4]",
+    "scoring.repeats=1",
+    "population.masks=3",
+    "population.repeats=1",
+    "env.environments=2",
+    "env.repeats=1",
+    "scaling.tokens=[16,32]",
+    "scaling.layers=[1,4]",
+    "scaling.masks=[1,2]",
+    "scaling.models=[]",
+    "scaling.repeats=1",
+]
+
+
+@pytest.fixture
+def results_of(tmp_path, monkeypatch):
+    """Runs a part on the tiny model and returns what its record holds."""
+    monkeypatch.setenv("RAP_CACHE", str(tmp_path / "cache"))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("benchmark", overrides=TINY)
+
+    def run(name: str) -> dict:
+        reports = []
+        bench = Bench(config)
+        results = getattr(bench, name)(lambda done, total: reports.append((done, total)))
+        assert reports and reports[-1][0] == reports[-1][1]
+        assert all(isinstance(line, str) and line for line in PARTS[name].lines(results))
+        path = write_record(tmp_path / f"{name}.json", {"config": {}, "provenance": {}, "results": results})
+        return read_record(path)["results"]
+
+    return run
+
+
+def test_gsi_compares_three_rules_that_choose_alike(results_of):
+    results = results_of("gsi")
+    assert results["exact_against_plain"]["repeats"] == 2
+    for run in results["runs"]:
+        assert all(check["same_choice"] for check in run["plain_checks"])
+        assert max(check["largest_difference"] for check in run["plain_checks"]) < 1e-4
+        assert run["cost"]["exact"]["evaluations"] == 8 + 7 + 6
+        assert len(run["lazy_loss_above_exact"]) == 3
+    assert len(results["between_seeds"]["agreement_of_pairs"]) == 1
+
+
+def test_scoring_agrees_with_lm_evals_own_adapter(results_of):
+    results = results_of("scoring")
+    assert results["float32"]["accuracies_equal"]
+    assert results["float32"]["largest_difference"] < 1e-4
+    assert results["tokens"] < results["tokens_of_requests"]
+
+
+def test_a_population_scores_the_same_together(results_of):
+    results = results_of("population")
+    for name in ("one_swap", "one_to_three_swaps"):
+        assert results[name]["identical"]
+        assert min(results[name]["shared_executions_ratios"]) >= 1
+
+
+def test_a_vector_environment_pays_what_single_ones_pay(results_of):
+    results = results_of("env")
+    assert results["random_bits"]["identical"] and results["projected_bits"]["identical"]
+    assert 0 < results["stored"]["step_microseconds"] < 1e4
+
+
+def test_scaling_fits_a_power_to_each_curve(results_of):
+    results = results_of("scaling")
+    assert [len(results[name]["seconds"]) for name in ("tokens", "layers", "masks", "models")] == [2, 2, 2, 0]
+    assert results["models"]["exponent"] is None
+
+
+def test_ways_are_called_in_turn_and_in_turned_order():
+    calls = []
+    ways = {name: lambda repeat, name=name: calls.append((name, repeat)) or name for name in "ab"}
+    seconds, results = alternate(ways, 2)
+    assert calls == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    assert results == {"a": ["a", "a"], "b": ["b", "b"]}
+    assert [len(seconds[name]) for name in "ab"] == [2, 2]
+
+
+def test_a_speedup_is_the_median_of_the_repeats_ratios():
+    compared = speedup([4.0, 9.0, 10.0], [2.0, 3.0, 10.0])
+    assert compared["ratios"] == [2.0, 3.0, 1.0] and compared["ratio"] == 2.0
+    assert (compared["plain_median_seconds"], compared["our_median_seconds"]) == (9.0, 3.0)
+
+
+def test_floating_point_operations_count_kept_weights_and_read_logits(tiny_llm):
+    mask = PruningMask.all_kept(tiny_llm.shape).drop("layer0.mlp")
+    attention = 32 * 32 * 2 + 2 * 32 * 16  # query and output, key and value
+    mlp = 3 * 32 * 64
+    assert forward_flops(tiny_llm, mask, 10, 3) == 2 * 10 * (4 * attention + 3 * mlp) + 2 * 3 * 32 * 257
+
+
+def test_a_power_law_gives_its_exponent():
+    assert exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+    assert exponent([5], [1.0]) is None
+
+
+def test_agreement_of_an_order_with_its_reverse_is_minus_one():
+    order = list("abcdef")
+    assert _agreement(order, order, [2]) == {"kendall_tau": pytest.approx(1.0), "top_2_overlap": 1.0}
+    assert _agreement(order, order[::-1], [2]) == {"kendall_tau": pytest.approx(-1.0), "top_2_overlap": 0.0}
+
+
+def test_mutants_keep_as_many_of_each_kind(tiny_llm):
+    parent = PruningMask.all_kept(tiny_llm.shape).drop("layer1.attention", "layer2.mlp", "layer3.mlp")
+    masks = offspring(parent, 6, 3, np.random.default_rng(0))
+    assert len(set(masks)) == 6 and parent not in masks
+    for mask in masks:
+        assert sorted(c.kind for c in mask.dropped) == ["attention", "mlp", "mlp"]
+    again = offspring(parent, 6, 3, np.random.default_rng(0))
+    assert masks == again
+    assert len(set(swapped(parent, 1, np.random.default_rng(1)).dropped) & set(parent.dropped)) == 2
+
+
+def test_every_comment_of_the_config_composes():
+    commands = [line for line in (CONF / "benchmark.yaml").read_text().splitlines() if line.startswith("# python -m")]
+    assert len(commands) == 3
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for command in commands:
+            overrides = [word for word in command.split("  ")[0].split() if "=" in word]
+            assert set(compose("benchmark", overrides=overrides).parts) <= set(PARTS)
