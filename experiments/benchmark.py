@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.benchmarks import env, gsi, population, scaling, scoring
+from experiments.benchmarks import env, gsi, memory, population, scaling, scoring
 from experiments.build import build_corpus, build_evaluators
 from experiments.progress import Phases
 from experiments.records import provenance, write_record
@@ -51,6 +51,9 @@ class Bench:
     def scaling(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
         return scaling.measure(self._llm, self._options["scaling"], progress)
 
+    def memory(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        return memory.measure(self._llm, self._windows(0), self._judge().plan(self._llm).pairs, progress)
+
     def provenance(self) -> dict[str, Any]:
         return provenance() | {"model_digest": self._llm.digest}
 
@@ -68,7 +71,7 @@ class Bench:
         return self._order
 
 
-PARTS = {"gsi": gsi, "scoring": scoring, "population": population, "env": env, "scaling": scaling}
+PARTS = {"gsi": gsi, "scoring": scoring, "population": population, "env": env, "scaling": scaling, "memory": memory}
 
 
 def run(config: DictConfig) -> list[Path]:

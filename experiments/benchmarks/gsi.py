@@ -9,13 +9,11 @@ import torch
 from scipy.stats import kendalltau
 
 from experiments.benchmarks.timing import speedup, timed
-from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds, Rounds
 from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Component, PruningMask
-from rap_env.memory.measured import measured_peak
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,12 @@ def measure(
 
         runs.append({"seed": seed} | _race(llm, windows_of(seed), options, advance))
     plain, exact, lazy = ([run["seconds"][name] for run in runs] for name in ("plain", "exact", "lazy"))
-    windows = windows_of(options.seeds[0])
     return {
         "exact_against_plain": speedup(plain, exact),
         "lazy_against_plain": speedup(plain, lazy),
         "lazy_against_exact": speedup(exact, lazy),
         "runs": runs,
         "between_seeds": _between_seeds(llm, windows_of, runs),
-        "memory": _memory(llm, windows),
     }
 
 
@@ -160,12 +156,6 @@ def _between_seeds(llm: SwitchableLLM, windows_of: Callable[[int], torch.Tensor]
     return {"agreement_of_pairs": pairs, "loss_of_rows_mask_on_columns_sample": losses}
 
 
-def _memory(llm: SwitchableLLM, windows: torch.Tensor) -> dict[str, int]:
-    with measured_peak(llm.device) as peak:
-        ranking = greedy_sequential_importance(llm, windows, removals=1)
-    return {"predicted_bytes": ranking.peak_bytes, "measured_bytes": peak.peak_bytes}
-
-
 def lines(results: dict[str, Any]) -> list[str]:
     """What is printed."""
     comparisons = [name for name in results if "against" in name]
@@ -177,6 +167,4 @@ def lines(results: dict[str, Any]) -> list[str]:
             f" removals, {max(gaps):.2%} up to {len(gaps)}; Kendall tau {run['agreement']['kendall_tau']:.2f};"
             f" {costs['lazy']['evaluations']} of {costs['exact']['evaluations']} trials"
         )
-    printed += [f"between samples: {pair}" for pair in results["between_seeds"]["agreement_of_pairs"]]
-    memory = results["memory"]
-    return [*printed, f"memory: predicted {memory['predicted_bytes']:,} bytes, measured {memory['measured_bytes']:,}"]
+    return printed + [f"between samples: {pair}" for pair in results["between_seeds"]["agreement_of_pairs"]]

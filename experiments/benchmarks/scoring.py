@@ -16,7 +16,6 @@ from rap_env.evaluation.harness import ScoringLM
 from rap_env.evaluation.scoring import ScoringPlan
 from rap_env.evaluation.tasks import TASKS_FOLDER
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.memory.measured import measured_peak
 from rap_env.rng import isolated_rng
 
 
@@ -95,8 +94,7 @@ def measure(
     gemm = gemm_flops_per_second(llm)
     plan = ours.plan
     flops = forward_flops(llm, llm.mask, plan.tokens, plan.head_rows)
-    with measured_peak(llm.device) as peak:
-        engine = [timed(lambda: next(plan.run(llm, [llm.mask])))[0] for _ in range(options.repeats)]
+    engine = [timed(lambda: next(plan.run(llm, [llm.mask])))[0] for _ in range(options.repeats)]
     return {
         "simple_evaluate": speedup(seconds["plain"], seconds["ours"]),
         "plain_batch_size": best,
@@ -109,7 +107,6 @@ def measure(
         "engine_seconds": engine,
         "engine_flops_per_second": flops / sorted(engine)[len(engine) // 2],
         "engine_share_of_gemm": flops / sorted(engine)[len(engine) // 2] / gemm,
-        "memory": {"predicted_bytes": plan.peak_bytes(llm.shape, 1), "measured_bytes": peak.peak_bytes},
         "results": {name: _accuracies(runs[0]) for name, runs in results.items()},
         "float32": _compare(tasks, llm_float32, best, lambda: progress(next(done), n_steps)),
     }
@@ -166,7 +163,7 @@ def _compare(tasks: _Tasks, llm: SwitchableLLM, batch_size: int, advance: Callab
 
 def lines(results: dict[str, Any]) -> list[str]:
     """What is printed."""
-    float32, memory = results["float32"], results["memory"]
+    float32 = results["float32"]
     return [
         f"simple_evaluate: {results['simple_evaluate']['ratio']:.2f} times faster than HFLM at batch size"
         f" {results['plain_batch_size']}; {results['tokens']:,} tokens forwarded for {results['tokens_of_requests']:,}",
@@ -174,5 +171,4 @@ def lines(results: dict[str, Any]) -> list[str]:
         f" {results['engine_share_of_gemm']:.0%} of the GEMM rate",
         f"float32: accuracies equal: {float32['accuracies_equal']}; log-likelihoods differ by at most"
         f" {float32['largest_difference']:.1e} ({float32['log_likelihoods']} of them)",
-        f"memory: predicted {memory['predicted_bytes']:,} bytes, measured {memory['measured_bytes']:,}",
     ]

@@ -67,11 +67,10 @@ def bytes_by_name(shape, workload: Workload) -> dict[str, int]:
 
 
 def _streams_to_hold(shape, tokens: int, memory_bytes: int) -> int:
-    held_streams = streams_within(shape, tokens, memory_bytes) - _PASSING_STREAMS
-    if held_streams < 1:
-        least = working_bytes(shape, tokens, 1 + _PASSING_STREAMS)
+    least = working_bytes(shape, tokens, 1 + _PASSING_STREAMS)
+    if memory_bytes < least:
         raise MemoryBoundTooSmall(memory_bytes, least, tokens)
-    return held_streams
+    return streams_within(shape, tokens, memory_bytes) - _PASSING_STREAMS
 
 
 def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything but the first two by name

@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.benchmark import PARTS, Bench
+from experiments.benchmarks import memory
 from experiments.benchmarks.gsi import _agreement
 from experiments.benchmarks.population import offspring, swapped
 from experiments.benchmarks.scaling import exponent
@@ -93,6 +94,13 @@ def test_scaling_fits_a_power_to_each_curve(results_of):
     results = results_of("scaling")
     assert [len(results[name]["seconds"]) for name in ("tokens", "layers", "masks", "models")] == [2, 2, 2, 0]
     assert results["models"]["exponent"] is None
+
+
+def test_memory_is_predicted_and_measured_for_every_case(results_of, monkeypatch):
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: None)  # it would slow the rest of the tests down
+    cases = results_of("memory")["cases"]
+    assert len(cases) == 6
+    assert all(case["predicted_bytes"] > 0 and case["measured_bytes"] >= 0 for case in cases.values())
 
 
 def test_ways_are_called_in_turn_and_in_turned_order():

@@ -38,6 +38,11 @@ def loss_of(llm, names, windows: torch.Tensor = WINDOWS) -> float:
     return -logprobs[:, :-1].gather(-1, windows[:, 1:, None]).mean().item()
 
 
+def per_freed(increase: float, freed: float) -> float:
+    """Increase for what is freed; a gain (a negative increase) is worth the more, the more is freed with it."""
+    return increase / freed if increase > 0 else increase * freed
+
+
 def brute_force(
     llm, removals: int, freed: Mapping[str, int] | None = None
 ) -> tuple[list[str], list[float], list[dict[str, float]]]:
@@ -50,7 +55,7 @@ def brute_force(
     for _ in range(removals):
         left = [c.name for c in llm.shape.components if c.name not in removed]
         trials = {name: loss_of(llm, [*removed, name]) for name in left}
-        prices = {name: (loss - losses[-1]) / (freed[name] if freed else 1) for name, loss in trials.items()}
+        prices = {name: per_freed(loss - losses[-1], freed[name] if freed else 1) for name, loss in trials.items()}
         removed.append(min(prices, key=prices.get))
         losses.append(trials[removed[-1]])
         rounds.append(trials)

@@ -103,24 +103,25 @@ def test_rankings_are_compared_without_what_they_cost(ranking):
     assert dataclasses.replace(ranking, increases=dict.fromkeys(ranking.order, 0.0)) != ranking
 
 
-@RULES
 @pytest.mark.parametrize("fewer_streams", [1, 5, 8])
-def test_a_memory_bound_changes_the_cost_and_nothing_else(llm, ranking, lazy, exact, fewer_streams):
-    unbounded = ranking if exact else lazy
-    memory_bytes = unbounded.peak_bytes - fewer_streams * STREAM_BYTES
-    bounded = greedy_sequential_importance(llm, WINDOWS, exact=exact, memory_bytes=memory_bytes)
-    assert bounded == unbounded, "losses and increases to the bit"
+def test_a_memory_bound_changes_the_cost_and_nothing_else(llm, lazy, fewer_streams):
+    memory_bytes = lazy.peak_bytes - fewer_streams * STREAM_BYTES
+    bounded = greedy_sequential_importance(llm, WINDOWS, memory_bytes=memory_bytes)
+    assert bounded == lazy, "losses and increases to the bit"
     assert bounded.peak_bytes <= memory_bytes
-    if exact:  # its trials go down the same trie whatever is held
-        assert bounded.component_executions == unbounded.component_executions
-    else:
-        assert bounded.component_executions > unbounded.component_executions
+    assert bounded.component_executions > lazy.component_executions
+
+
+def test_the_exact_rule_needs_no_more_than_the_tightest_bound_allows(llm, ranking):
+    assert greedy_sequential_importance(llm, WINDOWS, exact=True, memory_bytes=ranking.peak_bytes) == ranking
+    with pytest.raises(MemoryBoundTooSmall, match="raise it"):
+        greedy_sequential_importance(llm, WINDOWS, exact=True, memory_bytes=ranking.peak_bytes - 1)
 
 
 def test_the_tighter_the_bound_the_more_components_are_run(llm, lazy):
     with pytest.raises(MemoryBoundTooSmall) as refused:
         greedy_sequential_importance(llm, WINDOWS, memory_bytes=0)
-    bounds = [refused.value.smallest_bytes, *(lazy.peak_bytes - fewer * STREAM_BYTES for fewer in (8, 7, 5, 0))]
+    bounds = [refused.value.smallest_bytes, *(lazy.peak_bytes - fewer * STREAM_BYTES for fewer in (7, 5, 0))]
     executions = []
     for memory_bytes in bounds:
         bounded = greedy_sequential_importance(llm, WINDOWS, memory_bytes=memory_bytes)

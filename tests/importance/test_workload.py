@@ -7,7 +7,7 @@ import pytest
 from rap_env.importance.gsi import ImportanceRanking, bytes_by_name, greedy_sequential_importance
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.memory.workload import Workload
-from tests.importance.cases import REST, WINDOWS, brute_force, loss_of, measure_by_rule
+from tests.importance.cases import REST, WINDOWS, brute_force, loss_of, measure_by_rule, per_freed
 
 SHORT, LONG = Workload(batch_size=1, prompt_tokens=8, generated_tokens=8), Workload(4, 250, 6)
 KINDS = ("attention", "mlp")
@@ -75,7 +75,7 @@ def test_after_some_removals_the_rest_is_ranked_by_loss_per_byte(llm, workload):
     freed = freed_by_hand(llm, workload)
     order, losses, rounds = brute_force(llm, 2, freed)
     partial = greedy_sequential_importance(llm, WINDOWS, removals=2, exact=True, workload=workload)
-    last = {name: (loss - losses[0]) / freed[name] for name, loss in rounds[-1].items() if name not in order}
+    last = {name: per_freed(loss - losses[0], freed[name]) for name, loss in rounds[-1].items() if name not in order}
     assert partial.order == (*order, *sorted(last, key=last.get))
 
 

@@ -1,0 +1,66 @@
+"""Part `memory`: predicted against measured peaks of importance and scoring, unbounded and bounded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rap_env.evaluation.scoring import ScoringPlan
+from rap_env.importance.gsi import greedy_sequential_importance
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+from rap_env.memory.measured import measured_peak, return_freed_memory
+
+
+def measure(
+    llm: SwitchableLLM, windows: torch.Tensor, pairs: list, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Measures each case's peak above what was in use before, after one run to warm up.
+
+    Freed memory is returned to the system from here on, for otherwise what the C library keeps counts too; it slows
+    the process down, so this part comes last.
+
+    Args:
+        llm: The model.
+        windows: Calibration tokens of the importance cases.
+        pairs: Requests of the scoring cases.
+        progress: Called with (cases done, cases in all).
+    """
+    return_freed_memory()
+    dense = PruningMask.all_kept(llm.shape)
+    masks = [dense.drop(component) for component in dense.components[:8]]
+
+    def rank(**options) -> int:
+        return greedy_sequential_importance(llm, windows, removals=1, **options).peak_bytes
+
+    def score(batch_tokens: int, n_masks: int) -> int:
+        plan = ScoringPlan(pairs, batch_tokens)
+        for _result in plan.run(llm, masks[:n_masks]):
+            pass
+        return plan.peak_bytes(llm.shape, n_masks)
+
+    bound_bytes = (rank() + rank(exact=True)) // 2
+    cases: dict[str, Callable[[], int]] = {
+        "lazy importance": rank,
+        f"lazy importance within {bound_bytes:,} bytes": lambda: rank(memory_bytes=bound_bytes),
+        "exact importance": lambda: rank(exact=True),
+        "scoring, 4,096 tokens at once": lambda: score(4096, 1),
+        "scoring, 1,024 tokens at once": lambda: score(1024, 1),
+        "scoring 8 masks, 1,024 tokens at once": lambda: score(1024, 8),
+    }
+    results = {}
+    for done, (name, run) in enumerate(cases.items(), 1):
+        run()
+        with measured_peak(llm.device) as peak:
+            predicted_bytes = run()
+        results[name] = {"predicted_bytes": predicted_bytes, "measured_bytes": peak.peak_bytes}
+        progress(done, len(cases))
+    return {"cases": results}
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """What is printed."""
+    return [
+        f"{name}: predicted {case['predicted_bytes'] / 1e6:.0f} MB, measured {case['measured_bytes'] / 1e6:.0f} MB"
+        for name, case in results["cases"].items()
+    ]
