@@ -1,4 +1,7 @@
-"""Tables from stored records: `python -m experiments.report results/main/*.json` prints Markdown."""
+"""What stored records say: `python -m experiments.report results/ppo/*.json` prints Markdown.
+
+Records of benchmark parts (`results/benchmark/gsi.json`) print what the benchmark printed.
+"""
 
 import sys
 from collections import defaultdict
@@ -8,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.records import read_record
-from rap_env.errors import RapError
+from rap_env.errors import RapError, UnknownName
 
 _COLUMNS = ("accuracy", "smooth_accuracy", "reward")
 
@@ -31,6 +34,19 @@ def seed_table(records: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def benchmark_lines(part: str, record: dict[str, Any]) -> list[str]:
+    """What the benchmark printed when it wrote a part's record.
+
+    Raises:
+        UnknownName: The file is not named as a part is.
+    """
+    from experiments.benchmark import PARTS  # here: it loads every judge, which tables of seeds don't need
+
+    if part not in PARTS:
+        raise UnknownName("benchmark part", part, PARTS)
+    return [f"## {part}", *PARTS[part].lines(record["results"])]
+
+
 def _with_spread(values: Sequence[float]) -> str:
     spread = f" ({stdev(values):.3f})" if len(values) > 1 else ""
     return f"{mean(values):.3f}{spread}"
@@ -40,7 +56,13 @@ def main(paths: Sequence[str]) -> None:
     if not paths:
         sys.exit("usage: python -m experiments.report RECORD.json [RECORD.json ...]")
     try:
-        print("\n".join(seed_table([read_record(Path(path)) for path in paths])))
+        records = {Path(path): read_record(Path(path)) for path in paths}
+        seeds = [record for record in records.values() if "summary" in record["results"]]
+        lines = seed_table(seeds) if seeds else []
+        for path, record in records.items():
+            if "summary" not in record["results"]:
+                lines += benchmark_lines(path.stem, record)
+        print("\n".join(lines))
     except (RapError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 

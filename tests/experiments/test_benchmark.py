@@ -13,6 +13,7 @@ from experiments.benchmarks.population import offspring, swapped
 from experiments.benchmarks.scaling import exponent
 from experiments.benchmarks.timing import alternate, forward_flops, speedup
 from experiments.records import read_record, write_record
+from experiments.report import benchmark_lines
 from rap_env.mask import PruningMask
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -54,7 +55,9 @@ def results_of(tmp_path, monkeypatch):
         assert reports and reports[-1][0] == reports[-1][1]
         assert all(isinstance(line, str) and line for line in PARTS[name].lines(results))
         path = write_record(tmp_path / f"{name}.json", {"config": {}, "provenance": {}, "results": results})
-        return read_record(path)["results"]
+        record = read_record(path)
+        assert benchmark_lines(name, record) == [f"## {name}", *PARTS[name].lines(results)]
+        return record["results"]
 
     return run
 
