@@ -62,5 +62,5 @@ def lines(results: dict[str, Any]) -> list[str]:
     """What is printed."""
     return [
         f"{name}: predicted {case['predicted_bytes'] / 1e6:.0f} MB, measured {case['measured_bytes'] / 1e6:.0f} MB"
-        for name, case in results["cases"].items()
+        for name, case in sorted(results["cases"].items())
     ]

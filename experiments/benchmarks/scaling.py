@@ -105,6 +105,6 @@ def lines(results: dict[str, Any]) -> list[str]:
     return [
         f"{name}: seconds grow with the power {curve['exponent']:.2f} of {curve['unit']}, from {curve['sizes'][0]:,}"
         f" ({curve['seconds'][0]:.2f} s) to {curve['sizes'][-1]:,} ({curve['seconds'][-1]:.2f} s)"
-        for name, curve in results.items()
+        for name, curve in sorted(results.items())
         if isinstance(curve, dict) and curve["exponent"] is not None
     ]
