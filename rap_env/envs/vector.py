@@ -14,7 +14,7 @@ from rap_env.envs.sequential import SequentialPruningEnv
 
 
 class PruningVectorEnv(VectorEnv):
-    """N `rap/Pruning-v0` whose masks are judged in one call, which costs far less than judging one after the other.
+    """N `rap/Pruning-v0` whose masks are judged in one call, which runs what they have in common in front only once.
 
         envs = gymnasium.make_vec("rap/Pruning-v0", num_envs=16)  # further arguments: those of the single environment
         observations, infos = envs.reset(seed=0)
