@@ -1,12 +1,14 @@
 """What every agent is: given a problem and an evaluation budget, it ends as a policy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from rap_env.importance.source import ImportanceSource
-from rap_env.memory.scenario import ScenarioSampler
+from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.policies import Policy
 from rap_env.problem import PruningProblem
 
@@ -19,6 +21,8 @@ class Task:
         problem: Judges masks on the search half; its `budget` counts what the agent asks.
         importance: The static ranking, and a meter for more.
         sampler: Draws the scenarios that the policy shall serve.
+        grid: Those of them that will be reported on; searches for one scenario at a time share their budget among them.
+        windows: Calibration tokens [N, T] that the ranking was measured on.
         seed: Seed of everything random in the agent.
         folder: Where it may keep checkpoints.
         progress: Called with (steps done, steps in all).
@@ -28,6 +32,8 @@ class Task:
     problem: PruningProblem
     importance: ImportanceSource
     sampler: ScenarioSampler
+    grid: Sequence[Scenario]
+    windows: torch.Tensor
     seed: int
     folder: Path
     progress: Callable[[int, int], None] = lambda done, total: None
@@ -40,15 +46,17 @@ class SearchResult:
 
     Attributes:
         policy: Maps (workload, budget) to a mask.
-        evaluations: Distinct masks that it asked about.
+        evaluations: Distinct masks that it asked the problem about.
         seconds: Time of the search.
         details: Whatever else a record should keep.
+        calibration_tokens: Tokens that it forwarded beside the problem's evaluations, for a ranking of its own.
     """
 
     policy: Policy
     evaluations: int
     seconds: float = field(compare=False)
     details: dict[str, Any] = field(default_factory=dict, compare=False)
+    calibration_tokens: int = 0
 
 
 class Agent(Protocol):

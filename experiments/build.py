@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,6 +33,7 @@ class Parts:
         sampler: Scenarios to train for.
         grid: Scenarios to report on.
         corpus: Calibration text.
+        windows: Tokens [N, T] of it.
         ranking: Static importance.
         importance: The same as environments take it.
     """
@@ -41,6 +43,7 @@ class Parts:
     sampler: ScenarioSampler
     grid: list[Scenario]
     corpus: Corpus
+    windows: torch.Tensor
     ranking: ImportanceRanking
     importance: ImportanceSource
 
@@ -72,7 +75,7 @@ def build(config: DictConfig, progress: Callable[[int, int], None] = lambda done
     report = PruningProblem(llm, report_tasks, store, weights)
     ranking = greedy_sequential_importance(llm, windows, calibration.removals, calibration.exact, store, progress)
     importance = ImportanceSource(ranking.order, RemovalMeter(llm, windows, store))
-    return Parts(search, report, sampler, grid, corpus, ranking, importance)
+    return Parts(search, report, sampler, grid, corpus, windows, ranking, importance)
 
 
 def build_evaluators(config: DictConfig) -> tuple[HarnessEvaluator, HarnessEvaluator]:

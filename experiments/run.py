@@ -52,6 +52,8 @@ def run(config: DictConfig) -> Path:
             problem=parts.search,
             importance=parts.importance,
             sampler=parts.sampler,
+            grid=parts.grid,
+            windows=parts.windows,
             seed=config.seed,
             folder=training,
             progress=phases.start(f"training {name}"),

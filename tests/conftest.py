@@ -14,6 +14,8 @@ from rap_env.mask import PruningMask
 from rap_env.memory.scenario import ScenarioSampler
 from rap_env.problem import PruningProblem
 
+TOY_WINDOWS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
+
 
 class CountingEvaluator(Evaluator):
     """Scores a mask by a known rule instead of running anything: 1 minus the weights of what is dropped.
@@ -58,9 +60,8 @@ def toy_problem(tiny_llm) -> PruningProblem:
 @pytest.fixture
 def toy_importance(tiny_llm) -> ImportanceSource:
     """The order that `CountingEvaluator` makes the best one, with a meter on random windows."""
-    windows = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
     order = [component.name for component in tiny_llm.shape.components]
-    return ImportanceSource(order, RemovalMeter(tiny_llm, windows))
+    return ImportanceSource(order, RemovalMeter(tiny_llm, TOY_WINDOWS))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds, price
 from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.memory.footprint import component_bytes
+from rap_env.memory.footprint import bytes_by_name
 from rap_env.memory.working import streams_within, working_bytes
 from rap_env.memory.workload import Workload
 
@@ -58,12 +58,6 @@ class ImportanceRanking:
         """
         freed = bytes_by_name(shape, workload)
         return tuple(sorted(self.increases, key=lambda name: price(self.increases[name], freed[name])))
-
-
-def bytes_by_name(shape, workload: Workload) -> dict[str, int]:
-    """Bytes that dropping each component frees at a workload."""
-    names = (component.name for component in shape.components)
-    return dict(zip(names, component_bytes(shape, workload), strict=True))
 
 
 def _streams_to_hold(shape, tokens: int, memory_bytes: int) -> int:

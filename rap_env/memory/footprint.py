@@ -89,6 +89,12 @@ def component_bytes(shape, workload: Workload) -> tuple[int, ...]:
     )
 
 
+def bytes_by_name(shape, workload: Workload) -> dict[str, int]:
+    """The same by component name."""
+    names = (component.name for component in shape.components)
+    return dict(zip(names, component_bytes(shape, workload), strict=True))
+
+
 @functools.lru_cache(maxsize=256)
 def smallest_bytes(shape, workload: Workload) -> int:
     """Peak bytes with every component dropped: the smallest budget that any mask can meet."""

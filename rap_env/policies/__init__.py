@@ -1,10 +1,12 @@
 """What agents end as: policies that map (workload, budget) to a pruning mask."""
 
+from rap_env.policies.archive import ArchivePolicy
 from rap_env.policies.base import Policy, load_policy, save_policy
 from rap_env.policies.fixed import DensePolicy, OrderPolicy, RandomPolicy
 from rap_env.policies.learned import OneStepPolicy, SequentialPolicy
 
 __all__ = [
+    "ArchivePolicy",
     "DensePolicy",
     "OneStepPolicy",
     "OrderPolicy",

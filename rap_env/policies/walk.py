@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rap_env.errors import InfeasibleBudget
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import component_bytes, footprint
+from rap_env.memory.footprint import bytes_by_name, footprint
 from rap_env.memory.workload import Workload
 
 
@@ -26,7 +26,7 @@ def fit_to_budget(mask: PruningMask, shape, order: Sequence[str], workload: Work
         InfeasibleBudget: Dropping the whole order is not enough.
     """
     free_bytes = budget_bytes - footprint(shape, mask, workload).peak_bytes
-    freed = dict(zip((component.name for component in shape.components), component_bytes(shape, workload), strict=True))
+    freed = bytes_by_name(shape, workload)
     kept = {component.name for component in mask.kept}
     for name in order:
         if free_bytes >= 0:

@@ -21,7 +21,7 @@ from rap_env.memory.footprint import footprint
 from rap_env.memory.scenario import Scenario, scenario_grid
 from rap_env.policies import OrderPolicy, Policy, RandomPolicy, load_policy, save_policy
 from rap_env.problem import EvaluationBudget, PruningProblem
-from tests.conftest import CountingEvaluator
+from tests.conftest import TOY_WINDOWS, CountingEvaluator
 
 CONF = Path(__file__).parents[2] / "conf"
 AGENTS = sorted(path.stem for path in (CONF / "agent").glob("*.yaml"))
@@ -44,13 +44,17 @@ def grid(tiny_llm) -> list[Scenario]:
 
 
 @pytest.fixture
-def search(tiny_llm, toy_problem, toy_importance, toy_sampler, tmp_path) -> Callable[..., tuple[SearchResult, Task]]:
+def search(
+    tiny_llm, toy_problem, toy_importance, toy_sampler, grid, tmp_path
+) -> Callable[..., tuple[SearchResult, Task]]:
     """Searches with the agent of a YAML, on a problem of its own."""
     numbers = itertools.count()
 
     def run(name: str, seed: int = 0, total_steps: int = 64) -> tuple[SearchResult, Task]:
         problem = PruningProblem(tiny_llm, type(toy_problem.evaluator)(), budget=EvaluationBudget(LIMIT))
-        task = Task(problem, toy_importance, toy_sampler, seed, tmp_path / f"training{next(numbers)}")
+        task = Task(
+            problem, toy_importance, toy_sampler, grid, TOY_WINDOWS, seed, tmp_path / f"training{next(numbers)}"
+        )
         return build_agent(name, total_steps=total_steps).search(task), task
 
     return run
@@ -142,7 +146,8 @@ def mean_score(policy: Policy, grid: list[Scenario]) -> float:
 @pytest.fixture
 def wrong_task(tiny_llm, toy_sampler, tmp_path) -> Task:
     names = [component.name for component in tiny_llm.shape.components]
-    return Task(PruningProblem(tiny_llm, LastIsLeast()), ImportanceSource(names), toy_sampler, 0, tmp_path / "training")
+    problem = PruningProblem(tiny_llm, LastIsLeast())
+    return Task(problem, ImportanceSource(names), toy_sampler, [], TOY_WINDOWS, 0, tmp_path / "training")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from agents.base import Task
 from agents.sb3 import Sb3Agent
 from rap_env.errors import PolicyUnreadable
 from rap_env.problem import EvaluationBudget, PruningProblem
+from tests.conftest import TOY_WINDOWS
 
 ONE_STEP, SEQUENTIAL = "rap/Pruning-v0", "rap/SequentialPruning-v0"
 SETTINGS = {
@@ -34,7 +35,7 @@ def kill(done: int, total: int) -> None:
 @pytest.fixture
 def task(tiny_llm, toy_problem, toy_importance, toy_sampler, tmp_path) -> Task:
     problem = PruningProblem(tiny_llm, toy_problem.evaluator, budget=EvaluationBudget(1000))
-    return Task(problem, toy_importance, toy_sampler, seed=3, folder=tmp_path / "training")
+    return Task(problem, toy_importance, toy_sampler, [], TOY_WINDOWS, seed=3, folder=tmp_path / "training")
 
 
 def anew(task: Task, **changes) -> Task:

@@ -15,7 +15,7 @@ from rap_env.mask import PruningMask
 from rap_env.memory.footprint import dense_bytes, footprint, smallest_bytes
 from rap_env.memory.scenario import ScenarioSampler
 from rap_env.memory.workload import Workload
-from rap_env.policies import DensePolicy, OneStepPolicy, OrderPolicy, RandomPolicy, SequentialPolicy
+from rap_env.policies import ArchivePolicy, DensePolicy, OneStepPolicy, OrderPolicy, RandomPolicy, SequentialPolicy
 from rap_env.policies.base import load_policy, save_policy
 from rap_env.policies.network import ComponentNetwork
 from rap_env.rng import isolated_rng
@@ -49,11 +49,18 @@ def biased_network(shape, biases, stop: float | None = None) -> ComponentNetwork
     return network
 
 
+def judged_masks(shape) -> list[tuple[PruningMask, float]]:
+    """Random masks; those that keep more score higher, so that many of them are worth remembering."""
+    bits = np.random.default_rng(0).random((60, len(shape.components))) < 0.6
+    return [(PruningMask.from_bits(shape, row), float(row.sum())) for row in bits]
+
+
 MAKERS = {
     "dense": DensePolicy,
     "random": lambda shape: RandomPolicy(shape, seed=5),
     "order": lambda shape: OrderPolicy(shape, ORDER),
     "one_step_network": lambda shape: OneStepPolicy(shape, random_network(shape, False), ORDER),
+    "archive": lambda shape: ArchivePolicy(shape, judged_masks(shape), ORDER),
     "sequential_network": lambda shape: SequentialPolicy(shape, random_network(shape, True), ORDER),
 }
 FITTING = [kind for kind in MAKERS if kind != "dense"]

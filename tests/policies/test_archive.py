@@ -1,0 +1,46 @@
+"""The archive serves the best judged mask that fits, remembers no dominated one, and falls back to the order."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from rap_env.errors import InvalidMask
+from rap_env.mask import PruningMask
+from rap_env.memory.footprint import footprint, smallest_bytes
+from rap_env.memory.scenario import scenario_grid
+from rap_env.memory.workload import Workload
+from rap_env.policies import ArchivePolicy, OrderPolicy
+
+ORDER = [f"layer{i}.{kind}" for i in (2, 0, 3, 1) for kind in ("mlp", "attention")]
+
+
+def test_every_scenario_gets_the_best_judged_mask_that_fits(tiny_llm):
+    shape, generator = tiny_llm.shape, np.random.default_rng(1)
+    judged = [
+        (PruningMask.from_bits(shape, bits), float(generator.random()))
+        for bits in itertools.product([0, 1], repeat=8)
+        if generator.random() < 0.3
+    ]
+    policy = ArchivePolicy(shape, judged, ORDER)
+    for scenario in scenario_grid(shape, [(1, 64), (4, 512), (16, 2048)], [0.95, 0.8, 0.6]):
+        fitting = [
+            (score, mask)
+            for mask, score in judged
+            if footprint(shape, mask, scenario.workload).peak_bytes <= scenario.budget_bytes
+        ]
+        best = max(score for score, _mask in fitting)
+        assert (best, policy.decide(scenario.workload, scenario.budget_bytes)) in fitting
+    assert len(policy.parameters()["entries"]) < 25 < len(judged)
+
+
+def test_budgets_below_every_entry_follow_the_order(tiny_llm):
+    shape, workload = tiny_llm.shape, Workload(2, 96)
+    policy = ArchivePolicy(shape, [(PruningMask.all_kept(shape), 1.0)], ORDER)
+    budget_bytes = smallest_bytes(shape, workload) + 40_000
+    assert policy.decide(workload, budget_bytes) == OrderPolicy(shape, ORDER).decide(workload, budget_bytes)
+
+
+def test_an_order_that_misses_components_is_refused(tiny_llm):
+    with pytest.raises(InvalidMask):
+        ArchivePolicy(tiny_llm.shape, [], ORDER[1:])
