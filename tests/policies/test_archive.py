@@ -15,6 +15,12 @@ from rap_env.policies import ArchivePolicy, OrderPolicy
 ORDER = [f"layer{i}.{kind}" for i in (2, 0, 3, 1) for kind in ("mlp", "attention")]
 
 
+def judged_masks(shape) -> list[tuple[PruningMask, float]]:
+    """Random masks; those that keep more score higher, so that many of them are worth remembering."""
+    bits = np.random.default_rng(0).random((60, len(shape.components))) < 0.6
+    return [(PruningMask.from_bits(shape, row), float(row.sum())) for row in bits]
+
+
 def test_every_scenario_gets_the_best_judged_mask_that_fits(tiny_llm):
     shape, generator = tiny_llm.shape, np.random.default_rng(1)
     judged = [

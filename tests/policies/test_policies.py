@@ -19,6 +19,7 @@ from rap_env.policies import ArchivePolicy, DensePolicy, OneStepPolicy, OrderPol
 from rap_env.policies.base import load_policy, save_policy
 from rap_env.policies.network import ComponentNetwork
 from rap_env.rng import isolated_rng
+from tests.policies.test_archive import judged_masks
 
 ORDER = [f"layer{i}.{kind}" for i in (2, 0, 3, 1) for kind in ("mlp", "attention")]
 WORKLOAD = Workload(2, 96)  # an attention frees 12,288 + 192 * 128 = 36,864 bytes here, an MLP 24,576
@@ -47,12 +48,6 @@ def biased_network(shape, biases, stop: float | None = None) -> ComponentNetwork
             network.stop.weight.zero_()
             network.stop.bias.fill_(stop)
     return network
-
-
-def judged_masks(shape) -> list[tuple[PruningMask, float]]:
-    """Random masks; those that keep more score higher, so that many of them are worth remembering."""
-    bits = np.random.default_rng(0).random((60, len(shape.components))) < 0.6
-    return [(PruningMask.from_bits(shape, row), float(row.sum())) for row in bits]
 
 
 MAKERS = {
