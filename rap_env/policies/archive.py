@@ -5,7 +5,7 @@ from typing import Any
 
 from rap_env.llm.architecture import ModelShape
 from rap_env.mask import PruningMask, full_order
-from rap_env.memory.footprint import footprint
+from rap_env.memory.footprint import dense_bytes, footprint
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import policy_kind
 from rap_env.policies.walk import fit_to_budget
@@ -17,7 +17,7 @@ class ArchivePolicy:
 
     A mask's score does not depend on the workload and its bytes do, through the number of attentions and of MLPs that
     it keeps. So one mask is remembered for each pair of these numbers, and only if no mask that keeps fewer of both has
-    a higher score: at most (layers + 1)^2 entries, whatever was judged.
+    a higher score: at most (layers + 1)^2 entries, whatever was judged. With room for everything, everything is kept.
 
     Args:
         shape: The model.
@@ -36,10 +36,13 @@ class ArchivePolicy:
         self._entries = _undominated(judged)
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
+        dense = PruningMask.all_kept(self.shape)
+        if dense_bytes(self.shape, workload) <= budget_bytes:
+            return dense
         for mask, _score in self._entries:  # the highest score first
             if footprint(self.shape, mask, workload).peak_bytes <= budget_bytes:
                 return mask
-        return fit_to_budget(PruningMask.all_kept(self.shape), self.shape, self._order, workload, budget_bytes)
+        return fit_to_budget(dense, self.shape, self._order, workload, budget_bytes)
 
     def parameters(self) -> dict[str, Any]:
         entries = [[[component.name for component in mask.dropped], score] for mask, score in self._entries]
