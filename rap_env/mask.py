@@ -150,6 +150,11 @@ class PruningMask:
         return f"{len(self.kept)} of {len(self.keep)} components kept"
 
 
+def by_layer(components: Iterable[Component]) -> list[tuple[Component, ...]]:
+    """Whole layers: components in model order, grouped by their layer."""
+    return [tuple(layer) for _index, layer in itertools.groupby(components, key=lambda component: component.layer)]
+
+
 def full_order(components: tuple[Component, ...], order: Sequence[str]) -> tuple[str, ...]:
     """An importance order, once it is sure to rank every component.
 

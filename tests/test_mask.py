@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidMask, UnknownName
-from rap_env.mask import KINDS, Component, PruningMask, full_order
+from rap_env.mask import KINDS, Component, PruningMask, by_layer, full_order
 
 
 def shape_of(n_layers: int) -> SimpleNamespace:
@@ -162,3 +162,9 @@ def test_the_digest_is_equal_in_another_process(dense):
 def test_an_order_that_does_not_name_each_component_once_is_refused(wrong, tiny_llm):
     with pytest.raises(InvalidMask, match="expected an order over each of the 8 components once"):
         full_order(tiny_llm.shape.components, wrong)
+
+
+def test_whole_layers_hold_their_components_in_model_order(tiny_llm):
+    layers = by_layer(tiny_llm.shape.components)
+    assert [[c.name for c in layer] for layer in layers] == [[f"layer{i}.attention", f"layer{i}.mlp"] for i in range(4)]
+    assert by_layer(()) == []

@@ -52,11 +52,10 @@ class MaskStreams:
         position = self._kept.index(component)
         return self._loss(self._run(self._kept[position + 1 :], self._in_front_of(position)))
 
-    def losses_without_each(self, mask: PruningMask, components: Sequence[Component]) -> Iterator[tuple[str, float]]:
-        """Losses of a mask without each of several of its components; the streams in front are shared, not held."""
-        trials = {mask.drop(component): component.name for component in components}
-        for trial, hidden in self._llm.run_masks(list(trials), self._held[0], self._context):
-            yield trials[trial], self._loss(hidden)
+    def losses_of(self, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, float]]:
+        """Losses of several distinct masks, whatever the present one is; the streams in front are shared, not held."""
+        for mask, hidden in self._llm.run_masks(masks, self._held[0], self._context):
+            yield mask, self._loss(hidden)
 
     def _in_front_of(self, position: int) -> torch.Tensor:
         while len(self._held) * self._stride <= position:
@@ -131,11 +130,17 @@ class RemovalMeter:
 
     def trials(self, mask: PruningMask) -> dict[str, Trial]:
         """Tries to drop each kept component of a masked model in turn, by name; all together share their streams."""
-        known = {component.name: self._stored(mask.drop(component)) for component in mask.kept}
-        missing = [component for component in mask.kept if known[component.name] is None]
+        without = {component.name: mask.drop(component) for component in mask.kept}
+        measured = self.trials_of(list(without.values()))
+        return {name: measured[judged] for name, judged in without.items()}
+
+    def trials_of(self, masks: Sequence[PruningMask]) -> dict[PruningMask, Trial]:
+        """Losses of several distinct masked models; all together share their streams."""
+        known = {mask: self._stored(mask) for mask in masks}
+        missing = [mask for mask, trial in known.items() if trial is None]
         clock = _Clock(self.llm)
-        for name, loss in self._streams.losses_without_each(mask, missing) if missing else ():
-            known[name] = self._keep(mask.drop(name), clock.trial(loss))
+        for mask, loss in self._streams.losses_of(missing) if missing else ():
+            known[mask] = self._keep(mask, clock.trial(loss))
         return known
 
     @property

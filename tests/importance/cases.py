@@ -75,4 +75,4 @@ def measure_by_rule(monkeypatch, loss_by_rule: Callable[[int, tuple[str, ...]], 
         return Trial(loss_by_rule(self.tokens_per_trial, tuple(c.name for c in judged.dropped)), 0, 0.0)
 
     monkeypatch.setattr(RemovalMeter, "trial", trial)
-    monkeypatch.setattr(RemovalMeter, "trials", lambda self, mask: {c.name: trial(self, mask, c) for c in mask.kept})
+    monkeypatch.setattr(RemovalMeter, "trials_of", lambda self, masks: {mask: trial(self, mask) for mask in masks})

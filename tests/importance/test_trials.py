@@ -7,7 +7,7 @@ import pytest
 
 from rap_env.importance.trials import MaskStreams, RemovalMeter
 from rap_env.llm.architecture import DecoderLayer
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, by_layer
 from tests.importance.cases import WINDOWS, edges, loss_of
 
 HELD = [1, 2, 3, 4, 5, 8, 9, 100]
@@ -135,3 +135,15 @@ def test_no_more_streams_are_held_than_allowed(llm, monkeypatch, held_streams):
     alive.clear()
     meter.trials(dense)  # beside them: the stream where trials part, the last trial's, the one being read
     assert max(alive) <= min(held_streams, 9) - 1 + 3
+
+
+def test_masks_of_any_kind_are_measured_together_and_kept(llm, store, measured):
+    dense = PruningMask.all_kept(llm.shape)
+    masks = [dense.drop(*layer) for layer in by_layer(llm.shape.components)]
+    before = llm.component_executions
+    together = RemovalMeter(llm, WINDOWS, store).trials_of([dense, *masks])
+    assert llm.component_executions - before == len(edges([dense, *masks]))
+    assert together == {mask: RemovalMeter(llm, WINDOWS).trial(mask) for mask in [dense, *masks]}
+    measured.clear()
+    assert RemovalMeter(llm, WINDOWS, store).trials_of(masks) == {mask: together[mask] for mask in masks}
+    assert measured == []
