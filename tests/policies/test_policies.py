@@ -15,28 +15,18 @@ from rap_env.mask import PruningMask
 from rap_env.memory.footprint import dense_bytes, footprint, smallest_bytes
 from rap_env.memory.scenario import ScenarioSampler
 from rap_env.memory.workload import Workload
-from rap_env.policies import ArchivePolicy, DensePolicy, OneStepPolicy, OrderPolicy, RandomPolicy, SequentialPolicy
+from rap_env.policies import DensePolicy, OneStepPolicy, OrderPolicy, RandomPolicy, SequentialPolicy
 from rap_env.policies.base import load_policy, save_policy
 from rap_env.policies.network import ComponentNetwork
 from rap_env.rng import isolated_rng
-from tests.policies.test_archive import judged_masks
+from tests.policies.cases import MAKERS, ORDER, random_network
 
-ORDER = [f"layer{i}.{kind}" for i in (2, 0, 3, 1) for kind in ("mlp", "attention")]
 WORKLOAD = Workload(2, 96)  # an attention frees 12,288 + 192 * 128 = 36,864 bytes here, an MLP 24,576
 
 
 @pytest.fixture(scope="module")
 def shape(tiny_llm):
     return tiny_llm.shape
-
-
-def random_network(shape, sequential: bool, seed: int = 0) -> ComponentNetwork:
-    """A network that cares about everything it sees; a fresh one would score all components alike."""
-    with isolated_rng(seed):
-        network = ComponentNetwork(shape, sequential, width=16)
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-    return network
 
 
 def biased_network(shape, biases, stop: float | None = None) -> ComponentNetwork:
@@ -50,14 +40,6 @@ def biased_network(shape, biases, stop: float | None = None) -> ComponentNetwork
     return network
 
 
-MAKERS = {
-    "dense": DensePolicy,
-    "random": lambda shape: RandomPolicy(shape, seed=5),
-    "order": lambda shape: OrderPolicy(shape, ORDER),
-    "one_step_network": lambda shape: OneStepPolicy(shape, random_network(shape, False), ORDER),
-    "archive": lambda shape: ArchivePolicy(shape, judged_masks(shape), ORDER),
-    "sequential_network": lambda shape: SequentialPolicy(shape, random_network(shape, True), ORDER),
-}
 FITTING = [kind for kind in MAKERS if kind != "dense"]
 
 
@@ -84,7 +66,7 @@ def test_no_feasible_budget_is_ever_exceeded(policy, shape):
     assert len(set(masks)) > 10  # so that dropping everything each time would not pass
 
 
-@pytest.mark.parametrize("policy", ["random", "order", "one_step_network"], indirect=True)
+@pytest.mark.parametrize("policy", ["random", "order", "nearest_order", "one_step_network"], indirect=True)
 def test_nothing_stays_dropped_that_there_is_room_for(policy, shape):
     for scenario in scenarios(shape, 100):
         mask = policy.decide(scenario.workload, scenario.budget_bytes)
@@ -101,7 +83,7 @@ def test_the_smallest_budget_is_met_by_dropping_everything_and_a_smaller_one_ref
     assert refusal.value.smallest_bytes == smallest
 
 
-@pytest.mark.parametrize("policy", ["dense", "random", "order", "archive", "one_step_network"], indirect=True)
+@pytest.mark.parametrize("policy", [kind for kind in MAKERS if kind != "sequential_network"], indirect=True)
 def test_with_room_for_everything_everything_is_kept(policy, shape):
     assert policy.decide(WORKLOAD, dense_bytes(shape, WORKLOAD)) == PruningMask.all_kept(shape)
 
@@ -265,6 +247,8 @@ UNFIT = [
     ("order", "shape.n_layers", [3]),
     ("order", "shape", [{}]),
     ("random", "parameters.seed", ["five", -1]),
+    ("milp", "parameters.costs", [{}, 3, ORDER, {name: float("nan") for name in ORDER}]),
+    ("nearest_order", "parameters.orders", [{}, 3, ORDER, {"0": ORDER}, {"many": ORDER}, {"64": ORDER[:5]}]),
     ("one_step_network", "parameters.order", [ORDER[:5]]),
     ("one_step_network", "parameters.width", [17, "16"]),
     ("one_step_network", "shape.n_layers", [3]),

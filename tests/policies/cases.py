@@ -1,0 +1,41 @@
+"""One policy of each kind, over the tiny model."""
+
+import torch
+
+from rap_env.policies import (
+    ArchivePolicy,
+    DensePolicy,
+    MilpPolicy,
+    NearestOrderPolicy,
+    OneStepPolicy,
+    OrderPolicy,
+    RandomPolicy,
+    SequentialPolicy,
+)
+from rap_env.policies.network import ComponentNetwork
+from rap_env.rng import isolated_rng
+from tests.policies.test_archive import judged_masks
+
+ORDER = [f"layer{i}.{kind}" for i in (2, 0, 3, 1) for kind in ("mlp", "attention")]
+COSTS = {name: 0.5**rank for rank, name in enumerate(ORDER)}
+
+
+def random_network(shape, sequential: bool, seed: int = 0) -> ComponentNetwork:
+    """A network that cares about everything it sees; a fresh one would score all components alike."""
+    with isolated_rng(seed):
+        network = ComponentNetwork(shape, sequential, width=16)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return network
+
+
+MAKERS = {
+    "dense": DensePolicy,
+    "random": lambda shape: RandomPolicy(shape, seed=5),
+    "order": lambda shape: OrderPolicy(shape, ORDER),
+    "one_step_network": lambda shape: OneStepPolicy(shape, random_network(shape, False), ORDER),
+    "archive": lambda shape: ArchivePolicy(shape, judged_masks(shape), ORDER),
+    "milp": lambda shape: MilpPolicy(shape, COSTS),
+    "nearest_order": lambda shape: NearestOrderPolicy(shape, {64: ORDER, 4096: ORDER[::-1]}),
+    "sequential_network": lambda shape: SequentialPolicy(shape, random_network(shape, True), ORDER),
+}
