@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 import torch
-from torch.nn import functional
 
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
+from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
-_HEAD_ROWS = 128  # rows of float32 logits that are alive at once; more of them fall out of the CPU cache
+_TILE_ROWS, _TILE_WORDS = 1024, 2048  # of the float32 logits that are alive at once, in all lanes
 
 
 def tokens_digest(windows: torch.Tensor) -> str:
@@ -21,11 +21,16 @@ def tokens_digest(windows: torch.Tensor) -> str:
     return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
-def stream_loss(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tensor) -> float:
-    """Mean loss of predicting every token of each window but the first.
+def head_rows(shape) -> int:
+    """How many rows of all of a vocabulary's logits `token_losses` needs the memory of."""
+    return math.ceil(_TILE_ROWS * _TILE_WORDS / max(shape.vocab_size, _TILE_WORDS))
+
+
+def token_losses(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Losses [B, T - 1] of predicting every token of each window but the first, in float64.
 
     In bfloat16 a mean loss near 3.7 would be rounded to steps of 0.0156 and candidates would tie, so logits are cast
-    to float32 before the loss and summed in float64.
+    to float32.
 
     Args:
         llm: The model whose head is used.
@@ -34,11 +39,28 @@ def stream_loss(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tenso
     """
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = input_ids[:, 1:].reshape(-1)
-    total = 0.0
-    for start in range(0, len(targets), _HEAD_ROWS):
-        logits = llm.logits(states[start : start + _HEAD_ROWS]).float()
-        total += functional.cross_entropy(logits, targets[start : start + _HEAD_ROWS], reduction="sum").item()
-    return total / len(targets)
+    parts = cut([1] * len(targets), n_lanes(len(targets), hidden.device))
+    tile_rows = _TILE_ROWS // len(parts)
+    losses = in_lanes(lambda part: _losses(llm, states[part], targets[part], tile_rows), parts)
+    return torch.cat(losses).view(len(input_ids), -1)
+
+
+def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, tile_rows: int) -> torch.Tensor:
+    """Losses of N states [N, H], tile by tile of the logits [N, V]: a tile stays in the CPU's cache.
+
+    Of each tile log-softmax, the fastest reduction there is, tells the logarithm of its sum of exponentials.
+    """
+    losses = []
+    for rows, wanted in zip(states.split(tile_rows), targets.split(tile_rows), strict=True):
+        normed, sums = llm.final_norm(rows), []
+        target_logits = torch.empty(len(rows), device=rows.device)
+        for first in range(0, llm.shape.vocab_size, _TILE_WORDS):
+            logits = llm.head(normed, slice(first, first + _TILE_WORDS)).float()
+            sums.append(logits[:, 0] - logits.log_softmax(-1)[:, 0])
+            inside = (wanted >= first) & (wanted < first + logits.shape[1])
+            target_logits[inside] = logits[inside, wanted[inside] - first]
+        losses.append((torch.stack(sums).logsumexp(0) - target_logits).double())
+    return torch.cat(losses)
 
 
 def window_losses(
@@ -48,7 +70,7 @@ def window_losses(
     losses: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
     for batch in windows.to(llm.device).split(max(1, batch_tokens // windows.shape[1])):
         for mask, hidden in llm.run_masks(masks, *llm.open_stream(batch)):
-            losses[mask] += [stream_loss(llm, hidden[row, None], batch[row, None]) for row in range(len(batch))]
+            losses[mask] += token_losses(llm, hidden, batch).mean(1).tolist()
             if len(losses[mask]) == len(windows):
                 yield mask, losses[mask]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -12,7 +13,7 @@ from rap_env.memory.working import working_bytes
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a context and of its continuation
 Score = tuple[float, bool]  # log-probability of a continuation, and whether greedy decoding would produce it
-_HEAD_ROWS = 128  # rows of float32 logits that are alive at once; more of them fall out of the CPU cache
+_HEAD_ROWS = 128  # rows of float32 logits that are alive at once in all lanes; more fall out of the CPU's cache
 # Branches' tokens for each token of their context. Beyond it another copy of the context costs less than attention
 # over everything that the branches may not see.
 _BRANCHING = 8
@@ -73,7 +74,7 @@ class ScoringPlan:
             n_masks: Masks that are scored together; log2 of them are held as streams.
         """
         largest = max((sum(len(request.tree) for request in batch) for batch in self._batches), default=0)
-        return working_bytes(shape, largest, 1 + max(1, n_masks).bit_length(), _HEAD_ROWS)
+        return working_bytes(shape, largest, 2 + max(1, n_masks).bit_length(), _HEAD_ROWS)
 
     @property
     def head_rows(self) -> int:
@@ -171,13 +172,18 @@ class _Reading:
     def _logprobs(self, llm: SwitchableLLM, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs = torch.empty(len(self._rows), device=states.device)
         greedy = torch.empty(len(self._rows), dtype=torch.bool, device=states.device)
-        cuts = torch.searchsorted(
-            self._rows, torch.arange(0, len(states) + _HEAD_ROWS, _HEAD_ROWS, device=states.device)
-        )
-        for chunk, (first, last) in enumerate(zip(cuts.tolist(), cuts[1:].tolist(), strict=False)):
-            logits = llm.logits(states[chunk * _HEAD_ROWS : (chunk + 1) * _HEAD_ROWS])
-            rows, tokens = self._rows[first:last] - chunk * _HEAD_ROWS, self._tokens[first:last]
-            # The operation that lm-eval's adapter calls: over 49,152 words it rounds ten times as much as all layers.
-            logprobs[first:last] = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]
-            greedy[first:last] = logits[rows, tokens] == logits.amax(-1)[rows]
+        lanes = n_lanes(len(states), states.device)
+        starts = torch.arange(0, len(states) + _HEAD_ROWS // lanes, _HEAD_ROWS // lanes)
+        cuts = torch.searchsorted(self._rows, starts.to(states.device)).tolist()
+
+        def read_rows(chunks: slice) -> None:
+            for chunk in range(chunks.start, chunks.stop):
+                begin, first, last = int(starts[chunk]), cuts[chunk], cuts[chunk + 1]
+                logits = llm.logits(states[begin : int(starts[chunk + 1])])
+                rows, tokens = self._rows[first:last] - begin, self._tokens[first:last]
+                # The operation that lm-eval's adapter calls: over 49,152 words it rounds ten times as much as all layers.
+                logprobs[first:last] = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]
+                greedy[first:last] = logits[rows, tokens] == logits.amax(-1)[rows]
+
+        in_lanes(read_rows, cut([1] * (len(starts) - 1), lanes))
         return logprobs, greedy

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rap_env.errors import MemoryBoundTooSmall
+from rap_env.evaluation.perplexity import head_rows
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds, price
@@ -15,7 +16,7 @@ from rap_env.memory.footprint import bytes_by_name
 from rap_env.memory.working import streams_within, working_bytes
 from rap_env.memory.workload import Workload
 
-_PASSING_STREAMS = 2  # alive beside the held ones: what waits where masks part, and the last result
+_PASSING_STREAMS = 3  # alive beside the held ones: what waits where masks part, what a run starts from, and the last result
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class ImportanceRanking:
 
 
 def _streams_to_hold(shape, tokens: int, memory_bytes: int) -> int:
-    least = working_bytes(shape, tokens, 1 + _PASSING_STREAMS)
+    least = working_bytes(shape, tokens, 1 + _PASSING_STREAMS, head_rows(shape))
     if memory_bytes < least:
         raise MemoryBoundTooSmall(memory_bytes, least, tokens)
-    return streams_within(shape, tokens, memory_bytes) - _PASSING_STREAMS
+    return streams_within(shape, tokens, memory_bytes, head_rows(shape)) - _PASSING_STREAMS
 
 
 def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything but the first two by name
@@ -117,5 +118,5 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
         tokens=rounds.tokens,
         component_executions=sum(trial.component_executions for trial in rounds.costs),
         seconds=sum(trial.seconds for trial in rounds.costs),
-        peak_bytes=working_bytes(llm.shape, windows.numel(), held_streams + _PASSING_STREAMS),
+        peak_bytes=working_bytes(llm.shape, windows.numel(), held_streams + _PASSING_STREAMS, head_rows(llm.shape)),
     )

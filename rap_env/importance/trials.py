@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import torch
 
-from rap_env.evaluation.perplexity import stream_loss, tokens_digest
+from rap_env.evaluation.perplexity import token_losses, tokens_digest
 from rap_env.evaluation.store import ResultStore
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Component, PruningMask
@@ -65,7 +65,7 @@ class MaskStreams:
         return self._run(self._kept[nearest * self._stride : position], self._held[nearest])
 
     def _loss(self, hidden: torch.Tensor) -> float:
-        return stream_loss(self._llm, hidden, self._windows)
+        return token_losses(self._llm, hidden, self._windows).mean().item()
 
     def _run(self, components: Sequence[Component], hidden: torch.Tensor) -> torch.Tensor:
         return self._llm.run(components, hidden, self._context)

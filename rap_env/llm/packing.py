@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from rap_env.llm.lanes import cut
+
 PACKED_ATTENTION = "rap_packed"
 
 
@@ -75,12 +77,29 @@ class Packing:
     def __init__(self, trees: Sequence[TokenTree], device: torch.device, window: int | None = None) -> None:
         self.tokens = torch.tensor([token for tree in trees for token in tree.tokens], device=device)
         self.positions = torch.tensor([position for tree in trees for position in tree.positions], device=device)
+        self._trees, self._device, self._window = trees, device, window
+        self._cuts: dict[int, list[tuple[slice, Packing]]] = {}
         self.starts, self._buckets, start = [], [], 0
         for length, group in groupby(trees, key=len):
             equal = list(group)
             self.starts += range(start, start + length * len(equal), length)
             self._buckets.append(_Bucket(start, len(equal), length, _visible(equal, device, window)))
             start += length * len(equal)
+
+    def cut(self, n_parts: int) -> list[tuple[slice, "Packing"]]:
+        """At most so many parts of about equal length, each with the tokens of the stream that it stands for."""
+        if n_parts not in self._cuts:
+            self._cuts[n_parts] = [
+                (slice(self.starts[part.start], self._end(part.stop)), self._part(part))
+                for part in cut([len(tree) for tree in self._trees], n_parts)
+            ]
+        return self._cuts[n_parts]
+
+    def _end(self, n_trees: int) -> int:
+        return self.starts[n_trees] if n_trees < len(self.starts) else len(self.tokens)
+
+    def _part(self, part: slice) -> "Packing":
+        return Packing(self._trees[part], self._device, self._window)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention within trees, [1, heads, N, size] -> [1, N, heads, size]; key and value may have fewer heads."""

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 
 from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import ModelShape, architecture_of, attention_window, decoder_layers, submodule
+from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import PACKED_ATTENTION, Packing, TokenTree
+from rap_env.llm.streams import cut_stream, join_streams
 from rap_env.mask import ATTENTION, KINDS, Component, PruningMask
 
 # Entries of a config that say where it comes from, or what the weights' own types say already.
@@ -23,6 +26,12 @@ class _StreamCaptured(Exception):
 
     def __init__(self, hidden: torch.Tensor, context: dict) -> None:
         self.hidden, self.context = hidden, context
+
+
+def _parting(masks: Sequence[PruningMask], start: int) -> int:
+    """The first position from `start` on where masks differ; behind the last component if there is none."""
+    bits = [mask.keep[start:] for mask in masks]
+    return start + len(os.path.commonprefix(bits))  # of any sequences, in spite of its name
 
 
 class SwitchableLLM:
@@ -176,11 +185,21 @@ class SwitchableLLM:
 
     def run(self, components: Iterable[Component], hidden: torch.Tensor, context: dict) -> torch.Tensor:
         """Runs components over the residual stream, [B, T, H] -> [B, T, H], whatever mask is applied."""
-        with self._attention_for(context):
+        components = tuple(components)
+        self.component_executions += len(components)
+        if not components:
+            return hidden
+
+        def run_part(part: tuple[torch.Tensor, dict]) -> torch.Tensor:
+            stream, own_context = part
             for component in components:
-                self.component_executions += 1
-                hidden = self._layers[component.layer].run(component.kind, hidden, context)
-        return hidden
+                stream = self._layers[component.layer].run(component.kind, stream, own_context)
+            return stream
+
+        parts = cut_stream(hidden, context)
+        with self._attention_for(context):
+            streams = in_lanes(run_part, parts)
+        return join_streams(streams, context)
 
     def run_masks(
         self, masks: Iterable[PruningMask], hidden: torch.Tensor, context: dict, start: int = 0
@@ -209,17 +228,17 @@ class SwitchableLLM:
         held = [(start, hidden, masks)] if masks else []
         while held:
             position, hidden, group = held.pop()
-            while position < len(self.shape.components):
-                keeping = [mask for mask in group if mask.keep[position]]
-                dropping = [mask for mask in group if not mask.keep[position]]
-                if keeping and dropping:  # the smaller group first: then no more than log2 of all can be waiting
-                    group, waiting = sorted((keeping, dropping), key=len)
-                    held.append((position, hidden, waiting))
-                if group[0].keep[position]:
-                    hidden = self.run([self.shape.components[position]], hidden, context)
-                position += 1
-            for mask in group:
-                yield mask, hidden
+            parting = _parting(group, position)
+            kept = [component for component in self.shape.components[position:parting] if group[0].keeps(component)]
+            hidden = self.run(kept, hidden, context)
+            if parting == len(self.shape.components):
+                for mask in group:
+                    yield mask, hidden
+                continue
+            keeping = [mask for mask in group if mask.keep[parting]]
+            dropping = [mask for mask in group if not mask.keep[parting]]
+            # The smaller group is run first: then no more than log2 of all can be waiting.
+            held += [(parting, hidden, part) for part in sorted((dropping, keeping), key=len, reverse=True)]
 
     @contextlib.contextmanager
     def _attention_for(self, context: dict) -> Iterator[None]:
@@ -232,7 +251,15 @@ class SwitchableLLM:
         finally:
             config._attn_implementation = previous
 
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The norm in front of the head, [..., H] -> [..., H]."""
+        decoder = submodule(self.model, self._architecture.decoder)
+        return submodule(decoder, self._architecture.final_norm)(hidden)
+
+    def head(self, normed: torch.Tensor, words: slice) -> torch.Tensor:
+        """Logits of a range of the vocabulary, [..., H] -> [..., words] in the model's dtype."""
+        return nn.functional.linear(normed, self.model.lm_head.weight[words])
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head, [..., H] -> [..., V] in the model's dtype."""
-        decoder = submodule(self.model, self._architecture.decoder)
-        return self.model.lm_head(submodule(decoder, self._architecture.final_norm)(hidden))
+        return self.model.lm_head(self.final_norm(hidden))

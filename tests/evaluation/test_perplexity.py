@@ -55,7 +55,8 @@ def test_losses_do_not_depend_on_the_batch(tiny_llm, windows, batch_tokens):
 
 
 def test_losses_do_not_depend_on_how_the_head_is_cut(tiny_llm, windows, monkeypatch):
-    monkeypatch.setattr(perplexity, "_HEAD_ROWS", 4)  # 11 scored tokens: cuts of 4, 4 and 3
+    monkeypatch.setattr(perplexity, "_TILE_ROWS", 4)  # 11 scored tokens a window: cuts of 4, and a rest
+    monkeypatch.setattr(perplexity, "_TILE_WORDS", 100)  # 256 words: cuts of 100, 100 and 56
     assert losses_of(tiny_llm, windows) == pytest.approx([loss_of(tiny_llm.model, w) for w in windows], abs=1e-5)
 
 
