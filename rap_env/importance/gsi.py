@@ -16,7 +16,9 @@ from rap_env.memory.footprint import bytes_by_name
 from rap_env.memory.working import streams_within, working_bytes
 from rap_env.memory.workload import Workload
 
-_PASSING_STREAMS = 3  # alive beside the held ones: what waits where masks part, what a run starts from, and the last result
+_PASSING_STREAMS = (
+    3  # alive beside the held ones: what waits where masks part, what a run starts from, and the last result
+)
 
 
 @dataclass(frozen=True)
