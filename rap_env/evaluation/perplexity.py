@@ -50,15 +50,23 @@ def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, til
 
     Of each tile log-softmax, the fastest reduction there is, tells the logarithm of its sum of exponentials.
     """
+    size = min(tile_rows, len(states)) * min(_TILE_WORDS, llm.shape.vocab_size)
+    raw = torch.empty(size, dtype=states.dtype, device=states.device)
+    cast, logprobs = (torch.empty(size, device=states.device) for _ in range(2))  # used by all tiles: no page faults
     losses = []
     for rows, wanted in zip(states.split(tile_rows), targets.split(tile_rows), strict=True):
         normed, sums = llm.final_norm(rows), []
         target_logits = torch.empty(len(rows), device=rows.device)
         for first in range(0, llm.shape.vocab_size, _TILE_WORDS):
-            logits = llm.head(normed, slice(first, first + _TILE_WORDS)).float()
-            sums.append(logits[:, 0] - logits.log_softmax(-1)[:, 0])
-            inside = (wanted >= first) & (wanted < first + logits.shape[1])
-            target_logits[inside] = logits[inside, wanted[inside] - first]
+            last = min(first + _TILE_WORDS, llm.shape.vocab_size)
+            raw_tile, tile, log_tile = (
+                buffer[: len(rows) * (last - first)].view(len(rows), -1) for buffer in (raw, cast, logprobs)
+            )
+            tile.copy_(llm.head(normed, slice(first, last), out=raw_tile))
+            torch.log_softmax(tile, -1, out=log_tile)
+            sums.append(tile[:, 0] - log_tile[:, 0])
+            inside = (wanted >= first) & (wanted < last)
+            target_logits[inside] = tile[inside, wanted[inside] - first]
         losses.append((torch.stack(sums).logsumexp(0) - target_logits).double())
     return torch.cat(losses)
 

@@ -181,7 +181,7 @@ class _Reading:
                 begin, first, last = int(starts[chunk]), cuts[chunk], cuts[chunk + 1]
                 logits = llm.logits(states[begin : int(starts[chunk + 1])])
                 rows, tokens = self._rows[first:last] - begin, self._tokens[first:last]
-                # The operation that lm-eval's adapter calls: over 49,152 words it rounds ten times as much as all layers.
+                # lm-eval's own operation: over 49,152 words it rounds ten times as much as all layers do.
                 logprobs[first:last] = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]
                 greedy[first:last] = logits[rows, tokens] == logits.amax(-1)[rows]
 

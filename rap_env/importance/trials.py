@@ -10,6 +10,7 @@ import torch
 
 from rap_env.evaluation.perplexity import token_losses, tokens_digest
 from rap_env.evaluation.store import ResultStore
+from rap_env.importance.block_influence import block_influence
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Component, PruningMask
 
@@ -142,6 +143,18 @@ class RemovalMeter:
         for mask, loss in self._streams.losses_of(missing) if missing else ():
             known[mask] = self._keep(mask, clock.trial(loss))
         return known
+
+    def influences(self) -> dict[str, float]:
+        """Block influence of every component of the dense model, by name; one forward without the head."""
+        identity = self._identity | {"kind": "block influence"}
+        stored = self._store.get(identity) if self._store else None
+        if stored is None:
+            components = self.llm.shape.components
+            values = block_influence(self.llm, self._windows, [[component] for component in components])
+            stored = {component.name: value for component, value in zip(components, values, strict=True)}
+            if self._store:
+                self._store.put(identity, stored)
+        return stored
 
     @property
     def _streams(self) -> MaskStreams:

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -29,7 +29,7 @@ def cut(sizes: Sequence[int], n_parts: int) -> list[slice]:
     for index, total in enumerate(accumulate(sizes), 1):
         if total + 0.5 * sizes[min(index, len(sizes) - 1)] > share * len(bounds) or index == len(sizes):
             bounds.append(index)
-    return [slice(first, last) for first, last in zip(bounds, bounds[1:], strict=False)]
+    return [slice(first, last) for first, last in pairwise(bounds)]
 
 
 def in_lanes(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:

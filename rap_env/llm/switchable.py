@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -30,8 +29,8 @@ class _StreamCaptured(Exception):
 
 def _parting(masks: Sequence[PruningMask], start: int) -> int:
     """The first position from `start` on where masks differ; behind the last component if there is none."""
-    bits = [mask.keep[start:] for mask in masks]
-    return start + len(os.path.commonprefix(bits))  # of any sequences, in spite of its name
+    bits = zip(*(mask.keep[start:] for mask in masks), strict=True)
+    return next((start + offset for offset, column in enumerate(bits) if len(set(column)) > 1), len(masks[0].keep))
 
 
 class SwitchableLLM:
@@ -256,9 +255,9 @@ class SwitchableLLM:
         decoder = submodule(self.model, self._architecture.decoder)
         return submodule(decoder, self._architecture.final_norm)(hidden)
 
-    def head(self, normed: torch.Tensor, words: slice) -> torch.Tensor:
-        """Logits of a range of the vocabulary, [..., H] -> [..., words] in the model's dtype."""
-        return nn.functional.linear(normed, self.model.lm_head.weight[words])
+    def head(self, normed: torch.Tensor, words: slice, out: torch.Tensor) -> torch.Tensor:
+        """Logits of a range of the vocabulary, [N, H] -> [N, words] in the model's dtype, written to `out`."""
+        return torch.mm(normed, self.model.lm_head.weight[words].t(), out=out)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head, [..., H] -> [..., V] in the model's dtype."""

@@ -75,4 +75,10 @@ def measure_by_rule(monkeypatch, loss_by_rule: Callable[[int, tuple[str, ...]], 
         return Trial(loss_by_rule(self.tokens_per_trial, tuple(c.name for c in judged.dropped)), 0, 0.0)
 
     monkeypatch.setattr(RemovalMeter, "trial", trial)
+
+    def influences(self):
+        names = [component.name for component in self.llm.shape.components]
+        return {name: loss_by_rule(WINDOWS.numel(), (name,)) for name in names}
+
     monkeypatch.setattr(RemovalMeter, "trials_of", lambda self, masks: {mask: trial(self, mask) for mask in masks})
+    monkeypatch.setattr(RemovalMeter, "influences", influences)

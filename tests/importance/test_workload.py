@@ -7,7 +7,7 @@ import pytest
 from rap_env.importance.gsi import ImportanceRanking, bytes_by_name, greedy_sequential_importance
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.memory.workload import Workload
-from tests.importance.cases import REST, WINDOWS, brute_force, loss_of, measure_by_rule, per_freed
+from tests.importance.cases import SKETCH, WINDOWS, brute_force, loss_of, measure_by_rule, per_freed
 
 SHORT, LONG = Workload(batch_size=1, prompt_tokens=8, generated_tokens=8), Workload(4, 250, 6)
 KINDS = ("attention", "mlp")
@@ -115,7 +115,7 @@ def test_a_lazy_ranking_by_loss_reuses_the_sketch_of_one_by_bytes(llm, store, me
     measured.clear()
     by_loss = greedy_sequential_importance(llm, WINDOWS, removals=1, store=store)
     assert not known & set(measured)
-    assert {measurement.tokens for measurement in measured} <= {REST.numel()}, "nothing on the sketch"
+    assert any(measurement.tokens == SKETCH.numel() for measurement in known), "there was something to reuse"
     assert by_loss == greedy_sequential_importance(llm, WINDOWS, removals=1)
 
 
