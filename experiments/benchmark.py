@@ -11,10 +11,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.benchmarks import env, gsi, memory, population, scaling, scoring
-from experiments.build import build_corpus, build_evaluators
+from experiments.build import build_corpus, build_evaluators, build_windows
 from experiments.progress import Phases
 from experiments.records import provenance, write_record
-from rap_env.calibration import random_windows
 from rap_env.errors import RapError, UnknownName
 from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
@@ -61,9 +60,7 @@ class Bench:
         return build_evaluators(self._config)[0]
 
     def _windows(self, seed: int):
-        calibration = self._config.calibration
-        corpus = build_corpus(self._config, self._llm)
-        return random_windows(corpus, self._llm.tokenizer, calibration.n_samples, calibration.tokens_per_sample, seed)
+        return build_windows(self._config, build_corpus(self._config, self._llm), self._llm, seed)
 
     def _ranking(self) -> tuple[str, ...]:
         if self._order is None:

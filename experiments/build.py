@@ -10,7 +10,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from rap_env.calibration import Corpus, random_windows, refuse_contamination
+from rap_env.calibration import Corpus, refuse_contamination
 from rap_env.errors import ContaminationFound
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.store import ResultStore
@@ -67,9 +67,7 @@ def build(config: DictConfig, progress: Callable[[int, int], None] = lambda done
     refuse_contamination(corpus, search_tasks.item_texts | report_tasks.item_texts)
     store = ResultStore(config.store or cache_folder() / "results.db")
     calibration = config.calibration
-    windows = random_windows(
-        corpus, llm.tokenizer, calibration.n_samples, calibration.tokens_per_sample, calibration.seed
-    )
+    windows = build_windows(config, corpus, llm, calibration.seed)
     weights = OmegaConf.to_container(config.reward)
     search = PruningProblem(llm, search_tasks, store, weights, EvaluationBudget(config.max_evaluations))
     report = PruningProblem(llm, report_tasks, store, weights)
@@ -103,6 +101,12 @@ def build_corpus(config: DictConfig, llm: SwitchableLLM) -> Corpus:
     """Calibration text; the source that samples it from the model also takes the model and a folder."""
     source = instantiate(config.calibration.corpus, _partial_=True)
     return call_with(source, llm=llm, folder=cache_folder() / "calibration")
+
+
+def build_windows(config: DictConfig, corpus: Corpus, llm: SwitchableLLM, seed: int) -> torch.Tensor:
+    """Calibration tokens [N, T], drawn from the corpus as the config says."""
+    draw = instantiate(config.calibration.sampling, _partial_=True)
+    return draw(corpus, llm.tokenizer, config.calibration.n_samples, config.calibration.tokens_per_sample, seed)
 
 
 def call_with(partial: functools.partial, **offered: Any) -> Any:

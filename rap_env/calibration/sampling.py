@@ -27,7 +27,7 @@ def random_windows(
     Raises:
         CorpusUnavailable: The corpus has fewer tokens than the windows together.
     """
-    tokens = _joined_tokens(list(corpus.documents), tokenizer)
+    tokens = joined_tokens(list(corpus.documents), tokenizer)
     needed = n_samples * tokens_per_sample
     if len(tokens) < needed:
         raise CorpusUnavailable(
@@ -56,14 +56,15 @@ def consecutive_windows(text: str, tokenizer, tokens_per_sample: int, limit: int
     Raises:
         CorpusUnavailable: The text is shorter than one window.
     """
-    tokens = _joined_tokens([text], tokenizer)
+    tokens = joined_tokens([text], tokenizer)
     if len(tokens) < tokens_per_sample:
         raise CorpusUnavailable(f"the text has {len(tokens):,} tokens; one window needs {tokens_per_sample:,}")
     whole = len(tokens) // tokens_per_sample * tokens_per_sample
     return torch.from_numpy(tokens[:whole].reshape(-1, tokens_per_sample)[:limit])
 
 
-def _joined_tokens(texts: list[str], tokenizer) -> np.ndarray:
+def joined_tokens(texts: list[str], tokenizer) -> np.ndarray:
+    """Tokens [T] of texts, one behind the other, without special tokens."""
     # verbose=False: a text beyond the model's context is no mistake here, it is cut into windows
     rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return np.array([token for row in rows for token in row], dtype=np.int64)

@@ -55,7 +55,7 @@ def search(
         task = Task(
             problem, toy_importance, toy_sampler, grid, TOY_WINDOWS, seed, tmp_path / f"training{next(numbers)}"
         )
-        return build_agent(name, total_steps=total_steps).search(task), task
+        return build_agent(name, total_steps=total_steps, generations=5).search(task), task
 
     return run
 

