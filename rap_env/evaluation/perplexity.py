@@ -12,7 +12,9 @@ from torch.nn import functional
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
+from rap_env.memory.working import working_bytes
 
+_BATCH_TOKENS = 4096  # forwarded at once
 _HEAD_ROWS = 128  # rows of float32 logits that are alive at once; more of them fall out of the CPU cache
 
 
@@ -42,7 +44,7 @@ def stream_loss(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tenso
 
 
 def window_losses(
-    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = 4096
+    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = _BATCH_TOKENS
 ) -> Iterator[tuple[PruningMask, list[float]]]:
     """Mean loss of each window [N, T] under each of several distinct masks, whatever mask is applied."""
     losses: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
@@ -71,6 +73,11 @@ class PerplexityEvaluator(Evaluator):
     def identity(self) -> dict:
         libraries = {library: version(library) for library in ("torch", "transformers")}
         return {"evaluator": "perplexity", "windows": tokens_digest(self._windows), "versions": libraries}
+
+    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
+        n_windows, tokens = self._windows.shape
+        at_once = tokens * min(n_windows, max(1, _BATCH_TOKENS // tokens))
+        return working_bytes(llm.shape, at_once, 1 + max(1, n_masks).bit_length(), _HEAD_ROWS)
 
     def evaluate_many(
         self, llm: SwitchableLLM, masks: Sequence[PruningMask]
