@@ -27,6 +27,7 @@ HOMES = {
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
     "wandb": ("experiments/tracking.py",),
+    "plotly": ("experiments/figures.py", "experiments/page.py"),
     "sqlalchemy": ("rap_env/evaluation/store.py",),
 }
 # Agents that learn through Stable-Baselines3; every other one must not need it.
@@ -104,7 +105,16 @@ def modules_after(statement: str) -> set[str]:
 def test_importing_the_package_loads_nothing_that_only_training_or_judging_needs():
     loaded = modules_after("import rap_env")
     assert "rap_env" in loaded and "gymnasium" in loaded
-    assert not loaded & {"lm_eval", "stable_baselines3", "sb3_contrib", "hydra", "omegaconf", "wandb", "matplotlib"}
+    assert not loaded & {
+        "lm_eval",
+        "stable_baselines3",
+        "sb3_contrib",
+        "hydra",
+        "omegaconf",
+        "wandb",
+        "matplotlib",
+        "plotly",
+    }
 
 
 def test_every_module_says_what_it_is_for():
