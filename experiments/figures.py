@@ -165,7 +165,7 @@ def _attention_share(comparison: Comparison) -> Exhibit:
     figure.update_layout(height=420)
     caption = (
         "The flip: with few tokens the bytes lie in the MLPs' weights, with many in the KV cache that only attentions"
-        " fill. A policy that adapts drops more attentions to the right; a fixed order does not."
+        " fill. What pays to drop moves from MLPs to attentions; lines that rise to the right follow it."
     )
     return Exhibit("attention_share", "What is dropped at each workload", caption, figure)
 
