@@ -1,5 +1,6 @@
 # make train                        everything from nothing: environment, model, training, table, record
 # make train ARGS="agent=dqn"       the same with Hydra overrides
+# make compare                      a small comparison of policies from nothing, with its page
 # make test                         linters and the fast test suite
 
 PYTHON ?= python3
@@ -8,10 +9,13 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train test model clean
+.PHONY: train compare test model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
+
+compare: model
+	$(BIN)/python -m experiments.compare $(ARGS)
 
 test: model
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
 """Benchmarks of the evaluation engine: `python -m experiments.benchmark parts=[gsi]`; see conf/benchmark.yaml."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.benchmarks import env, gsi, memory, population, scaling, scoring
-from experiments.build import build_corpus, build_evaluators, build_windows
+from experiments.build import build_corpus, build_judges, build_windows, plain, refusing_in_one_line
+from experiments.judges import Judges
 from experiments.progress import Phases
 from experiments.records import provenance, write_record
-from rap_env.errors import RapError, UnknownName
+from rap_env.errors import UnknownName
 from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
 
@@ -28,7 +28,7 @@ class Bench:
 
     def __init__(self, config: DictConfig) -> None:
         self._config = config
-        self._options = OmegaConf.to_container(config, resolve=True)
+        self._options = plain(config)
         self._llm = instantiate(config.model)
         self._order: tuple[str, ...] | None = None
 
@@ -57,10 +57,14 @@ class Bench:
         return provenance() | {"model_digest": self._llm.digest}
 
     def _judge(self):
-        return build_evaluators(self._config)[0]
+        return self._judges().search
+
+    def _judges(self) -> Judges:
+        return build_judges(self._config.evaluation, self._llm)
 
     def _windows(self, seed: int):
-        return build_windows(self._config, build_corpus(self._config, self._llm), self._llm, seed)
+        corpus = build_corpus(self._config, self._llm, self._judges().search_text)
+        return build_windows(self._config, corpus, self._llm, seed)
 
     def _ranking(self) -> tuple[str, ...]:
         if self._order is None:
@@ -86,8 +90,7 @@ def run(config: DictConfig) -> list[Path]:
     for name in config.parts:
         with Phases() as phases:
             results = getattr(bench, name)(phases.start(name))
-        plain = OmegaConf.to_container(config, resolve=True)
-        record = {"config": plain, "provenance": bench.provenance(), "results": results}
+        record = {"config": plain(config), "provenance": bench.provenance(), "results": results}
         paths.append(write_record(folder / f"{name}.json", record))
         print("\n".join([f"## {name}", *PARTS[name].lines(results), f"record: {paths[-1]}"]), flush=True)
     return paths
@@ -95,10 +98,8 @@ def run(config: DictConfig) -> list[Path]:
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="benchmark")
 def main(config: DictConfig) -> None:
-    try:
+    with refusing_in_one_line():
         run(config)
-    except RapError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

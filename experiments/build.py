@@ -1,18 +1,24 @@
 """Builds the parts of an experiment from a composed config."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from hydra import compose
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.judges import Judges
+from experiments.tracking import Tracker
 from rap_env.calibration import Corpus, refuse_contamination
-from rap_env.errors import ContaminationFound
-from rap_env.evaluation.harness import HarnessEvaluator
+from rap_env.errors import RapError, UnknownName
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.gsi import ImportanceRanking, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
@@ -30,6 +36,7 @@ class Parts:
     Attributes:
         search: Judges masks on the search half; its budget counts what the agent asks.
         report: Judges masks on the report half.
+        further: Judges masks on the report halves of further evaluations, by name.
         sampler: Scenarios to train for.
         grid: Scenarios to report on.
         corpus: Calibration text.
@@ -40,6 +47,7 @@ class Parts:
 
     search: PruningProblem
     report: PruningProblem
+    further: dict[str, PruningProblem]
     sampler: ScenarioSampler
     grid: list[Scenario]
     corpus: Corpus
@@ -48,12 +56,17 @@ class Parts:
     importance: ImportanceSource
 
 
-def build(config: DictConfig, progress: Callable[[int, int], None] = lambda done, total: None) -> Parts:
+def build(
+    config: DictConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    further: Mapping[str, DictConfig] | None = None,
+) -> Parts:
     """Builds everything but the agent; cheap checks come before costly measurements.
 
     Args:
         config: The composed config.
         progress: Called with (rounds done, rounds in all) of the importance ranking.
+        further: Configs of further evaluations to report on.
 
     Raises:
         RapError: Whatever is wrong with the config; see `rap_env.errors`.
@@ -62,45 +75,71 @@ def build(config: DictConfig, progress: Callable[[int, int], None] = lambda done
     sampler: ScenarioSampler = instantiate(config.workload.sampler)
     sampler.check(llm.shape)
     grid = scenario_grid(llm.shape, config.workload.report.workloads, config.workload.report.budget_ratios)
-    search_tasks, report_tasks = build_evaluators(config)
-    corpus = build_corpus(config, llm)
-    refuse_contamination(corpus, search_tasks.item_texts | report_tasks.item_texts)
+    judges = build_judges(config.evaluation, llm)
+    others = {name: build_judges(evaluation, llm) for name, evaluation in (further or {}).items()}
+    corpus = build_corpus(config, llm, judges.search_text)
+    refuse_contamination(corpus, judges.held_out)
+    for other in others.values():
+        refuse_contamination(judges.search_text, other.reported)
+        refuse_contamination(corpus, other.reported)
     store = ResultStore(config.store or cache_folder() / "results.db")
     calibration = config.calibration
     windows = build_windows(config, corpus, llm, calibration.seed)
-    weights = OmegaConf.to_container(config.reward)
-    search = PruningProblem(llm, search_tasks, store, weights, EvaluationBudget(config.max_evaluations))
-    report = PruningProblem(llm, report_tasks, store, weights)
+    weights = plain(config.reward)
+    search = PruningProblem(llm, judges.search, store, weights, EvaluationBudget(config.max_evaluations))
+    report = PruningProblem(llm, judges.report, store, weights)
+    reports = {name: PruningProblem(llm, other.report, store, weights) for name, other in others.items()}
     ranking = greedy_sequential_importance(llm, windows, calibration.removals, calibration.exact, store, progress)
     importance = ImportanceSource(ranking.order, RemovalMeter(llm, windows, store))
-    return Parts(search, report, sampler, grid, corpus, windows, ranking, importance)
+    return Parts(search, report, reports, sampler, grid, corpus, windows, ranking, importance)
 
 
-def build_evaluators(config: DictConfig) -> tuple[HarnessEvaluator, HarnessEvaluator]:
-    """Judges for the search and for the report half, which share no item.
+def build_judges(evaluation: DictConfig, llm: SwitchableLLM) -> Judges:
+    """The search and the report half that an evaluation's YAML describes; some of them need the model, or a folder."""
+    return call_with(instantiate(evaluation, _partial_=True), llm=llm, folder=cache_folder() / "calibration")
+
+
+def build_corpus(config: DictConfig, llm: SwitchableLLM, search_text: Corpus) -> Corpus:
+    """Calibration text; some sources also take the model and a folder, or the text that is searched on."""
+    source = instantiate(config.calibration.corpus, _partial_=True)
+    return call_with(source, llm=llm, folder=cache_folder() / "calibration", search_text=search_text)
+
+
+def build_tracker(config: DictConfig, folder: Path) -> Tracker:
+    """Where metrics go; trackers take the run's folder, and some the composed config."""
+    return call_with(instantiate(config.tracker, _partial_=True), folder=folder, config=plain(config))
+
+
+def agent_config(name: str, settings: Mapping[str, Any] | None = None) -> DictConfig:
+    """An agent's YAML with some of its values replaced.
 
     Raises:
-        ContaminationFound: An item that would be reported on is searched on as well.
+        UnknownName: The YAML has no such value.
+        MissingConfigException: There is no such YAML; the message lists those that there are.
     """
-    evaluation = config.evaluation
-    options = {name: evaluation[name] for name in ("include_path", "limit", "metric", "batch_tokens")}
-    halves = [None, None] if evaluation.report_tasks else ["search", "report"]
-    search = HarnessEvaluator(evaluation.tasks, half=halves[0], **options)
-    report = HarnessEvaluator(evaluation.report_tasks or evaluation.tasks, half=halves[1], **options)
-    searched = {text: name for name, texts in search.item_texts.items() for text in texts}
-    for name, texts in report.item_texts.items():
-        for text in texts:
-            if text in searched:
-                raise ContaminationFound(
-                    f"{name!r} would report on an item that {searched[text]!r} searches on: {text}"
-                )
-    return search, report
+    config = compose("config", overrides=[f"agent={name}"]).agent
+    for key in settings or {}:
+        if key not in config:
+            raise UnknownName(f"setting of agent {name!r}", key, config)
+    return OmegaConf.merge(config, settings or {})
 
 
-def build_corpus(config: DictConfig, llm: SwitchableLLM) -> Corpus:
-    """Calibration text; the source that samples it from the model also takes the model and a folder."""
-    source = instantiate(config.calibration.corpus, _partial_=True)
-    return call_with(source, llm=llm, folder=cache_folder() / "calibration")
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A config as JSON holds it."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
+@contextlib.contextmanager
+def refusing_in_one_line() -> Iterator[None]:
+    """Ends the program with one line, and no traceback, for whatever its user can mend."""
+    try:
+        yield
+    except RapError as error:
+        sys.exit(f"error: {error}")
+    except InstantiationException as error:  # Hydra's wrapping of whatever a constructor raised
+        if isinstance(error.__cause__, RapError | ValueError):
+            sys.exit(f"error: {error.__cause__}")
+        raise
 
 
 def build_windows(config: DictConfig, corpus: Corpus, llm: SwitchableLLM, seed: int) -> torch.Tensor:

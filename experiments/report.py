@@ -1,8 +1,10 @@
 """What stored records say: `python -m experiments.report results/ppo/*.json` prints Markdown.
 
-Records of benchmark parts (`results/benchmark/gsi.json`) print what the benchmark printed.
+Records of benchmark parts (`results/benchmark/gsi.json`) print what the benchmark printed. Records of a comparison
+(`outputs/compare/quick/*.json`) print its table, and a page with its figures is written.
 """
 
+import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,6 +12,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from experiments.comparison import Comparison, is_comparison
+from experiments.merit import merit_table
+from experiments.page import write_page
 from experiments.records import read_record
 from rap_env.errors import RapError, UnknownName
 
@@ -27,7 +32,7 @@ def seed_table(records: Sequence[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name, runs in per_policy.items():
-        cells = [_with_spread([run[column] for run in runs]) for column in _COLUMNS]
+        cells = [_with_spread([run[column] for run in runs if column in run]) for column in _COLUMNS]
         violations = f"{sum(run['violations'] for run in runs)} of {sum(run['scenarios'] for run in runs)}"
         footprint = f"{mean(run['footprint_gb'] for run in runs):.3f}"
         lines.append("| " + " | ".join([name, str(len(runs)), footprint, *cells, violations]) + " |")
@@ -48,23 +53,40 @@ def benchmark_lines(part: str, record: dict[str, Any]) -> list[str]:
 
 
 def _with_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""  # an evaluation by text has no smooth accuracy
     spread = f" ({stdev(values):.3f})" if len(values) > 1 else ""
     return f"{mean(values):.3f}{spread}"
 
 
-def main(paths: Sequence[str]) -> None:
-    if not paths:
-        sys.exit("usage: python -m experiments.report RECORD.json [RECORD.json ...]")
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Prints what records say.")
+    parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
+    parser.add_argument("-o", "--output", type=Path, default="page.html", help="page of a comparison (page.html)")
+    options = parser.parse_args(arguments)
     try:
-        records = {Path(path): read_record(Path(path)) for path in paths}
-        seeds = [record for record in records.values() if "summary" in record["results"]]
-        lines = seed_table(seeds) if seeds else []
-        for path, record in records.items():
-            if "summary" not in record["results"]:
-                lines += benchmark_lines(path.stem, record)
-        print("\n".join(lines))
+        print("\n".join(_lines({path: read_record(path) for path in options.records}, options.output)))
     except (RapError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def _lines(records: dict[Path, dict[str, Any]], page: Path) -> list[str]:
+    compared = [record for record in records.values() if is_comparison(record)]
+    seeds = [record for record in records.values() if "summary" in record["results"]]
+    lines = seed_table(seeds) if seeds else []
+    for path, record in records.items():
+        if not is_comparison(record) and "summary" not in record["results"]:
+            lines += benchmark_lines(path.stem, record)
+    if compared:
+        comparison = Comparison.of(compared)
+        lines += [*markdown_table(*merit_table(comparison)), f"page: {write_page(comparison, page)}"]
+    return lines
 
 
 if __name__ == "__main__":

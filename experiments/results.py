@@ -1,5 +1,6 @@
 """From policies to rows, from rows to the tables and pictures that a run shows."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def judge(
     """Lets every policy decide every scenario and judges the masks.
 
     Returns:
-        One JSON-able row for each policy and scenario.
+        One JSON-able row for each policy and scenario; an evaluation by text has no smooth accuracy among its terms.
     """
     rows = []
     for name, policy in policies.items():
@@ -42,7 +43,9 @@ def judge(
                     "score": outcome.score,
                     "tasks": outcome.evaluation.tasks,
                     "reward": problem.reward(outcome),
-                    "reward_terms": outcome.reward_terms,
+                    "reward_terms": {
+                        term: value for term, value in outcome.reward_terms.items() if math.isfinite(value)
+                    },
                     "violation": not outcome.fits,
                     "dropped": [component.name for component in mask.dropped],
                 }
@@ -52,7 +55,7 @@ def judge(
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means over the scenarios for each policy; violations are counted."""
+    """Means over the scenarios for each policy; violations are counted. With text, `accuracy` is minus the loss."""
     summary = {}
     for name in dict.fromkeys(row["policy"] for row in rows):
         own = [row for row in rows if row["policy"] == name]
@@ -60,11 +63,13 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
             "budget_gb": float(np.mean([row["budget_bytes"] for row in own])) / GB,
             "footprint_gb": float(np.mean([row["footprint"]["peak_bytes"] for row in own])) / GB,
             "accuracy": float(np.mean([row["score"] for row in own])),
-            "smooth_accuracy": float(np.mean([row["reward_terms"]["smooth_accuracy"] for row in own])),
             "reward": float(np.mean([row["reward"] for row in own])),
             "violations": sum(row["violation"] for row in own),
             "scenarios": len(own),
         }
+        if all("smooth_accuracy" in row["reward_terms"] for row in own):
+            smooth = [row["reward_terms"]["smooth_accuracy"] for row in own]
+            summary[name]["smooth_accuracy"] = float(np.mean(smooth))
     return summary
 
 
@@ -77,7 +82,7 @@ def summary_table(summary: Mapping[str, Mapping[str, float]]) -> tuple[list[str]
             f"{means['budget_gb']:.3f}",
             f"{means['footprint_gb']:.3f}",
             f"{means['accuracy']:.3f}",
-            f"{means['smooth_accuracy']:.3f}",
+            f"{means['smooth_accuracy']:.3f}" if "smooth_accuracy" in means else "",
             f"{means['reward']:.3f}",
             f"{means['violations']} of {means['scenarios']}",
         ]

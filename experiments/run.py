@@ -8,15 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from agents.base import Agent, SearchResult, Task
-from experiments.build import Parts, build, call_with
+from experiments.build import Parts, agent_config, build, build_tracker, plain
 from experiments.progress import Phases
 from experiments.records import provenance, write_record
 from experiments.results import judge, mask_picture, summarise, summary_table
@@ -43,9 +42,9 @@ def run(config: DictConfig) -> Path:
         raise RecordExists(f"{folder / RECORD_NAME} exists, and records are written once; name another run folder")
     name = HydraConfig.get().runtime.choices.agent
     agent: Agent = instantiate(config.agent)
-    baselines = _baselines(config)
+    baselines: dict[str, Agent] = {other: instantiate(agent_config(other)) for other in config.baselines}
     seed_everything(config.seed)
-    with _tracker(config, folder) as tracker, Phases() as phases:
+    with build_tracker(config, folder) as tracker, Phases() as phases:
         parts = build(config, phases.start("GSI ranking"))
         training = cache_folder() / "training" / _digest(config)
         task = Task(
@@ -73,28 +72,15 @@ def run(config: DictConfig) -> Path:
     return path
 
 
-def _tracker(config: DictConfig, folder: Path):
-    """Calls the tracker with what it asks for beyond its YAML: the run's folder, the composed config."""
-    return call_with(instantiate(config.tracker, _partial_=True), folder=folder, config=_plain(config))
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(config, resolve=True)
-
-
-def _baselines(config: DictConfig) -> dict[str, Agent]:
-    return {name: instantiate(compose("config", overrides=[f"agent={name}"]).agent) for name in config.baselines}
-
-
 def _digest(config: DictConfig) -> str:
-    plain = {name: value for name, value in _plain(config).items() if name != "tracker"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    training = {name: value for name, value in plain(config).items() if name != "tracker"}
+    return hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _record(config: DictConfig, parts: Parts, result: SearchResult, rows: list[dict]) -> dict[str, Any]:
     ranking = asdict(parts.ranking)
     return {
-        "config": _plain(config),
+        "config": plain(config),
         "provenance": provenance() | {"model_digest": parts.search.llm.digest, "corpus_digest": parts.corpus.digest},
         "results": {
             "summary": summarise(rows),

@@ -1,4 +1,4 @@
-"""Trackers: where a run's metrics, tables and images go while it runs."""
+"""Trackers: where a run's metrics, tables, images and figures go while it runs."""
 
 import json
 import math
@@ -23,6 +23,9 @@ class Tracker(Protocol):
 
     def log_image(self, name: str, rgb: np.ndarray) -> None:
         """Reports an image, uint8 [height, width, 3]; a later one of the same name takes its place."""
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        """Reports a plotly figure; a later one of the same name takes its place."""
 
     def close(self) -> None:
         """Flushes and ends; nothing may be logged after it, and a second call does nothing."""
@@ -57,12 +60,15 @@ class NoTracker(Tracker):
     def log_image(self, name: str, rgb: np.ndarray) -> None:
         pass
 
+    def log_figure(self, name: str, figure: Any) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
 class JsonlTracker(Tracker):
-    """Writes plain files: `metrics.jsonl`, `<table>.json` and `<image>.png`.
+    """Writes plain files: `metrics.jsonl`, `<table>.json`, `<image>.png` and `<figure>.plotly.json`.
 
     A slash in a name makes a subfolder. A resumed run appends to the metrics of the one before.
 
@@ -88,6 +94,10 @@ class JsonlTracker(Tracker):
 
     def log_image(self, name: str, rgb: np.ndarray) -> None:
         imsave(self._path(name, ".png"), rgb)
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        """Writes plotly's JSON."""
+        self._path(name, ".plotly.json").write_text(figure.to_json() + "\n", encoding="utf-8")
 
     def close(self) -> None:
         self._metrics.close()
@@ -142,6 +152,9 @@ class WandbTracker(Tracker):
 
     def log_image(self, name: str, rgb: np.ndarray) -> None:
         self._send({name: self._wandb.Image(rgb)})
+
+    def log_figure(self, name: str, figure: Any) -> None:
+        self._send({name: self._wandb.Plotly(figure)})
 
     def close(self) -> None:
         self._run.finish()

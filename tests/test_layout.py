@@ -27,6 +27,7 @@ HOMES = {
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
     "wandb": ("experiments/tracking.py",),
+    "plotly": ("experiments/figures.py", "experiments/page.py"),
     "sqlalchemy": ("rap_env/evaluation/store.py",),
     "sklearn": ("rap_env/calibration/clusters.py",),
 }
@@ -114,6 +115,7 @@ def test_importing_the_package_loads_nothing_that_only_training_or_judging_needs
         "wandb",
         "matplotlib",
         "sklearn",
+        "plotly",
     }
 
 

@@ -2,7 +2,7 @@
 
 from rap_env.calibration.clusters import Clustering, clustered_windows
 from rap_env.calibration.contamination import Overlap, find_overlaps, refuse_contamination
-from rap_env.calibration.corpus import Corpus, hub_corpus, local_corpus, self_generated_corpus
+from rap_env.calibration.corpus import Corpus, hub_corpus, local_corpus, local_text, self_generated_corpus
 from rap_env.calibration.sampling import consecutive_windows, random_windows
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "find_overlaps",
     "hub_corpus",
     "local_corpus",
+    "local_text",
     "random_windows",
     "refuse_contamination",
     "self_generated_corpus",

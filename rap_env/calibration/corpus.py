@@ -65,26 +65,45 @@ def local_corpus(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Corp
     Raises:
         CorpusUnavailable: A path is missing, not text, or has nothing in it.
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    paths = _as_paths(paths)
     documents: list[str] = []
+    for file in _files(paths):
+        parts = [part for part in _WIKITEXT_ARTICLE.split(_read(file)) if part.strip()]
+        if not parts:
+            raise CorpusUnavailable(f"calibration text {file} is empty")
+        documents += parts
+    return Corpus(", ".join(path.name for path in paths), tuple(documents))
+
+
+def local_text(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
+    """Reads text files as they are, one behind the other, as perplexity protocols do.
+
+    Args:
+        paths: UTF-8 text files, or folders whose `*.txt` files are read in the order of their names.
+
+    Raises:
+        CorpusUnavailable: A path is missing or not text, or a folder has no `*.txt` file.
+    """
+    return "".join(_read(file) for file in _files(_as_paths(paths)))
+
+
+def _as_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
+    return [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not files:
             raise CorpusUnavailable(f"calibration folder {path} has no .txt file")
-        for file in files:
-            documents += _read_documents(file)
-    return Corpus(", ".join(path.name for path in paths), tuple(documents))
+        yield from files
 
 
-def _read_documents(file: Path) -> list[str]:
+def _read(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusUnavailable(f"can't read calibration text {file}: {error}") from error
-    documents = [document for document in _WIKITEXT_ARTICLE.split(text) if document.strip()]
-    if not documents:
-        raise CorpusUnavailable(f"calibration text {file} is empty")
-    return documents
 
 
 def hub_corpus(

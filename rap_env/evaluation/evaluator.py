@@ -42,6 +42,9 @@ class Evaluator(Protocol):
     ) -> Iterator[tuple[PruningMask, Evaluation]]:
         """Judges distinct masks, whatever mask is applied; each is yielded as soon as it is finished, in any order."""
 
+    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
+        """Predicted peak of what judging takes beside the weights, when so many masks are judged together."""
+
     def evaluate(self, llm: SwitchableLLM) -> Evaluation:
         """Judges the model with the mask that is applied."""
         return next(iter(self.evaluate_many(llm, [llm.mask])))[1]

@@ -156,6 +156,9 @@ class HarnessEvaluator(Evaluator):
             for name, task in self._tasks.items()
         }
 
+    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
+        return self.plan(llm).peak_bytes(llm.shape, n_masks)
+
     def evaluate_many(
         self, llm: SwitchableLLM, masks: Sequence[PruningMask]
     ) -> Iterator[tuple[PruningMask, Evaluation]]:

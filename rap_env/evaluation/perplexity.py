@@ -12,7 +12,9 @@ from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
+from rap_env.memory.working import working_bytes
 
+_BATCH_TOKENS = 4096  # forwarded at once
 _TILE_ROWS, _TILE_WORDS = 1024, 2048  # of the float32 logits that are alive at once, in all lanes
 
 
@@ -72,7 +74,7 @@ def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, til
 
 
 def window_losses(
-    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = 4096
+    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = _BATCH_TOKENS
 ) -> Iterator[tuple[PruningMask, list[float]]]:
     """Mean loss of each window [N, T] under each of several distinct masks, whatever mask is applied."""
     losses: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
@@ -101,6 +103,11 @@ class PerplexityEvaluator(Evaluator):
     def identity(self) -> dict:
         libraries = {library: version(library) for library in ("torch", "transformers")}
         return {"evaluator": "perplexity", "windows": tokens_digest(self._windows), "versions": libraries}
+
+    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
+        n_windows, tokens = self._windows.shape
+        at_once = tokens * min(n_windows, max(1, _BATCH_TOKENS // tokens))
+        return working_bytes(llm.shape, at_once, 2 + max(1, n_masks).bit_length(), head_rows(llm.shape))
 
     def evaluate_many(
         self, llm: SwitchableLLM, masks: Sequence[PruningMask]

@@ -14,6 +14,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from agents.sb3 import _ALGORITHMS
+from experiments.build import agent_config
 from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
 
@@ -33,11 +34,15 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(CONF))
 
 
+# what starts a command in a comment -> the config that it composes
+COMMANDS = {"python train.py": "config", "python -m experiments.compare": "compare"}
+
+
 @pytest.fixture
 def composed():
-    """Composes the config as train.py does."""
+    """Composes the config as train.py does, or another program's."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *overrides: compose("config", overrides=list(overrides))
+        yield lambda *overrides, main="config": compose(main, overrides=list(overrides))
 
 
 def nodes_with_target(node):
@@ -51,11 +56,16 @@ def nodes_with_target(node):
             yield from nodes_with_target(value)
 
 
-def commands_of(experiment: Path) -> list[list[str]]:
-    """Arguments of the `python train.py` lines in the comment that an experiment starts with."""
-    comment = itertools.takewhile(lambda line: line.startswith("#"), experiment.read_text().splitlines())
-    lines = (line.removeprefix("# ") for line in comment)
-    return [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python train.py")]
+def commands_of(path: Path) -> list[tuple[str, list[str]]]:
+    """Main config and arguments of each command in the comment that a YAML starts with."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    lines = [line.removeprefix("# ") for line in comment]
+    return [
+        (main, shlex.split(line.removeprefix(start), comments=True))
+        for line in lines
+        for start, main in COMMANDS.items()
+        if line.startswith(start)
+    ]
 
 
 def sweep(arguments: list[str]) -> list[tuple[str, ...]]:
@@ -98,9 +108,10 @@ def test_reward_weights_name_terms(name, toy_problem):
 
 @pytest.mark.parametrize("override", OPTIONS)
 def test_every_option_of_every_group_composes(override, composed):
-    config = composed(override)
+    group, _, option = override.partition("=")
+    main = commands_of(CONF / "experiment" / f"{option}.yaml")[0][0] if group == "experiment" else "config"
+    config = composed(override, main=main)
     assert isinstance(config, DictConfig)
-    group = override.partition("=")[0]
     assert group == "experiment" or config[group] is not None
     OmegaConf.to_container(config, resolve=True)  # interpolations too
 
@@ -109,14 +120,16 @@ def test_every_option_of_every_group_composes(override, composed):
 def test_no_yaml_is_unused(path):
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml").defaults)
     groups = {key.removeprefix("optional ") for entry in defaults if isinstance(entry, dict) for key in entry}
-    mains = (CONF / "config.yaml", CONF / "benchmark.yaml")
+    mains = (CONF / "config.yaml", CONF / "benchmark.yaml", CONF / "compare.yaml")
     assert path in mains or (path.parent.parent == CONF and path.parent.name in groups)
 
 
-def test_every_default_is_an_option():
-    for entry in OmegaConf.load(CONF / "config.yaml").defaults:
+@pytest.mark.parametrize("main", ["config", "compare"])
+def test_every_default_is_an_option(main):
+    for entry in OmegaConf.load(CONF / f"{main}.yaml").defaults:
         if not isinstance(entry, str):
             ((group, option),) = entry.items()
+            group = group.removeprefix("optional ")
             assert option is None or option in GROUPS[group]
 
 
@@ -124,10 +137,26 @@ def test_every_default_is_an_option():
 def test_command_in_an_experiments_first_comment_composes(path, composed):
     commands = commands_of(path)
     assert commands, f"{name_of(path)} does not say how it is run"
-    for arguments in commands:
+    for main, arguments in commands:
         assert f"experiment={path.stem}" in arguments
         for overrides in sweep(arguments):
-            composed(*overrides)
+            composed(*overrides, main=main)
+
+
+@pytest.mark.parametrize("overrides", [[], *([f"experiment={path.stem}"] for path in EXPERIMENTS)], ids=str)
+def test_a_comparison_names_agents_and_values_of_their_yamls(overrides, composed):
+    if overrides and commands_of(CONF / "experiment" / f"{overrides[0].partition('=')[2]}.yaml")[0][0] != "compare":
+        pytest.skip("another program's experiment")
+    config = composed(*overrides, main="compare")
+    assert set(config.agents) <= set(GROUPS["agent"])
+    for name, settings in config.settings.items():
+        assert agent_config(name, settings).items() >= settings.items()
+
+
+def test_commands_in_the_comparisons_comment_compose(composed):
+    for main, arguments in commands_of(CONF / "compare.yaml"):
+        assert main == "compare"
+        composed(*arguments, main=main)
 
 
 @pytest.mark.parametrize("model", GROUPS["model"])

@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 from matplotlib.image import imread
+from plotly.graph_objects import Figure, Scatter
 
 from experiments.tracking import JsonlTracker, NoTracker, WandbTracker
 
@@ -46,6 +47,7 @@ def use_everything(tracker, rgb) -> None:
         tracker.log(3, {"reward": 1})
         tracker.log_image("eval/mask", rgb)
         tracker.log_table("eval/masks", ["name", "score"], [["dense", np.float64(0.25)], ["empty", None]])
+        tracker.log_figure("eval/curve", Figure(Scatter(x=[0, 1], y=[2.0, None])))
     tracker.close()
 
 
@@ -71,13 +73,15 @@ def test_resumed_run_appends(tmp_path):
     assert [line["step"] for line in metric_lines(tmp_path)] == [0, 1]
 
 
-def test_images_are_exact_png_files_and_tables_json(tmp_path, rgb):
+def test_images_are_exact_png_files_tables_and_figures_json(tmp_path, rgb):
     use_everything(JsonlTracker(tmp_path), rgb)
     assert np.array_equal(np.round(imread(tmp_path / "eval" / "mask.png")[..., :3] * 255), rgb)
     assert json.loads((tmp_path / "eval" / "masks.json").read_text()) == {
         "columns": ["name", "score"],
         "rows": [["dense", 0.25], ["empty", None]],
     }
+    figure = json.loads((tmp_path / "eval" / "curve.plotly.json").read_text())
+    assert figure["data"][0]["y"] == [2.0, None]
 
 
 def test_name_outside_the_folder_is_refused(tmp_path, rgb):
@@ -121,6 +125,7 @@ def test_wandb_tracker_works_offline_quietly_and_ends_its_service(tmp_path, rgb,
         "columns": ["name", "score"],
         "data": [["dense", 0.25], ["empty", None]],
     }
+    assert list((run / "files" / "media" / "plotly" / "eval").glob("curve_*.plotly.json"))
     binary = next(run.glob("*.wandb")).read_bytes()
     assert b"explained_variance" in binary
     assert capfd.readouterr() == ("", "")
