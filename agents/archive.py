@@ -37,16 +37,18 @@ class ArchiveAgent:
         drawn = [task.sampler.sample(shape, generator) for _ in range(int(_WALK_PART * judging.allowed))]
         greedy = OrderPolicy(shape, task.importance.static)
         judging.judge([(greedy.decide(s.workload, s.budget_bytes), s) for s in (*task.grid, *drawn)])
-        judging.judge_until_used_up(lambda: _neighbours(task, judging, generator))
-        return SearchResult(_archive(task, judging), judging.spent, time.perf_counter() - started)
+        judging.judge_until_used_up(lambda: neighbours(task, judging, generator))
+        return SearchResult(archive_of(task, judging), judging.spent, time.perf_counter() - started)
 
 
-def _archive(task: Task, judging: Judging) -> ArchivePolicy:
+def archive_of(task: Task, judging: Judging) -> ArchivePolicy:
+    """The best of what a search has judged, for every budget."""
     return ArchivePolicy(task.problem.shape, judging.rewards.items(), task.importance.static)
 
 
-def _neighbours(task: Task, judging: Judging, generator: np.random.Generator) -> list[Case]:
-    best, cases = _archive(task, judging), []
+def neighbours(task: Task, judging: Judging, generator: np.random.Generator) -> list[Case]:
+    """A batch of swaps in the best judged masks, for scenarios from the sampler and from the grid by turns."""
+    best, cases = archive_of(task, judging), []
     for turn in range(_BATCH):
         scenario = task.sampler.sample(task.problem.shape, generator)
         if turn % 2 and task.grid:

@@ -29,7 +29,7 @@ HOMES = {
     "wandb": ("experiments/tracking.py",),
     "plotly": ("experiments/figures.py", "experiments/page.py"),
     "sqlalchemy": ("rap_env/evaluation/store.py",),
-    "sklearn": ("rap_env/calibration/clusters.py",),
+    "sklearn": ("rap_env/calibration/clusters.py", "rap_env/evaluation/predictor.py"),
 }
 # Agents that learn through Stable-Baselines3; every other one must not need it.
 LEARNING = ("agents/sb3.py", "agents/sb3_policies.py", "agents/checkpoint.py")

@@ -1,0 +1,120 @@
+"""Dyna: a policy that learns from predicted rewards, and a predictor that learns from the policy's judged masks."""
+
+import time
+
+import numpy as np
+
+from agents.archive import archive_of, neighbours, swap_one
+from agents.base import SearchResult, Task
+from agents.judging import Case, Judging
+from agents.policy_gradient import PolicyGradient
+from rap_env.evaluation.predictor import ScorePredictor
+from rap_env.mask import PruningMask
+from rap_env.memory.scenario import Scenario
+from rap_env.policies import ArchivePolicy, OrderPolicy
+
+_BATCH = 16  # proposals that are judged together, between two fits of the predictor
+_WALK_PART = 0.15  # scenarios drawn for the greedy walk, as a part of the evaluations
+_OPTIMISM = 1.0  # standard deviations of the prediction
+_NEIGHBOURS, _CLIMBS = 48, 4  # swaps that are looked at in a climb, and how often
+
+
+class DynaAgent:
+    """Judges few masks, learns to predict the others, and lets a policy train on predictions (Sutton 1991).
+
+    It begins with the static order's masks for the grid and for drawn scenarios. Then, until the evaluations are used
+    up: fit the predictor to all judged masks; train the policy network on predicted rewards of its own masks, for
+    scenarios from the sampler; let it propose masks for scenarios from the grid and the sampler; climb from these, and
+    from the best judged ones, by swaps that the predictor thinks better; judge the most promising. What was judged is
+    kept in a Pareto archive, which decides.
+
+    Args:
+        evaluations: Distinct masks to judge at most; see `Judging`.
+        policy_steps: Gradient steps between two batches of judged masks; 0 proposes by climbing alone.
+        width: Hidden units of the policy network.
+    """
+
+    def __init__(self, evaluations: int | None = None, policy_steps: int = 20, width: int = 64) -> None:
+        self._evaluations, self._policy_steps, self._width = evaluations, policy_steps, width
+
+    def search(self, task: Task) -> SearchResult:
+        started = time.perf_counter()
+        search = _Search(task, Judging(task, self._evaluations), self._policy_steps, self._width)
+        search.begin()
+        search.judging.judge_until_used_up(search.propose)
+        details = {"predictor_errors": search.errors}
+        return SearchResult(search.archive(), search.judging.spent, time.perf_counter() - started, details)
+
+
+class _Search:
+    """The state of one search."""
+
+    def __init__(self, task: Task, judging: Judging, policy_steps: int, width: int) -> None:
+        self.judging = judging
+        self.errors: list[float] = []
+        self._task, self._policy_steps = task, policy_steps
+        self._generator = np.random.default_rng(task.seed)
+        self._policy = PolicyGradient(task.problem.shape, task.importance.static, width, task.seed)
+        self._predictor: ScorePredictor | None = None
+        self._fitted_to = 0
+
+    def begin(self) -> None:
+        """Judges the dense model and the greedy walk."""
+        shape = self._task.problem.shape
+        greedy = OrderPolicy(shape, self._task.importance.static)
+        drawn = [self._draw() for _ in range(int(_WALK_PART * self.judging.allowed))]
+        self.judging.judge([(greedy.decide(s.workload, s.budget_bytes), s) for s in (*self._task.grid, *drawn)])
+
+    def archive(self) -> ArchivePolicy:
+        return archive_of(self._task, self.judging)
+
+    def propose(self) -> list[Case]:
+        """A batch of masks that were not judged yet, the most promising for a scenario each."""
+        if len(self.judging.rewards) < 2:
+            return neighbours(self._task, self.judging, self._generator)
+        self._fit()
+        reward = self._predictor.predict
+        for _ in range(self._policy_steps):
+            self._policy.step([self._draw() for _ in range(_BATCH)], reward)
+        best, cases = self.archive(), {}
+        for turn in range(_BATCH):
+            scenario = self._scenario(turn)
+            starts = [best.decide(scenario.workload, scenario.budget_bytes)]
+            if self._policy_steps:
+                starts += self._policy.propose(scenario, 4)
+            known = self.judging.rewards.keys() | cases.keys()
+            if (mask := self._climb(starts, scenario, known)) is not None:
+                cases[mask] = scenario
+        return list(cases.items()) or neighbours(self._task, self.judging, self._generator)
+
+    def _fit(self) -> None:
+        """Fits the kernel's sizes again whenever there is half as much again to fit them to."""
+        n = len(self.judging.rewards)
+        settled = self._predictor if n < 1.5 * self._fitted_to else None
+        self._fitted_to = self._fitted_to if settled else n
+        self._predictor = ScorePredictor(self.judging.rewards, settled)
+        self.errors.append(self._predictor.leave_one_out_error)
+
+    def _climb(self, starts: list[PruningMask], scenario: Scenario, known) -> PruningMask | None:
+        """The most promising new mask among the starts, and among swaps of the best ones."""
+        shape, order = self._task.problem.shape, self._task.importance.static
+        seen: dict[PruningMask, float] = {}
+
+        def look(masks: list[PruningMask]) -> None:
+            fresh = [mask for mask in dict.fromkeys(masks) if mask not in seen]
+            if fresh:
+                seen.update(zip(fresh, self._predictor.predict(fresh, _OPTIMISM).tolist(), strict=True))
+
+        look(starts)
+        for _ in range(_CLIMBS):
+            top = max(seen, key=seen.__getitem__)
+            look([swap_one(top, scenario, shape, order, self._generator) for _ in range(_NEIGHBOURS)])
+        return max((mask for mask in seen if mask not in known), key=seen.__getitem__, default=None)
+
+    def _scenario(self, turn: int) -> Scenario:
+        """From the sampler and from the grid by turns."""
+        grid = self._task.grid
+        return grid[self._generator.integers(len(grid))] if turn % 2 and grid else self._draw()
+
+    def _draw(self) -> Scenario:
+        return self._task.sampler.sample(self._task.problem.shape, self._generator)

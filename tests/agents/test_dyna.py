@@ -1,0 +1,130 @@
+"""Learning from predictions: the predictor knows what it was told, the policy follows it, both find the optimum."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from agents.base import Task
+from agents.dyna import DynaAgent
+from agents.policy_gradient import PolicyGradient
+from agents.random_search import RandomSearchAgent
+from rap_env.evaluation.predictor import ScorePredictor
+from rap_env.importance.source import ImportanceSource
+from rap_env.llm.loading import build_tiny_llm
+from rap_env.mask import PruningMask
+from rap_env.memory.footprint import footprint
+from rap_env.memory.scenario import Scenario, scenario_grid
+from rap_env.memory.workload import Workload
+from rap_env.problem import EvaluationBudget, PruningProblem
+from tests.agents.test_agents import LastIsLeast, mean_score, optimum, score_of
+from tests.conftest import TOY_WINDOWS
+
+
+@pytest.fixture
+def grid(tiny_llm) -> list[Scenario]:
+    return scenario_grid(tiny_llm.shape, [(1, 128), (4, 512), (16, 2048)], [0.9, 0.8, 0.7, 0.6])
+
+
+@pytest.fixture
+def wrong_task(tiny_llm, toy_sampler, grid, tmp_path) -> Task:
+    """Its order drops the most important component first."""
+    importance = ImportanceSource([component.name for component in tiny_llm.shape.components])
+    return Task(PruningProblem(tiny_llm, LastIsLeast()), importance, toy_sampler, grid, TOY_WINDOWS, 0, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def all_masks(tiny_llm) -> list[PruningMask]:
+    return [PruningMask.from_bits(tiny_llm.shape, bits) for bits in itertools.product((0, 1), repeat=8)]
+
+
+def interacting(mask: PruningMask) -> float:
+    """Components cost what they cost alone, and more where their neighbour is gone too."""
+    dropped = [not bit for bit in mask.keep]
+    pairs = sum(first and second for first, second in itertools.pairwise(dropped))
+    return score_of(mask.keep) - 0.1 * pairs
+
+
+def test_a_quarter_of_all_masks_predicts_the_others(all_masks):
+    chosen = np.random.default_rng(0).permutation(len(all_masks))[:64]
+    judged = {all_masks[index]: interacting(all_masks[index]) for index in chosen}
+    others = [mask for mask in all_masks if mask not in judged]
+    truth = np.array([interacting(mask) for mask in others])
+    predictor = ScorePredictor(judged)
+    errors = np.abs(predictor.predict(others) - truth)
+    assert errors.mean() < 0.15 * np.abs(truth - truth.mean()).mean()
+    assert predictor.predict(list(judged)) == pytest.approx(list(judged.values()), abs=0.02)
+    assert np.all(predictor.predict(others, optimism=1.0) > predictor.predict(others))
+    assert 0.3 < predictor.leave_one_out_error / np.abs(np.log1p(errors)).mean() < 3
+    again = ScorePredictor(judged, settled=predictor)
+    assert again.predict(others) == pytest.approx(predictor.predict(others), abs=1e-6)
+
+
+def test_leaving_one_out_is_what_fitting_without_it_says(all_masks):
+    judged = {mask: interacting(mask) for mask in all_masks[::9]}
+    predictor = ScorePredictor(judged)
+    best, errors = max(judged.values()), []
+    for mask, score in judged.items():
+        rest = {other: value for other, value in judged.items() if other != mask}
+        if max(rest.values()) == best:  # the process is fitted to what lies below the best
+            predicted = ScorePredictor(rest, settled=predictor).predict([mask])[0]
+            errors.append(abs(np.log1p(best - predicted) - np.log1p(best - score)))
+    assert predictor.leave_one_out_error == pytest.approx(np.mean(errors), rel=0.25)
+
+
+def test_one_mask_is_not_enough_to_predict_from(all_masks):
+    with pytest.raises(ValueError, match="at least two judged masks; got 1"):
+        ScorePredictor({all_masks[0]: 1.0})
+
+
+def test_the_policy_learns_to_propose_what_is_rewarded(tiny_llm):
+    shape = tiny_llm.shape
+    order = [component.name for component in shape.components]  # the wrong way round
+    scenario = Scenario.from_ratio(shape, Workload(1, 128), 0.6)
+    policy = PolicyGradient(shape, order, width=16, seed=0)
+
+    def reward(masks) -> np.ndarray:
+        return np.array([score_of(mask.keep) for mask in masks])
+
+    start = policy.propose(scenario, 1)[0]
+    rewards = [policy.step([scenario] * 4, reward) for _ in range(120)]
+    learned = policy.propose(scenario, 1)[0]
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 0.1
+    assert score_of(learned.keep) > score_of(start.keep) + 0.1
+    assert score_of(learned.keep) > 0.95 * optimum(shape, scenario)
+    for mask in policy.propose(scenario, 8):
+        assert footprint(shape, mask, scenario.workload).peak_bytes <= scenario.budget_bytes
+
+
+@pytest.mark.parametrize("policy_steps", [0, 10])
+def test_few_judged_masks_find_what_a_wrong_order_hides(wrong_task, grid, policy_steps):
+    problem = PruningProblem(wrong_task.problem.llm, LastIsLeast(), budget=EvaluationBudget(48))
+    result = DynaAgent(policy_steps=policy_steps, width=16).search(replace(wrong_task, problem=problem))
+    best = np.mean([optimum(problem.shape, scenario) for scenario in grid])
+    assert mean_score(result.policy, grid) > 0.98 * best
+    assert result.evaluations == problem.budget.spent == 48
+    assert result.details["predictor_errors"][-1] < 0.02
+
+
+def test_it_beats_random_search_in_a_large_space(wrong_task):
+    llm = build_tiny_llm("llama", n_layers=12)
+    grid = scenario_grid(llm.shape, [(1, 128), (16, 2048)], [0.8, 0.6])
+    importance = ImportanceSource([component.name for component in llm.shape.components])
+    reached = []
+    for agent in (DynaAgent(policy_steps=5, width=16), RandomSearchAgent()):
+        problem = PruningProblem(llm, Neighbours(), budget=EvaluationBudget(80))
+        policy = agent.search(replace(wrong_task, problem=problem, importance=importance, grid=grid)).policy
+        masks = [policy.decide(scenario.workload, scenario.budget_bytes) for scenario in grid]
+        reached.append(np.mean([interacting(mask) for mask in masks]))
+    assert reached[0] > reached[1] + 0.2
+
+
+class Neighbours(LastIsLeast):
+    """Judges by a rule in which neighbours count."""
+
+    identity = {"evaluator": "neighbours"}
+
+    def judge(self, mask):
+        evaluation = super().judge(mask)
+        return replace(evaluation, score=interacting(mask), tasks={"toy": {"acc": interacting(mask), "items": 1}})
