@@ -23,9 +23,10 @@ TINY = (
     *("model=tiny", "max_evaluations=40", "decisions=20", "calibration.tokens_per_sample=24"),
     *("evaluation.documents=[4,120]", "evaluation.search_windows=[2,24]", "evaluation.report_windows=[2,24]"),
     *("+evaluation@report.tasks=embedded", "report.tasks.limit=2"),
-    *("~agents.dense", "~agents.maskable_ppo", "agents.random=2", "agents.ppo=1"),
+    *(f"~agents.{name}" for name in ("dense", "greedy_per_byte", "milp", "archive", "evopress")),
+    *("agents.random=2", "agents.ppo=1", "agents.dyna=1"),
 )
-NAMES = ["greedy_gsi-0", "ppo-0", "random-0", "random-1"]
+NAMES = ["dyna-0", "greedy_gsi-0", "ppo-0", "random-0", "random-1"]
 
 
 def compare(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
