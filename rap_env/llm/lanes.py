@@ -1,6 +1,7 @@
 """Lanes: rows that do not depend on each other, computed side by side by threads that never wait for one another."""
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
@@ -44,17 +45,25 @@ def in_lanes(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Resu
     """
     if len(parts) == 1:
         return [work(parts[0])]
-    inference, n_threads = torch.is_inference_mode_enabled(), max(1, torch.get_num_threads() // len(parts))
+    inference, all_threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
+    own_threads = max(1, all_threads // len(parts))
 
     def lane(part: Part) -> Result:
-        if torch.get_num_threads() != n_threads:
-            torch.set_num_threads(n_threads)  # of this thread; the others keep theirs
+        if torch.get_num_threads() != own_threads:
+            torch.set_num_threads(own_threads)  # of this thread, and of threads that begin later
         with torch.inference_mode(inference):
             return work(part)
 
-    return list(_threads(len(parts)).map(lane, parts))
+    try:
+        return list(_threads(len(parts)).map(lane, parts))
+    finally:
+        torch.set_num_threads(all_threads)  # for threads that begin later; the lanes keep theirs
 
 
 @functools.cache
 def _threads(n_lanes: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_lanes, thread_name_prefix="lane")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads, and would wait for them for ever
+    os.register_at_fork(after_in_child=_threads.cache_clear)

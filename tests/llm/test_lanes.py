@@ -1,6 +1,9 @@
 """Lanes change who computes what, and no bit of the result."""
 
+import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -86,6 +89,31 @@ def test_parts_are_worked_on_side_by_side_and_come_back_in_order(two_threads, in
 
 def test_a_single_part_is_worked_on_by_the_caller(two_threads):
     assert in_lanes(lambda part: (part, threading.current_thread()), ["a"]) == [("a", threading.current_thread())]
+
+
+def test_threads_that_begin_later_have_as_many_threads_as_the_caller(two_threads):
+    in_lanes(lambda part: part, [1, 2])
+    found = []
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_has_lanes_of_its_own(two_threads):
+    in_lanes(lambda part: part, [1, 2])
+    child = os.fork()
+    if child == 0:  # nothing of pytest may run in here
+        os._exit(in_lanes(lambda part: part, [3, 4]) != [3, 4])
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 def test_an_error_in_a_lane_reaches_the_caller(two_threads):
