@@ -103,7 +103,8 @@ def test_threads_that_begin_later_have_as_many_threads_as_the_caller(two_threads
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_lanes_of_its_own(two_threads):
-    in_lanes(lambda part: part, [1, 2])
+    together = threading.Barrier(2, timeout=20)
+    in_lanes(lambda part: together.wait(), [1, 2])  # both threads of the pool have begun
     child = os.fork()
     if child == 0:  # nothing of pytest may run in here
         os._exit(in_lanes(lambda part: part, [3, 4]) != [3, 4])
