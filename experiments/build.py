@@ -113,15 +113,20 @@ def build_tracker(config: DictConfig, folder: Path) -> Tracker:
 def agent_config(name: str, settings: Mapping[str, Any] | None = None) -> DictConfig:
     """An agent's YAML with some of its values replaced.
 
+    Args:
+        name: Of the YAML, or any name for a variant.
+        settings: Values; of a variant also `like`, the name of the YAML that it differs from.
+
     Raises:
         UnknownName: The YAML has no such value.
         MissingConfigException: There is no such YAML; the message lists those that there are.
     """
-    config = compose("config", overrides=[f"agent={name}"]).agent
-    for key in settings or {}:
+    changes = dict(settings or {})
+    config = compose("config", overrides=[f"agent={changes.pop('like', name)}"]).agent
+    for key in changes:
         if key not in config:
             raise UnknownName(f"setting of agent {name!r}", key, config)
-    return OmegaConf.merge(config, settings or {})
+    return OmegaConf.merge(config, changes)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -148,9 +148,10 @@ def test_a_comparison_names_agents_and_values_of_their_yamls(overrides, composed
     if overrides and commands_of(CONF / "experiment" / f"{overrides[0].partition('=')[2]}.yaml")[0][0] != "compare":
         pytest.skip("another program's experiment")
     config = composed(*overrides, main="compare")
-    assert set(config.agents) <= set(GROUPS["agent"])
-    for name, settings in config.settings.items():
-        assert agent_config(name, settings).items() >= settings.items()
+    for name in config.agents:
+        settings = dict(config.settings.get(name, {}))
+        assert settings.pop("like", name) in GROUPS["agent"]
+        assert agent_config(name, config.settings.get(name)).items() >= settings.items()
 
 
 def test_commands_in_the_comparisons_comment_compose(composed):
