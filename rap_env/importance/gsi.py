@@ -31,7 +31,8 @@ class ImportanceRanking:
         losses: Calibration loss after each removal.
         dense_loss: Calibration loss of the dense model.
         increases: For each component, by how much the loss of the dense model rises without it. The lazy rule knows
-            the least important third of them from all windows, the others from the sketch. Empty without any round.
+            the least important third of them from all windows and others from the sketch; the half of the greatest
+            block influence it takes for proportional to that. Empty without any round.
         evaluations: Trials that the rule asked for, wholly or on the sketch only.
         tokens: Tokens of these trials.
         component_executions: Sub-blocks that were run for them when they were measured.
