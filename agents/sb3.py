@@ -64,7 +64,7 @@ class Sb3Agent:
         environment: `"rap/Pruning-v0"` or `"rap/SequentialPruning-v0"`.
         total_steps: Environment steps to train for; PPO and A2C finish the rollout that reaches them.
         warm_start: Whether the network first learns the greedy order by imitation, which costs no evaluation.
-        width: Hidden units of the policy network.
+        network: Arguments of `ComponentNetwork`: `width`, `blind_to`.
         hyperparameters: Further arguments of the algorithm's constructor.
 
     Raises:
@@ -78,7 +78,7 @@ class Sb3Agent:
         environment: str,
         total_steps: int,
         warm_start: bool = True,
-        width: int = 64,
+        network: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
     ) -> None:
         if algorithm not in _ALGORITHMS:
@@ -88,7 +88,7 @@ class Sb3Agent:
         if environment == _ONE_STEP and algorithm in ("dqn", "maskable_ppo"):
             raise ValueError(f"{algorithm} acts one component at a time: use environment={_SEQUENTIAL}")
         self._algorithm, self._environment, self._total_steps = algorithm, environment, total_steps
-        self._warm_start, self._width = warm_start, width
+        self._warm_start, self._network = warm_start, dict(network or {})
         self._hyperparameters = dict(hyperparameters or {})
 
     def search(self, task: Task) -> SearchResult:
@@ -123,7 +123,7 @@ class Sb3Agent:
             env = ProjectToBudget(env, task.importance)
         env = Monitor(RelativeReward(env, task.problem, task.importance))
         shape = task.problem.shape
-        extractor = {"shape": shape, "sequential": sequential, "width": self._width}
+        extractor = {"shape": shape, "sequential": sequential, **self._network}
         policy_arguments = {
             "net_arch": [],
             "features_extractor_class": ComponentExtractor,

@@ -10,15 +10,14 @@ from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
 from rap_env.envs.observation import valid_actions
-from rap_env.llm.architecture import ModelShape
 from rap_env.policies.network import ComponentNetwork
 
 
 class ComponentExtractor(BaseFeaturesExtractor):
     """Feeds observations to a `ComponentNetwork`; its features are the action scores and the value themselves."""
 
-    def __init__(self, observation_space: spaces.Dict, shape: ModelShape, sequential: bool, width: int) -> None:
-        network = ComponentNetwork(shape, sequential, width)
+    def __init__(self, observation_space: spaces.Dict, **network_arguments) -> None:
+        network = ComponentNetwork(**network_arguments)
         super().__init__(observation_space, network.n_actions + 1)
         self.network = network
 

@@ -50,6 +50,11 @@ def interquartile_mean(costs: np.ndarray) -> np.ndarray:
     return trim_mean(costs.reshape(*costs.shape[:-2], -1), 0.25, axis=-1)
 
 
+def plain_mean(costs: np.ndarray) -> np.ndarray:
+    """Mean of all [..., seeds, scenarios] costs: small budgets, where masks differ most, weigh most."""
+    return costs.mean(axis=(-2, -1))
+
+
 def scenario_means(costs: np.ndarray) -> np.ndarray:
     """Mean [..., scenarios] over the seeds of [..., seeds, scenarios]."""
     return costs.mean(axis=-2)
@@ -76,6 +81,7 @@ def merit_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     columns = ["agent", "seeds"]
     columns += [f"{_loss_name(comparison, judge)} ({judge})" for judge in judges]
     columns += [f"regret ({judge})" for judge in (SEARCH, *judges)]
+    columns += [f"mean {_loss_name(comparison, judges[0])} ({judges[0]})", f"mean regret ({SEARCH})"]
     columns += ["violations", "unseen violations", "evaluations", "calibration tokens", "search s", "search GB", "ms"]
 
     def order(agent: str) -> tuple[float, str]:
@@ -97,6 +103,8 @@ def _cells(comparison: Comparison, agent: str) -> list[str]:
         agent,
         str(len(runs)),
         *(_number(*with_interval(merit(comparison, agent, judge))) for merit, judge in merits),
+        _number(*with_interval(loss_over_dense(comparison, agent, comparison.judges[0]), plain_mean)),
+        _number(*with_interval(regret(comparison, agent, SEARCH), plain_mean)),
         f"{sum(row['violation'] for row in rows)} of {len(rows)}",
         f"{sum(run['unseen']['violations'] for run in runs)} of {sum(run['unseen']['decisions'] for run in runs)}",
         f"{mean('evaluations'):.0f}",

@@ -1,7 +1,7 @@
 """What stored records say: `python -m experiments.report results/ppo/*.json` prints Markdown.
 
-Records of benchmark parts (`results/benchmark/gsi.json`) print what the benchmark printed. Records of a comparison
-(`outputs/compare/quick/*.json`) print its table, and a page with its figures is written.
+Records of benchmark parts (`results/benchmark/gsi.json`) print what the benchmark printed. Records of comparisons
+(`outputs/compare/quick/*.json`) print a table each, and a page with its figures is written.
 """
 
 import argparse
@@ -68,7 +68,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Prints what records say.")
     parser.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
-    parser.add_argument("-o", "--output", type=Path, default="page.html", help="page of a comparison (page.html)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default="page.html",
+        help="page (page.html); of several comparisons page-NAME.html",
+    )
     options = parser.parse_args(arguments)
     try:
         print("\n".join(_lines({path: read_record(path) for path in options.records}, options.output)))
@@ -83,9 +89,14 @@ def _lines(records: dict[Path, dict[str, Any]], page: Path) -> list[str]:
     for path, record in records.items():
         if not is_comparison(record) and "summary" not in record["results"]:
             lines += benchmark_lines(path.stem, record)
-    if compared:
-        comparison = Comparison.of(compared)
-        lines += [*markdown_table(*merit_table(comparison)), f"page: {write_page(comparison, page)}"]
+    by_name = defaultdict(list)
+    for record in compared:
+        by_name[record["config"]["name"]].append(record)
+    for name, of_name in by_name.items():
+        comparison = Comparison.of(of_name)
+        path = page if len(by_name) == 1 else page.with_stem(f"{page.stem}-{name}")
+        lines += [f"## {name}", "", *markdown_table(*merit_table(comparison)), ""]
+        lines += [f"page: {write_page(comparison, path)}", ""]
     return lines
 
 

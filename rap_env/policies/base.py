@@ -89,11 +89,11 @@ def load_policy(folder: str | Path) -> Policy:
         if description["format"] != _FORMAT:
             raise PolicyUnreadable(f"{path}: expected format {_FORMAT}; got {description['format']!r}")
         kind, shape = description["kind"], ModelShape(**description["shape"])
-        if kind not in _KINDS:
-            raise UnknownName("policy kind", kind, _KINDS)
         tensors = load_file(folder / _TENSORS) if (folder / _TENSORS).is_file() else {}
-        return _KINDS[kind].restore(shape, description["parameters"], tensors)
+        if kind in _KINDS:
+            return _KINDS[kind].restore(shape, description["parameters"], tensors)
+    except PolicyUnreadable:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, PolicyUnreadable | UnknownName):
-            raise
         raise PolicyUnreadable(f"{folder}: not a policy of this version: {error}") from error
+    raise UnknownName("policy kind", kind, _KINDS)

@@ -32,14 +32,15 @@ class _NetworkPolicy:
         self._order = full_order(shape.components, order)
 
     def parameters(self) -> dict[str, Any]:
-        return {"width": self._network.width, "order": list(self._order)}
+        network = self._network
+        return {"width": network.width, "blind_to": list(network.blind_to), "order": list(self._order)}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self._network.state_dict()
 
     @classmethod
     def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping[str, torch.Tensor]):
-        network = ComponentNetwork(shape, cls.sequential, parameters["width"])
+        network = ComponentNetwork(shape, cls.sequential, parameters["width"], parameters["blind_to"])
         network.load_state_dict(tensors)
         return cls(shape, network, parameters["order"])
 

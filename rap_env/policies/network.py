@@ -1,12 +1,24 @@
 """The policy network: one small function shared by all components."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
+from rap_env.errors import UnknownName
 from rap_env.llm.architecture import ModelShape
 from rap_env.mask import ATTENTION
 
 _SCENARIO_FEATURES = 5  # budget, batch, length, footprint, excess
+ENTRIES = (  # of an observation that the network reads
+    "memory_budget",
+    "batch_size",
+    "sequence_length",
+    "footprint",
+    "gsi_ranking",
+    "component_bytes",
+    "kept",
+)
 _COMPONENT_FEATURES = 5  # rank, bytes, kept, is attention, depth
 
 
@@ -23,10 +35,18 @@ class ComponentNetwork(nn.Module):
         shape: The model whose components are scored.
         sequential: Adds a score for the stop action.
         width: Hidden units of the shared MLP.
+        blind_to: Entries of the observation that it sees zeros for, to learn what they are worth.
+
+    Raises:
+        UnknownName: The observation has no such entry.
     """
 
-    def __init__(self, shape: ModelShape, sequential: bool, width: int = 64) -> None:
+    def __init__(self, shape: ModelShape, sequential: bool, width: int = 64, blind_to: Sequence[str] = ()) -> None:
         super().__init__()
+        for name in blind_to:
+            if name not in ENTRIES:
+                raise UnknownName("observation entry", name, ENTRIES)
+        self.blind_to = tuple(blind_to)
         n = len(shape.components)
         self.sequential = sequential
         self.width = width
@@ -50,6 +70,7 @@ class ComponentNetwork(nn.Module):
         A score is the logit of keeping a component in the one-step form, and of dropping it (or of stopping) in the
         sequential form.
         """
+        observation = observation | {name: torch.zeros_like(observation[name]) for name in self.blind_to}
         budget, footprint = observation["memory_budget"], observation["footprint"]
         scenario = torch.cat(
             [

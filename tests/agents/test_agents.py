@@ -94,7 +94,7 @@ def test_search_ends_as_a_feasible_policy_that_its_seed_decides(name, search, gr
 )
 def test_training_stops_when_the_evaluations_are_used_up(algorithm, environment, wrong_task, grid):
     problem = PruningProblem(wrong_task.problem.llm, LastIsLeast(), budget=EvaluationBudget(9))
-    result = Sb3Agent(algorithm, environment, 5000, warm_start=False, width=8).search(
+    result = Sb3Agent(algorithm, environment, 5000, warm_start=False, network={"width": 8}).search(
         replace(wrong_task, problem=problem)
     )
     assert problem.budget.exhausted and result.evaluations == problem.fresh_evaluations == 9

@@ -46,7 +46,7 @@ def anew(task: Task, **changes) -> Task:
 
 def agent(algorithm: str, warm_start: bool = True) -> Sb3Agent:
     environment, hyperparameters = SETTINGS[algorithm]
-    return Sb3Agent(algorithm, environment, STEPS, warm_start, width=16, hyperparameters=hyperparameters)
+    return Sb3Agent(algorithm, environment, STEPS, warm_start, {"width": 16}, hyperparameters=hyperparameters)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "a2c"])
@@ -145,7 +145,7 @@ def test_damaged_checkpoint_is_refused_and_left_as_it_is(damage, task):
     before = path.read_bytes()
     environment, hyperparameters = SETTINGS["ppo"]
     with pytest.raises(PolicyUnreadable, match=r"checkpoint\.pt: not a checkpoint of this run.*Move it away"):
-        Sb3Agent("ppo", environment, STEPS, True, width, hyperparameters).search(anew(task))
+        Sb3Agent("ppo", environment, STEPS, True, {"width": width}, hyperparameters).search(anew(task))
     assert path.read_bytes() == before
 
 

@@ -31,7 +31,13 @@ def row(workload: tuple[int, int], ratio: float, loss: float, dropped: list[str]
 def record(agent: str, seed: int, rows: list[dict], evaluations: int = 0, **details) -> dict[str, Any]:
     """A record with the given rows; the dense model has loss 2 on the search half."""
     return {
-        "config": {"model": {"name": "toy"}, "max_evaluations": 20, "agent": {"_target_": agent}, "seed": seed},
+        "config": {
+            "name": "toys",
+            "model": {"name": "toy"},
+            "max_evaluations": 20,
+            "agent": {"_target_": agent},
+            "seed": seed,
+        },
         "provenance": {"model_digest": "0", "git": None, "versions": {}, "hardware": {}},
         "results": {
             "agent": agent,

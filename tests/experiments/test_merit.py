@@ -9,6 +9,7 @@ from experiments.merit import (
     interquartile_mean,
     loss_over_dense,
     merit_table,
+    plain_mean,
     regret,
     scenario_means,
     with_interval,
@@ -72,6 +73,7 @@ def test_intervals_resample_whole_seeds():
 def test_one_seed_has_an_interval_of_no_width():
     value, low, high = with_interval(np.array([[1.0, 2.0, 4.0, 9.0]]))
     assert value == low == high == 3.0
+    assert with_interval(np.array([[1.0, 2.0, 4.0, 9.0]]), plain_mean)[0] == 4.0
 
 
 def test_table_has_the_best_agent_first_and_counts_violations(comparison):
@@ -81,6 +83,8 @@ def test_table_has_the_best_agent_first_and_counts_violations(comparison):
     assert table["dense"]["violations"] == "4 of 4" and table["dense"]["unseen violations"] == "10 of 10"
     assert table["dense"]["regret (text)"] == "-"
     assert table["greedy"]["log-perplexity over dense (text)"] == "1.562"  # 1.25 * (4 - 0.75) - 2.5
+    mean = loss_over_dense(comparison, "random", "text").mean()
+    assert table["random"]["mean log-perplexity over dense (text)"].split()[0] == f"{mean:.3f}"
     assert table["learned"]["evaluations"] == "20" and table["learned"]["search GB"] == "2.00"
 
 

@@ -89,8 +89,18 @@ def test_report_prints_the_table_and_writes_the_page(tmp_path, capsys):
     paths = [write_record(tmp_path / f"{number}.json", made) for number, made in enumerate(records())]
     report.main([*map(str, paths), "-o", str(tmp_path / "new" / "page.html")])
     said = capsys.readouterr().out
-    assert said.startswith("| agent | seeds |") and "| learned | 2 |" in said
+    assert said.startswith("## toys\n\n| agent | seeds |") and "| learned | 2 |" in said
     assert (tmp_path / "new" / "page.html").read_text() == page(Comparison.of(records()))
+
+
+def test_report_keeps_comparisons_apart(tmp_path, capsys):
+    others = [made | {"config": made["config"] | {"name": "others"}} for made in records()]
+    paths = [write_record(tmp_path / f"{n}.json", made) for n, made in enumerate([*records(), *others])]
+    report.main([*map(str, paths), "-o", str(tmp_path / "page.html")])
+    tables = capsys.readouterr().out.split("## ")[1:]
+    assert [table.splitlines()[0] for table in tables] == ["toys", "others"]
+    assert (tmp_path / "page-toys.html").read_text() == page(Comparison.of(records()))
+    assert (tmp_path / "page-others.html").is_file()
 
 
 def test_report_refuses_records_that_do_not_belong_together_in_one_line(tmp_path):

@@ -251,6 +251,7 @@ UNFIT = [
     ("nearest_order", "parameters.orders", [{}, 3, ORDER, {"0": ORDER}, {"many": ORDER}, {"64": ORDER[:5]}]),
     ("one_step_network", "parameters.order", [ORDER[:5]]),
     ("one_step_network", "parameters.width", [17, "16"]),
+    ("one_step_network", "parameters.blind_to", [["weather"], None, "footprint"]),
     ("one_step_network", "shape.n_layers", [3]),
     ("one_step_network", "kind", ["sequential_network"]),
     ("sequential_network", "kind", ["one_step_network"]),
