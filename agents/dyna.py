@@ -92,7 +92,7 @@ class _Search:
         n = len(self.judging.rewards)
         settled = self._predictor if n < 1.5 * self._fitted_to else None
         self._fitted_to = self._fitted_to if settled else n
-        self._predictor = ScorePredictor(self.judging.rewards, settled)
+        self._predictor = ScorePredictor(self.judging.rewards, settled, self._task.importance.known)
         self.errors.append(self._predictor.leave_one_out_error)
 
     def _climb(self, starts: list[PruningMask], scenario: Scenario, known) -> PruningMask | None:

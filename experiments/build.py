@@ -90,7 +90,7 @@ def build(
     report = PruningProblem(llm, judges.report, store, weights)
     reports = {name: PruningProblem(llm, other.report, store, weights) for name, other in others.items()}
     ranking = greedy_sequential_importance(llm, windows, calibration.removals, calibration.exact, store, progress)
-    importance = ImportanceSource(ranking.order, RemovalMeter(llm, windows, store))
+    importance = ImportanceSource(ranking.order, RemovalMeter(llm, windows, store), ranking.known)
     return Parts(search, report, reports, sampler, grid, corpus, windows, ranking, importance)
 
 

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ def measure(agent: Agent, task: Task, parts: Parts, judges: dict[str, PruningPro
         "components": [component.name for component in referee.shape.components],
         "judges": list(judges),
         "dense": {name: problem.evaluate(*dense).score for name, problem in ({"search": referee} | judges).items()},
-        "ranking": {name: asdict(parts.ranking)[name] for name in ("evaluations", "tokens", "seconds")},
+        "ranking": {name: getattr(parts.ranking, name) for name in ("evaluations", "tokens", "seconds")},
         "search": _search_cost(result, task.problem, budget),
         "anytime": anytime(best),
         "rows": _rows(policy, referee, judges, parts.grid, best),

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def _digest(config: DictConfig) -> str:
 
 
 def _record(config: DictConfig, parts: Parts, result: SearchResult, rows: list[dict]) -> dict[str, Any]:
-    ranking = asdict(parts.ranking)
+    ranking = {name: value for name, value in vars(parts.ranking).items() if name != "known"}
     return {
         "config": plain(config),
         "provenance": provenance() | {"model_digest": parts.search.llm.digest, "corpus_digest": parts.corpus.digest},

@@ -1,5 +1,6 @@
 """Predicts scores of masks that were never judged, from those that were."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -14,39 +15,66 @@ _KERNEL = ConstantKernel(1.0, (1e-3, 1e3)) * DotProduct(1.0, (1e-2, 1e2)) + Cons
     2.0, (0.5, 20.0)
 )
 _NOISE = WhiteKernel(1e-3, (1e-6, 1.0))
+_JITTER = 1e-10
+_LEAST_SHARED = 3  # masks with both a score and a loss, for a line through them
+_WIDTHS = (1.0, 2.0)  # of the neighbourhoods in depth, in layers
 
 
 class ScorePredictor:
-    """A Gaussian process over keep-bits: a linear part for what each component is worth alone, and one that falls with
-    the number of differing bits for how they act together.
+    """A Gaussian process over what is dropped: a linear part for what each component is worth alone, and one that falls
+    with the distance of two masks for how components act together.
 
-    It is fitted to log(1 + dense score - score), because scores fall ever faster while more is dropped. PPF (arXiv
-    2508.02381) predicts losses with a network from thousands of masks; a process needs tens, and knows what it does not
-    know.
+    Dropped components near to each other in depth harm more than apart, so a mask is described by its bits and by how
+    many of each kind are dropped around every layer. The process is fitted to log(1 + dense score - score), because
+    scores fall ever faster while more is dropped. PPF (arXiv 2508.02381) predicts losses with a network from thousands
+    of masks; a process needs tens, and knows what it does not know.
 
     Args:
         scores: Judged masks, at least two; the best of them stands for the dense one.
         settled: A predictor of the same model whose kernel is taken over instead of being fitted.
+        losses: Calibration losses of further masks, of a ranking for instance. A line through the masks that have both
+            turns them into scores, and what it leaves unexplained is their noise. Those below all judged scores are
+            left out; without three masks that have both, or where scores do not fall with losses, none tells anything.
     """
 
-    def __init__(self, scores: Mapping[PruningMask, float], settled: "ScorePredictor | None" = None) -> None:
+    def __init__(
+        self,
+        scores: Mapping[PruningMask, float],
+        settled: "ScorePredictor | None" = None,
+        losses: Mapping[PruningMask, float] | None = None,
+    ) -> None:
         if len(scores) < 2:
             raise ValueError(f"expected at least two judged masks; got {len(scores)}")
-        self._best = max(scores.values())
+        told = _told_by(losses or {}, scores)
+        self._best = max([*scores.values(), *told.values()])
+        costs, told_costs = self._costs(scores), self._costs(told)
+        errors = [told_costs.pop(mask) - cost for mask, cost in costs.items() if mask in told_costs]
+        worst = max(costs.values())
+        told_costs = {mask: cost for mask, cost in told_costs.items() if cost <= worst}
+        values = np.array([*costs.values(), *told_costs.values()])
+        noise = np.mean(np.square(errors)) / values.var() if errors else 0.0
+        self._n_judged = len(costs)
         kernel = settled._process.kernel_ if settled else _KERNEL + _NOISE
         self._process = GaussianProcessRegressor(
-            kernel, optimizer=None if settled else "fmin_l_bfgs_b", normalize_y=True, random_state=0
+            kernel,
+            alpha=np.repeat([_JITTER, _JITTER + noise], [len(costs), len(told_costs)]),
+            optimizer=None if settled else "fmin_l_bfgs_b",
+            normalize_y=True,
+            random_state=0,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of the kernel's sizes was met
-            self._process.fit(_bits(list(scores)), np.log1p(self._best - np.fromiter(scores.values(), float)))
+            self._process.fit(_features([*costs, *told_costs]), values)
+
+    def _costs(self, scores: Mapping[PruningMask, float]) -> dict[PruningMask, float]:
+        return {mask: math.log1p(self._best - score) for mask, score in scores.items()}
 
     def predict(self, masks: Sequence[PruningMask], optimism: float = 0.0) -> np.ndarray:
         """Scores [N], raised by so many standard deviations of what is not known."""
         if optimism == 0.0:
-            costs = self._process.predict(_bits(masks))
+            costs = self._process.predict(_features(masks))
         else:
-            mean, deviation = self._process.predict(_bits(masks), return_std=True)
+            mean, deviation = self._process.predict(_features(masks), return_std=True)
             costs = mean - optimism * deviation
         return self._best - np.expm1(costs)
 
@@ -58,9 +86,28 @@ class ScorePredictor:
         """
         process = self._process
         inverse = np.linalg.inv(process.L_ @ process.L_.T)
-        return float(np.abs(process.alpha_.ravel() / np.diag(inverse)).mean() * process._y_train_std)
+        errors = np.abs(process.alpha_.ravel() / np.diag(inverse))[: self._n_judged]
+        return float(errors.mean() * process._y_train_std)
 
 
-def _bits(masks: Sequence[PruningMask]) -> np.ndarray:
-    """What is dropped, [N, n]."""
-    return 1.0 - np.array([mask.keep for mask in masks], dtype=float)
+def _told_by(losses: Mapping[PruningMask, float], scores: Mapping[PruningMask, float]) -> dict[PruningMask, float]:
+    """What a line makes of calibration losses as scores, for all masks that have one; empty if it says nothing."""
+    both = [mask for mask in losses if mask in scores]
+    known, judged = (np.array([values[mask] for mask in both]) for values in (losses, scores))
+    if len(both) < _LEAST_SHARED or np.ptp(known) == 0.0:
+        return {}
+    slope, level = np.polyfit(known, judged, 1)
+    return {mask: slope * loss + level for mask, loss in losses.items()} if slope < 0.0 else {}
+
+
+def _features(masks: Sequence[PruningMask]) -> np.ndarray:
+    """What is dropped, bit by bit and around every layer for each kind and width, [N, features]."""
+    components = masks[0].components
+    dropped = 1.0 - np.array([mask.keep for mask in masks], dtype=float)
+    layers, kinds = (np.array([getattr(component, name) for component in components]) for name in ("layer", "kind"))
+    depths = np.arange(layers.max() + 1)
+    columns = [dropped]
+    for width in _WIDTHS:
+        near = np.exp(-0.5 * ((layers[:, None] - depths) / width) ** 2)
+        columns += [dropped @ (near / near.sum(0) * (kinds == kind)[:, None]) for kind in np.unique(kinds)]
+    return np.concatenate(columns, axis=1)

@@ -12,6 +12,7 @@ from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds, price
 from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import bytes_by_name
 from rap_env.memory.working import streams_within, working_bytes
 from rap_env.memory.workload import Workload
@@ -33,6 +34,7 @@ class ImportanceRanking:
         increases: For each component, by how much the loss of the dense model rises without it. The lazy rule knows
             the least important third of them from all windows and others from the sketch; the half of the greatest
             block influence it takes for proportional to that. Empty without any round.
+        known: Losses of all masks that were measured on all windows, the dense one among them.
         evaluations: Trials that the rule asked for, wholly or on the sketch only.
         tokens: Tokens of these trials.
         component_executions: Sub-blocks that were run for them when they were measured.
@@ -44,6 +46,7 @@ class ImportanceRanking:
     losses: tuple[float, ...]
     dense_loss: float
     increases: Mapping[str, float]
+    known: Mapping[PruningMask, float] = field(compare=False)
     evaluations: int
     tokens: int
     component_executions: int = field(compare=False)
@@ -117,6 +120,7 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
         losses=tuple(removal.loss for removal in removed),
         dense_loss=dense_loss,
         increases=rounds.first_increases,
+        known=rounds.known,
         evaluations=len(rounds.tried),
         tokens=rounds.tokens,
         component_executions=sum(trial.component_executions for trial in rounds.costs),

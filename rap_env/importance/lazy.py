@@ -47,6 +47,7 @@ class LazyRounds(Rounds):
         self._sketch, self._rest = sketch, rest
         self._sketch_loss = sketch.trial(self.mask).loss
         self.loss = self._mean(self._sketch_loss, rest.trial(self.mask).loss if rest else 0.0)
+        self.known[self.mask] = self.loss
         self._sketched: dict[str, float] = {}  # increases on the sketch alone, when they were measured last
         self._slack: dict[str, float] = {}  # by how much an increase may be lower than it is thought to be
         self._errors: deque[float] = deque(maxlen=_ERRORS)
@@ -104,6 +105,7 @@ class LazyRounds(Rounds):
         if self._rest:
             trial = self._rest.trial(self.mask, self.mask.components[self.mask.position(name)])
             loss = self._mean(sketch_loss, self._count(name, trial, self._rest))
+        self.known[self.mask.drop(name)] = loss
         self._errors.append(abs(loss - self.loss - self.increases[name]))
         self.increases[name], self._slack[name] = loss - self.loss, 0.0
         return loss

@@ -33,6 +33,7 @@ class Rounds:
         increases: Loss increase without each component, when it was measured last.
         first_increases: The same when the first round was over.
         tried: The masks of all trials.
+        known: Losses of the masks that were measured on all windows.
         costs: Every measurement that the trials took.
         tokens: Tokens of these measurements.
     """
@@ -43,6 +44,7 @@ class Rounds:
         self.increases: dict[str, float] = {}
         self.first_increases: dict[str, float] = {}
         self.tried: set[PruningMask] = set()
+        self.known: dict[PruningMask, float] = {}
         self.costs: list[Trial] = []
         self.tokens = 0
         self._freed = freed
@@ -74,10 +76,11 @@ class ExactRounds(Rounds):
     def __init__(self, meter: RemovalMeter, *, freed: Mapping[str, int]) -> None:
         super().__init__(meter.llm, freed)
         self._meter = meter
-        self.loss = meter.trial(self.mask).loss
+        self.loss = self.known[self.mask] = meter.trial(self.mask).loss
 
     def remove_least_important(self) -> Removal:
         losses = {name: self._count(name, trial, self._meter) for name, trial in self._meter.trials(self.mask).items()}
+        self.known |= {self.mask.drop(name): loss for name, loss in losses.items()}
         self.increases = {name: loss - self.loss for name, loss in losses.items()}
         self.first_increases = self.first_increases or self.increases
         name = self._cheapest()

@@ -1,6 +1,6 @@
 """Where an environment's importance ranking comes from: measured once, or anew for the present mask."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rap_env.importance.trials import RemovalMeter
 from rap_env.mask import PruningMask
@@ -12,10 +12,14 @@ class ImportanceSource:
     Args:
         order: The static ranking, all component names (`ImportanceRanking.order`).
         meter: Measures the present mask's trials; only `current` and `loss_after` need it.
+        known: Calibration losses of the masks that the ranking measured (`ImportanceRanking.known`).
     """
 
-    def __init__(self, order: Sequence[str], meter: RemovalMeter | None = None) -> None:
+    def __init__(
+        self, order: Sequence[str], meter: RemovalMeter | None = None, known: Mapping[PruningMask, float] | None = None
+    ) -> None:
         self.static = tuple(order)
+        self.known = dict(known or {})
         self._meter = meter
 
     def current(self, mask: PruningMask) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ def ranking_of(increases: dict[str, float]) -> ImportanceRanking:
         losses=(),
         dense_loss=3.0,
         increases=increases,
+        known={},
         evaluations=4,
         tokens=64,
         component_executions=0,
