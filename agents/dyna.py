@@ -14,19 +14,20 @@ from rap_env.memory.scenario import Scenario
 from rap_env.policies import ArchivePolicy, OrderPolicy
 
 _BATCH = 16  # proposals that are judged together, between two fits of the predictor
-_WALK_PART = 0.15  # scenarios drawn for the greedy walk, as a part of the evaluations
-_OPTIMISM = 1.0  # standard deviations of the prediction
-_NEIGHBOURS, _CLIMBS = 48, 4  # swaps that are looked at in a climb, and how often
+_WALK_PART = 0.1  # scenarios drawn for the greedy walk, as a part of the evaluations
+_DRAWN = 12  # scenarios from the sampler that a batch is proposed for, beside the grid's
+_OF_EACH = 3  # proposals that a scenario has in a batch at most
+_NEIGHBOURS, _CLIMBS = 48, 6  # swaps that are looked at in a climb, and how often
 
 
 class DynaAgent:
     """Judges few masks, learns to predict the others, and lets a policy train on predictions (Sutton 1991).
 
     It begins with the static order's masks for the grid and for drawn scenarios. Then, until the evaluations are used
-    up: fit the predictor to all judged masks; train the policy network on predicted rewards of its own masks, for
-    scenarios from the sampler; let it propose masks for scenarios from the grid and the sampler; climb from these, and
-    from the best judged ones, by swaps that the predictor thinks better; judge the most promising. What was judged is
-    kept in a Pareto archive, which decides.
+    up: fit the predictor to all judged masks, and to what the ranking measured; train the policy network on predicted
+    rewards of its own masks, for scenarios from the sampler; let it propose masks for scenarios from the grid and the
+    sampler; climb from these, and from the best judged ones, by swaps; judge those that may be expected to better the
+    best known mask of their scenario by most. What was judged is kept in a Pareto archive, which decides.
 
     Args:
         evaluations: Distinct masks to judge at most; see `Judging`.
@@ -76,16 +77,16 @@ class _Search:
         reward = self._predictor.predict
         for _ in range(self._policy_steps):
             self._policy.step([self._draw() for _ in range(_BATCH)], reward)
-        best, cases = self.archive(), {}
-        for turn in range(_BATCH):
-            scenario = self._scenario(turn)
-            starts = [best.decide(scenario.workload, scenario.budget_bytes)]
-            if self._policy_steps:
-                starts += self._policy.propose(scenario, 4)
-            known = self.judging.rewards.keys() | cases.keys()
-            if (mask := self._climb(starts, scenario, known)) is not None:
-                cases[mask] = scenario
-        return list(cases.items()) or neighbours(self._task, self.judging, self._generator)
+        best, gains = self.archive(), {}
+        for scenario in (*self._task.grid, *[self._draw() for _ in range(_DRAWN)]):
+            known = best.decide(scenario.workload, scenario.budget_bytes)
+            starts = [known, *self._policy.propose(scenario, 4)] if self._policy_steps else [known]
+            for mask, gain in self._climb(starts, scenario, self._score(known)):
+                if gain > gains.get(mask, (0.0, None))[0]:
+                    gains[mask] = gain, scenario
+        promising = sorted(gains, key=lambda mask: gains[mask][0], reverse=True)[:_BATCH]
+        cases = [(mask, gains[mask][1]) for mask in promising]
+        return cases or neighbours(self._task, self.judging, self._generator)
 
     def _fit(self) -> None:
         """Fits the kernel's sizes again whenever there is half as much again to fit them to."""
@@ -95,26 +96,28 @@ class _Search:
         self._predictor = ScorePredictor(self.judging.rewards, settled, self._task.importance.known)
         self.errors.append(self._predictor.leave_one_out_error)
 
-    def _climb(self, starts: list[PruningMask], scenario: Scenario, known) -> PruningMask | None:
-        """The most promising new mask among the starts, and among swaps of the best ones."""
+    def _score(self, mask: PruningMask) -> float:
+        """A mask's reward, or where it was not judged what is predicted."""
+        known = self.judging.rewards.get(mask)
+        return float(self._predictor.predict([mask])[0]) if known is None else known
+
+    def _climb(self, starts: list[PruningMask], scenario: Scenario, score: float) -> list[tuple[PruningMask, float]]:
+        """The most promising new masks among the starts and swaps of the best ones, and what they may better."""
         shape, order = self._task.problem.shape, self._task.importance.static
         seen: dict[PruningMask, float] = {}
 
         def look(masks: list[PruningMask]) -> None:
             fresh = [mask for mask in dict.fromkeys(masks) if mask not in seen]
             if fresh:
-                seen.update(zip(fresh, self._predictor.predict(fresh, _OPTIMISM).tolist(), strict=True))
+                gains = self._predictor.expected_improvement(fresh, score)
+                seen.update(zip(fresh, gains.tolist(), strict=True))
 
         look(starts)
         for _ in range(_CLIMBS):
             top = max(seen, key=seen.__getitem__)
             look([swap_one(top, scenario, shape, order, self._generator) for _ in range(_NEIGHBOURS)])
-        return max((mask for mask in seen if mask not in known), key=seen.__getitem__, default=None)
-
-    def _scenario(self, turn: int) -> Scenario:
-        """From the sampler and from the grid by turns."""
-        grid = self._task.grid
-        return grid[self._generator.integers(len(grid))] if turn % 2 and grid else self._draw()
+        new = [(mask, gain) for mask, gain in seen.items() if mask not in self.judging.rewards]
+        return sorted(new, key=lambda entry: entry[1], reverse=True)[:_OF_EACH]
 
     def _draw(self) -> Scenario:
         return self._task.sampler.sample(self._task.problem.shape, self._generator)

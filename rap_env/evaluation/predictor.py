@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.stats import norm
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
@@ -69,14 +70,20 @@ class ScorePredictor:
     def _costs(self, scores: Mapping[PruningMask, float]) -> dict[PruningMask, float]:
         return {mask: math.log1p(self._best - score) for mask, score in scores.items()}
 
-    def predict(self, masks: Sequence[PruningMask], optimism: float = 0.0) -> np.ndarray:
-        """Scores [N], raised by so many standard deviations of what is not known."""
-        if optimism == 0.0:
-            costs = self._process.predict(_features(masks))
-        else:
-            mean, deviation = self._process.predict(_features(masks), return_std=True)
-            costs = mean - optimism * deviation
-        return self._best - np.expm1(costs)
+    def predict(self, masks: Sequence[PruningMask]) -> np.ndarray:
+        """Scores [N]."""
+        return self._best - np.expm1(self._process.predict(_features(masks)))
+
+    def expected_improvement(self, masks: Sequence[PruningMask], score: float) -> np.ndarray:
+        """By how much each mask [N] may be expected to better a score, where a worse one costs nothing (Mockus 1978).
+
+        Taken in the logarithm that the process is fitted to, and brought back by its slope at the score.
+        """
+        mean, deviation = self._process.predict(_features(masks), return_std=True)
+        gap = math.log1p(self._best - score) - mean
+        deviation = np.maximum(deviation, 1e-12)
+        improvement = gap * norm.cdf(gap / deviation) + deviation * norm.pdf(gap / deviation)
+        return (1.0 + self._best - score) * improvement
 
     @property
     def leave_one_out_error(self) -> float:

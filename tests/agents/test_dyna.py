@@ -55,10 +55,40 @@ def test_a_quarter_of_all_masks_predicts_the_others(all_masks):
     errors = np.abs(predictor.predict(others) - truth)
     assert errors.mean() < 0.15 * np.abs(truth - truth.mean()).mean()
     assert predictor.predict(list(judged)) == pytest.approx(list(judged.values()), abs=0.02)
-    assert np.all(predictor.predict(others, optimism=1.0) > predictor.predict(others))
     assert 0.3 < predictor.leave_one_out_error / np.abs(np.log1p(errors)).mean() < 3
     again = ScorePredictor(judged, settled=predictor)
     assert again.predict(others) == pytest.approx(predictor.predict(others), abs=1e-6)
+
+
+def test_improvement_is_expected_of_what_is_thought_better_or_not_known(all_masks):
+    judged = {mask: interacting(mask) for mask in all_masks[::9]}
+    predictor = ScorePredictor(judged)
+    gains = np.array([predictor.expected_improvement(all_masks, score) for score in (-0.2, 0.2, 0.6)])
+    assert gains.min() >= 0.0 and np.all(np.diff(gains, axis=0) <= 1e-9)
+    least = predictor.expected_improvement(all_masks, -20.0)  # everything betters it: only the means count
+    assert np.argsort(least)[-5:].tolist() == np.argsort(predictor.predict(all_masks))[-5:].tolist()
+    best = max(judged, key=judged.get)
+    others = [mask for mask in all_masks if mask not in judged]
+    known, *unknown = predictor.expected_improvement([best, *others], judged[best])
+    assert known < max(unknown)
+
+
+def test_losses_of_a_ranking_help_where_they_say_something(all_masks):
+    judged = {mask: interacting(mask) for mask in all_masks[::9]}
+    others = [mask for mask in all_masks if mask not in judged]
+    truth = np.array([interacting(mask) for mask in others])
+
+    def error(losses) -> float:
+        return float(np.abs(ScorePredictor(judged, losses=losses).predict(others) - truth).mean())
+
+    measured = {mask: 5.0 - 2.0 * interacting(mask) for mask in all_masks[::2]}
+    alone = error(None)
+    assert error(measured) < 0.7 * alone
+    noise = np.random.default_rng(0).normal(0.0, 0.02, len(measured))
+    assert error({mask: loss + off for (mask, loss), off in zip(measured.items(), noise, strict=True)}) < alone
+    useless = [{mask: -loss for mask, loss in measured.items()}, {mask: 1.0 for mask in measured}]
+    useless.append({mask: measured[mask] for mask in [mask for mask in measured if mask in judged][:2]})
+    assert [error(losses) for losses in useless] == [alone] * 3
 
 
 def test_leaving_one_out_is_what_fitting_without_it_says(all_masks):
