@@ -17,6 +17,7 @@ from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint
 from rap_env.memory.scenario import Scenario, scenario_grid
 from rap_env.memory.workload import Workload
+from rap_env.policies import OrderPolicy
 from rap_env.problem import EvaluationBudget, PruningProblem
 from tests.agents.test_agents import LastIsLeast, mean_score, optimum, score_of
 from tests.conftest import TOY_WINDOWS
@@ -148,6 +149,24 @@ def test_it_beats_random_search_in_a_large_space(wrong_task):
         masks = [policy.decide(scenario.workload, scenario.budget_bytes) for scenario in grid]
         reached.append(np.mean([interacting(mask) for mask in masks]))
     assert reached[0] > reached[1] + 0.2
+
+
+def test_it_learns_from_what_the_ranking_measured(wrong_task):
+    llm = build_tiny_llm("llama", n_layers=12)
+    grid = scenario_grid(llm.shape, [(1, 128), (16, 2048)], [0.8, 0.6])
+    order = [component.name for component in llm.shape.components]
+    generator = np.random.default_rng(0)
+    measured = [PruningMask.from_bits(llm.shape, generator.random(24) < 0.7) for _ in range(100)]
+    measured += [OrderPolicy(llm.shape, order).decide(case.workload, case.budget_bytes) for case in grid]
+    errors = []
+    for known in ({}, {mask: 5.0 - 2.0 * interacting(mask) for mask in measured}):
+        problem = PruningProblem(llm, Neighbours(), budget=EvaluationBudget(30))
+        importance = ImportanceSource(order, known=known)
+        result = DynaAgent(policy_steps=0).search(
+            replace(wrong_task, problem=problem, importance=importance, grid=grid)
+        )
+        errors.append(result.details["predictor_errors"][0])
+    assert errors[1] < 0.7 * errors[0]
 
 
 class Neighbours(LastIsLeast):

@@ -32,6 +32,18 @@ def test_a_full_ranking_of_eight_components_takes_36_trials(ranking):
     assert len(ranking.losses) == 8
 
 
+def test_what_is_known_are_the_losses_on_all_windows(llm, ranking, lazy):
+    assert len(ranking.known) == 37 and len(lazy.known) < 37  # the dense model and 36 trials
+    for known in (ranking, lazy):
+        mask = PruningMask.all_kept(llm.shape)
+        assert known.known[mask] == known.dense_loss
+        for name, loss in zip(known.order, known.losses, strict=True):
+            mask = mask.drop(name)
+            assert known.known[mask] == loss
+        for mask, loss in known.known.items():
+            assert loss == pytest.approx(loss_of(llm, [component.name for component in mask.dropped]), abs=1e-5)
+
+
 def test_the_lazy_rule_is_the_default(llm, lazy):
     assert inspect.signature(greedy_sequential_importance).parameters["exact"].default is False
     assert lazy == greedy_sequential_importance(llm, WINDOWS, exact=False)
