@@ -151,7 +151,8 @@ def test_a_comparison_names_agents_and_values_of_their_yamls(overrides, composed
     for name in config.agents:
         settings = dict(config.settings.get(name, {}))
         assert settings.pop("like", name) in GROUPS["agent"]
-        assert agent_config(name, config.settings.get(name)).items() >= settings.items()
+        own = agent_config(name, config.settings.get(name))
+        assert OmegaConf.merge(own, settings) == own
 
 
 def test_commands_in_the_comparisons_comment_compose(composed):
