@@ -14,6 +14,7 @@ from rap_env.mask import ATTENTION, KINDS
 
 _SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star")
 _KEPT = [[0.0, "#f4f1ea"], [1.0, "#27566b"]]
+_FAR_OFF = 3.0  # times the best agent's loss
 _GUIDE = {"dash": "dot", "color": "#888", "width": 1}
 _KEPT_HOVER = "layer %{x}, budget %{customdata}<br>kept by %{z:.0%} of seeds<extra></extra>"
 
@@ -46,13 +47,21 @@ def exhibits(comparison: Comparison) -> list[Exhibit]:
     return shown
 
 
+def _is_far_off(comparison: Comparison, agent: str) -> bool:
+    """Whether an agent loses so much more than the best that the others would lie on one line."""
+    judge = comparison.judges[0]
+    means = {name: interquartile_mean(loss_over_dense(comparison, name, judge)) for name in comparison.agents}
+    return bool(np.isfinite(means[agent]) and means[agent] > _FAR_OFF * max(0.0, min(means.values())))
+
+
 def _style(comparison: Comparison, agent: str) -> dict:
-    """The same colour and symbol for an agent in every figure."""
+    """The same colour and symbol for an agent in every figure; who is far off is drawn when its name is clicked."""
     number = comparison.agents.index(agent)
     colour = qualitative.Dark24[number % len(qualitative.Dark24)]
     return {
         "name": agent,
         "legendgroup": agent,
+        "visible": "legendonly" if _is_far_off(comparison, agent) else True,
         "marker": {"color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 8},
         "line": {"color": colour, "width": 2},
     }
@@ -109,6 +118,7 @@ def _score_against_budget(comparison: Comparison, judge: str) -> Exhibit:
     caption = (
         "How much worse than the unpruned model each policy's masks are on the report half, lower is better. Points are"
         " means over seeds, bars 95% bootstrap intervals over seeds. A gap is a budget that was violated."
+        " Click on a faint name to see an agent that is far off."
     )
     return Exhibit(f"score_{judge}", f"Report against budget: {judge}", caption, figure)
 
@@ -118,6 +128,8 @@ def _regret(comparison: Comparison) -> Exhibit:
     figure = make_subplots(1, len(judges), subplot_titles=judges, horizontal_spacing=0.14)
     for column, judge in enumerate(judges, 1):
         for agent in reversed(_served(comparison, regret, judge)):
+            if _is_far_off(comparison, agent):
+                continue
             value, low, high = with_interval(regret(comparison, agent, judge))
             style = {key: entry for key, entry in _style(comparison, agent).items() if key != "line"}
             bars = _error_bars(value, low, high)
@@ -129,7 +141,8 @@ def _regret(comparison: Comparison) -> Exhibit:
     caption = (
         "Best known score of a scenario minus the score reached: interquartile mean over scenarios and seeds, 95%"
         " bootstrap interval over seeds. Best known is the best mask of any agent here that fits; on the search half"
-        " also any that was only asked about. Who violates more than a quarter of the budgets is left out."
+        " also any that was only asked about. Left out: who violates more than a quarter of the budgets, and who loses"
+        " more than three times as much as the best; the table has them."
     )
     return Exhibit("regret", "Regret", caption, figure)
 

@@ -1,19 +1,17 @@
 """The page holds every figure, repeats itself to the bit, and a browser draws it without loading anything."""
 
 import json
-import os
 import re
 import shutil
 
 import pytest
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
 
 from experiments import report
 from experiments.comparison import Comparison
 from experiments.figures import exhibits
 from experiments.page import page, write_page
 from experiments.records import write_record
+from scripts.page_pictures import browser_is_installed, draw, headless_chromium
 from tests.experiments.comparison_records import record, records, row
 
 FIGURES = [
@@ -30,18 +28,9 @@ def comparison() -> Comparison:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Headless Chromium that keeps what pages say and ask for."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
+    if not browser_is_installed():
         pytest.skip("needs Debian's packages chromium and chromium-driver")
-    options = ChromeOptions()
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    profile = tmp_path_factory.mktemp("chromium")
-    for argument in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"):
-        options.add_argument(argument)
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # Chromium refuses to run as root with it
-    with Chrome(options=options, service=Service(driver)) as started:
+    with headless_chromium(tmp_path_factory.mktemp("chromium")) as started:
         yield started
 
 
@@ -118,6 +107,12 @@ def test_browser_draws_every_figure(opened):
         )
         assert drawn > 0, name
     assert len(opened.find_elements("css selector", "#merits tbody tr")) == 4
+
+
+def test_figures_become_pictures(browser, comparison, tmp_path):
+    page_path = write_page(comparison, tmp_path / "page.html")
+    for path in draw(page_path, tmp_path / "pictures", ["regret", "kept_learned"]):
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
 
 
 def test_browser_has_nothing_to_complain_of(opened):
