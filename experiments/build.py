@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from agents.base import Task
 from experiments.judges import Judges
 from experiments.tracking import Tracker
 from rap_env.calibration import Corpus, refuse_contamination
@@ -34,7 +35,7 @@ class Parts:
     """What every experiment stands on.
 
     Attributes:
-        search: Judges masks on the search half; its budget counts what the agent asks.
+        search: Judges masks on the search half.
         report: Judges masks on the report half.
         further: Judges masks on the report halves of further evaluations, by name.
         sampler: Scenarios to train for.
@@ -54,6 +55,20 @@ class Parts:
     windows: torch.Tensor
     ranking: ImportanceRanking
     importance: ImportanceSource
+
+    def task(
+        self,
+        seed: int,
+        folder: Path,
+        progress: Callable[[int, int], None],
+        log: Callable[[int, dict[str, float]], None],
+        budget: EvaluationBudget,
+    ) -> Task:
+        """What an agent is given, with an evaluation budget of its own."""
+        problem = self.search.with_budget(budget)
+        return Task(
+            problem, self.importance, self.sampler, self.grid, self.windows, seed, folder, progress=progress, log=log
+        )
 
 
 def build(
@@ -86,7 +101,7 @@ def build(
     calibration = config.calibration
     windows = build_windows(config, corpus, llm, calibration.seed)
     weights = plain(config.reward)
-    search = PruningProblem(llm, judges.search, store, weights, EvaluationBudget(config.max_evaluations))
+    search = PruningProblem(llm, judges.search, store, weights)
     report = PruningProblem(llm, judges.report, store, weights)
     reports = {name: PruningProblem(llm, other.report, store, weights) for name, other in others.items()}
     ranking = greedy_sequential_importance(llm, windows, calibration.removals, calibration.exact, store, progress)

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from agents.base import Agent, Task
 from experiments.build import Parts, agent_config, build, build_tracker, plain, refusing_in_one_line
 from experiments.comparison import Comparison
-from experiments.entry import OrderedBudget, measure, with_budget
+from experiments.entry import OrderedBudget, measure
 from experiments.figures import exhibits
 from experiments.merit import merit_table
 from experiments.page import write_page
@@ -121,17 +121,7 @@ def _task(
     def log(step: int, metrics: Mapping[str, float]) -> None:
         tracker.log(step, {f"{entrant.name}-{entrant.seed}/{name}": value for name, value in metrics.items()})
 
-    return Task(
-        problem=with_budget(parts.search, OrderedBudget(max_evaluations)),
-        importance=parts.importance,
-        sampler=parts.sampler,
-        grid=parts.grid,
-        windows=parts.windows,
-        seed=entrant.seed,
-        folder=folder,
-        progress=progress,
-        log=log,
-    )
+    return parts.task(entrant.seed, folder, progress, log, OrderedBudget(max_evaluations))
 
 
 def _write(entrant: Entrant, parts: Parts, results: dict[str, Any]) -> None:

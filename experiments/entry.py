@@ -42,11 +42,6 @@ class OrderedBudget(EvaluationBudget):
         self.largest_batch = max(self.largest_batch, len(new))
 
 
-def with_budget(problem: PruningProblem, budget: EvaluationBudget | None = None) -> PruningProblem:
-    """The same model, judge, store and reward with a count of its own; by default without limit."""
-    return PruningProblem(problem.llm, problem.evaluator, problem.store, problem.reward_weights, budget)
-
-
 def measure(agent: Agent, task: Task, parts: Parts, judges: dict[str, PruningProblem], decisions: int) -> dict:
     """Lets an agent search, and its policy decide.
 
@@ -62,7 +57,7 @@ def measure(agent: Agent, task: Task, parts: Parts, judges: dict[str, PruningPro
     """
     result = agent.search(task)
     policy, budget = result.policy, task.problem.budget
-    referee = with_budget(parts.search)
+    referee = parts.search.with_budget()
     case = parts.grid[0]
     dense = (PruningMask.all_kept(referee.shape), case.workload, case.budget_bytes)
     best = best_so_far(budget.masks, task.problem, parts.grid)

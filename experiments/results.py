@@ -75,14 +75,17 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 def summary_table(summary: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the closing table."""
-    columns = ["policy", "budget GB", "footprint GB", "accuracy", "smooth accuracy", "reward", "violations"]
+    by_text = not any("smooth_accuracy" in means for means in summary.values())
+    scores = (
+        {"minus the loss": "accuracy"} if by_text else {"accuracy": "accuracy", "smooth accuracy": "smooth_accuracy"}
+    )
+    columns = ["policy", "budget GB", "footprint GB", *scores, "reward", "violations"]
     cells = [
         [
             name,
             f"{means['budget_gb']:.3f}",
             f"{means['footprint_gb']:.3f}",
-            f"{means['accuracy']:.3f}",
-            f"{means['smooth_accuracy']:.3f}" if "smooth_accuracy" in means else "",
+            *(f"{means[key]:.3f}" for key in scores.values()),
             f"{means['reward']:.3f}",
             f"{means['violations']} of {means['scenarios']}",
         ]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from experiments.results import judge, mask_picture, summarise, summary_table
 from rap_env.errors import RecordExists
 from rap_env.llm.embedded import cache_folder
 from rap_env.policies import save_policy
+from rap_env.problem import EvaluationBudget
 from rap_env.rng import seed_everything
 
 RECORD_NAME = "record.json"
@@ -46,26 +48,20 @@ def run(config: DictConfig) -> Path:
     with build_tracker(config, folder) as tracker, Phases() as phases:
         parts = build(config, phases.start("GSI ranking"))
         training = cache_folder() / "training" / _digest(config)
-        task = Task(
-            problem=parts.search,
-            importance=parts.importance,
-            sampler=parts.sampler,
-            grid=parts.grid,
-            windows=parts.windows,
-            seed=config.seed,
-            folder=training,
-            progress=phases.start(f"training {name}"),
-            log=tracker.log,
-        )
+        in_training = phases.start(f"training {name}")
+        task = parts.task(config.seed, training, in_training, tracker.log, EvaluationBudget(config.max_evaluations))
         result = agent.search(task)
         searched = name if name in baselines else f"learned ({name})"
-        policies = {searched: result.policy} | {name: other.search(task).policy for name, other in baselines.items()}
+        policies = {searched: result.policy}
+        for other, baseline in baselines.items():
+            problem = parts.search.with_budget(EvaluationBudget(config.max_evaluations))
+            policies[other] = baseline.search(replace(task, problem=problem)).policy
         rows = judge(policies, parts.report, parts.grid, phases.start("report half"))
         columns, cells = summary_table(summarise(rows))
         tracker.log_table("summary", columns, cells)
         tracker.log_image("kept_components", mask_picture(rows, parts.search.shape, searched))
         save_policy(result.policy, folder / "policy")
-        path = write_record(folder / RECORD_NAME, _record(config, parts, result, rows))
+        path = write_record(folder / RECORD_NAME, _record(config, parts, task, result, rows))
     shutil.rmtree(training, ignore_errors=True)  # finished: the same command would train anew, from stored evaluations
     _print_summary(columns, cells, path)
     return path
@@ -76,7 +72,9 @@ def _digest(config: DictConfig) -> str:
     return hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _record(config: DictConfig, parts: Parts, result: SearchResult, rows: list[dict]) -> dict[str, Any]:
+def _record(config: DictConfig, parts: Parts, task: Task, result: SearchResult, rows: list[dict]) -> dict[str, Any]:
+    cost = {name: getattr(result, name) for name in ("evaluations", "calibration_tokens", "seconds")}
+    fresh = {"search": task.problem.fresh_evaluations, "report": parts.report.fresh_evaluations}
     ranking = {name: value for name, value in vars(parts.ranking).items() if name != "known"}
     return {
         "config": plain(config),
@@ -84,8 +82,8 @@ def _record(config: DictConfig, parts: Parts, result: SearchResult, rows: list[d
         "results": {
             "summary": summarise(rows),
             "policies": rows,
-            "agent": {"evaluations": result.evaluations, "seconds": result.seconds} | result.details,
-            "fresh_evaluations": {"search": parts.search.fresh_evaluations, "report": parts.report.fresh_evaluations},
+            "agent": cost | result.details,
+            "fresh_evaluations": fresh,
             "ranking": ranking,
         },
     }

@@ -127,6 +127,10 @@ class PruningProblem:
         self.fresh_evaluations = 0
         self._known: dict[str, Evaluation] = {}
 
+    def with_budget(self, budget: EvaluationBudget | None = None) -> "PruningProblem":
+        """The same model, judge, store and reward with a count of its own; by default without limit."""
+        return PruningProblem(self.llm, self.evaluator, self.store, self.reward_weights, budget)
+
     def check_budget(self, workload: Workload, budget_bytes: int) -> None:
         """Refuses what no mask can meet, before any work is done.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.comparison import Comparison
-from experiments.entry import OrderedBudget, anytime, best_so_far, count_violations, with_budget
+from experiments.entry import OrderedBudget, anytime, best_so_far, count_violations
 from experiments.page import page
 from experiments.records import read_record
 from rap_env.errors import InfeasibleBudget, SearchExhausted
@@ -113,7 +113,7 @@ def masks(tiny_llm) -> list[PruningMask]:
 
 
 def test_a_budget_remembers_the_order_and_the_largest_batch(toy_problem, masks):
-    problem = with_budget(toy_problem, OrderedBudget(3))
+    problem = toy_problem.with_budget(OrderedBudget(3))
     case = (Workload(1, 128), 10**9)
     problem.evaluate(masks[1], *case)
     problem.evaluate_many([(mask, *case) for mask in (masks[1], masks[2], masks[0])])
