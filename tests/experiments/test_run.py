@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import train
+from experiments.results import summary_table
 from rap_env.memory.workload import Workload
 from rap_env.policies import load_policy
 
@@ -118,6 +119,15 @@ def test_policy_beside_the_record_can_be_read(first):
 def test_table_on_the_screen_shows_every_policy(first):
     for name in ("learned (ppo)", *first["config"]["baselines"]):
         assert f" {name} " in first["output"]
+
+
+def test_scores_by_text_are_not_called_accuracy():
+    means = {"budget_gb": 1.0, "footprint_gb": 0.9, "accuracy": -3.5, "reward": -3.6, "violations": 0, "scenarios": 2}
+    columns, cells = summary_table({"dense": means})
+    assert dict(zip(columns, cells[0], strict=True))["minus the loss"] == "-3.500"
+    assert not any("accuracy" in column for column in columns)
+    columns, _cells = summary_table({"dense": means | {"smooth_accuracy": 0.5}})
+    assert {"accuracy", "smooth accuracy"} <= set(columns)
 
 
 def test_same_command_again_answers_from_the_store_with_the_same_results(first, second):
