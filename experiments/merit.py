@@ -79,8 +79,8 @@ def merit_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Columns and cells; the agent with the least loss on the main judge's report first."""
     judges = comparison.judges
     columns = ["agent", "seeds"]
-    columns += [f"{_loss_name(comparison, judge)} ({judge})" for judge in judges]
-    columns += [f"regret ({judge})" for judge in (SEARCH, *judges)]
+    columns += [f"IQM {_loss_name(comparison, judge)} ({judge})" for judge in judges]
+    columns += [f"IQM regret ({judge})" for judge in (SEARCH, *judges)]
     columns += [f"mean {_loss_name(comparison, judges[0])} ({judges[0]})", f"mean regret ({SEARCH})"]
     columns += ["violations", "unseen violations", "evaluations", "calibration tokens", "search s", "search GB", "ms"]
 

@@ -81,8 +81,8 @@ def test_table_has_the_best_agent_first_and_counts_violations(comparison):
     assert [line[0] for line in cells] == ["learned", "greedy", "random", "dense"]
     table = {line[0]: dict(zip(columns, line, strict=True)) for line in cells}
     assert table["dense"]["violations"] == "4 of 4" and table["dense"]["unseen violations"] == "10 of 10"
-    assert table["dense"]["regret (text)"] == "-"
-    assert table["greedy"]["log-perplexity over dense (text)"] == "1.562"  # 1.25 * (4 - 0.75) - 2.5
+    assert table["dense"]["IQM regret (text)"] == "-"
+    assert table["greedy"]["IQM log-perplexity over dense (text)"] == "1.562"  # 1.25 * (4 - 0.75) - 2.5
     mean = loss_over_dense(comparison, "random", "text").mean()
     assert table["random"]["mean log-perplexity over dense (text)"].split()[0] == f"{mean:.3f}"
     assert table["learned"]["evaluations"] == "20" and table["learned"]["search GB"] == "2.00"
