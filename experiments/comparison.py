@@ -77,6 +77,14 @@ class Comparison:
         """An agent's scores [seeds, scenarios]; minus infinity where the mask does not fit."""
         return np.array([[_score(row, judge) for row in run["rows"]] for run in self.runs(agent)])
 
+    def best_after(self, agent: str, evaluations: int) -> float:
+        """Mean over the seeds, and the scenarios, of the best search score among so many masks asked about.
+
+        Minus infinity where a scenario had no mask that fits by then.
+        """
+        curves = [run["anytime"] for run in self.runs(agent)]
+        return float(np.mean([max([s for n, s in curve if n <= evaluations], default=-np.inf) for curve in curves]))
+
     def dense_score(self, judge: str) -> float:
         return self.records[0]["results"]["dense"][judge]
 

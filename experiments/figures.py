@@ -222,8 +222,8 @@ def _anytime(comparison: Comparison) -> Exhibit:
         if all(curves):
             steps = sorted({int(step) for curve in curves for step, _score in curve})
             steps = [step for step in steps if step >= max(curve[0][0] for curve in curves)]
-            means = np.mean([[_at(curve, step) for step in steps] for curve in curves], axis=0)
-            figure.add_trace(Scatter(x=steps, y=means.tolist(), mode="lines", line_shape="hv", **_as_line(style)))
+            means = [comparison.best_after(agent, step) for step in steps]
+            figure.add_trace(Scatter(x=steps, y=means, mode="lines", line_shape="hv", **_as_line(style)))
         elif not any(run["search"]["evaluations"] for run in comparison.runs(agent)):
             mean = comparison.scores(agent, SEARCH).mean()
             if np.isfinite(mean):
@@ -241,11 +241,6 @@ def _anytime(comparison: Comparison) -> Exhibit:
 
 def _as_line(style: dict) -> dict:
     return {key: value for key, value in style.items() if key != "marker"}
-
-
-def _at(curve: list[list[float]], step: int) -> float:
-    """A step curve's value."""
-    return [score for start, score in curve if start <= step][-1]
 
 
 def _quality_against_evaluations(comparison: Comparison) -> Exhibit:

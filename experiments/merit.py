@@ -15,6 +15,7 @@ from experiments.comparison import SEARCH, Comparison
 GB = 1e9
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
+_SPENT_PARTS = (8, 4, 2, 1)  # of the most evaluations that anyone asked for
 
 Merit = Callable[[Comparison, str, str], np.ndarray]  # (comparison, agent, judge) -> costs [seeds, scenarios]
 
@@ -88,6 +89,27 @@ def merit_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         return float(interquartile_mean(loss_over_dense(comparison, agent, judges[0]))), agent
 
     return columns, [_cells(comparison, agent) for agent in sorted(comparison.agents, key=order)]
+
+
+def spending_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: the search half's loss over dense after so many evaluations, mean over scenarios and seeds.
+
+    Whoever asks nothing stands in column 0, with what its policy's masks lose.
+    """
+    most = max(run["search"]["evaluations"] for agent in comparison.agents for run in comparison.runs(agent))
+    steps = sorted({most // part for part in _SPENT_PARTS} - {0})
+
+    def cells(agent: str) -> list[str]:
+        asks = any(run["search"]["evaluations"] for run in comparison.runs(agent))
+        unasked = -np.inf if asks else comparison.scores(agent, SEARCH).mean()
+        after = [comparison.best_after(agent, step) if asks else -np.inf for step in steps]
+        losses = [comparison.dense_score(SEARCH) - score for score in (unasked, *after)]
+        return [agent, *(f"{loss:.3f}" if np.isfinite(loss) else "-" for loss in losses)]
+
+    rows = {agent: cells(agent) for agent in comparison.agents}
+    best = {agent: [float(cell) for cell in row[1:] if cell != "-"] for agent, row in rows.items()}
+    served = sorted((agent for agent in rows if best[agent]), key=lambda agent: min(best[agent]))
+    return ["agent", "0", *map(str, steps)], [rows[agent] for agent in served]
 
 
 def _cells(comparison: Comparison, agent: str) -> list[str]:

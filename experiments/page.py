@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from experiments.comparison import Comparison
 from experiments.figures import Exhibit, exhibits
-from experiments.merit import merit_table
+from experiments.merit import merit_table, spending_table
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _OPTIONS = {"displayModeBar": False, "responsive": True}
@@ -28,16 +28,20 @@ def write_page(comparison: Comparison, path: str | Path) -> Path:
 
 def page(comparison: Comparison) -> str:
     """The page's text."""
-    columns, cells = merit_table(comparison)
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title="Comparison of pruning policies",
         plotly=get_plotlyjs(),
         summary=html.escape(_summary(comparison)),
-        columns=_cells("th", columns),
-        rows="\n".join(f"<tr>{_cells('td', row)}</tr>" for row in cells),
+        merits=_table(*merit_table(comparison)),
+        spending=_table(*spending_table(comparison)),
         sections="\n".join(map(_section, exhibits(comparison))),
         origin=html.escape(_origin(comparison)),
     )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = "\n".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
+    return f"<thead><tr>{_cells('th', columns)}</tr></thead>\n<tbody>\n{lines}\n</tbody>"
 
 
 def _cells(tag: str, texts: Sequence[str]) -> str:

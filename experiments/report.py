@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.comparison import Comparison, is_comparison
-from experiments.merit import merit_table
+from experiments.merit import merit_table, spending_table
 from experiments.page import write_page
 from experiments.records import read_record
 from rap_env.errors import RapError, UnknownName
@@ -96,6 +96,8 @@ def _lines(records: dict[Path, dict[str, Any]], page: Path) -> list[str]:
         comparison = Comparison.of(of_name)
         path = page if len(by_name) == 1 else page.with_stem(f"{page.stem}-{name}")
         lines += [f"## {name}", "", *markdown_table(*merit_table(comparison)), ""]
+        lines += ["Loss over dense on the search half after so many evaluations:", ""]
+        lines += [*markdown_table(*spending_table(comparison)), ""]
         lines += [f"page: {write_page(comparison, path)}", ""]
     return lines
 

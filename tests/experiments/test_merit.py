@@ -12,6 +12,7 @@ from experiments.merit import (
     plain_mean,
     regret,
     scenario_means,
+    spending_table,
     with_interval,
 )
 from tests.experiments.comparison_records import COMPONENTS, record, records, row
@@ -86,6 +87,16 @@ def test_table_has_the_best_agent_first_and_counts_violations(comparison):
     mean = loss_over_dense(comparison, "random", "text").mean()
     assert table["random"]["mean log-perplexity over dense (text)"].split()[0] == f"{mean:.3f}"
     assert table["learned"]["evaluations"] == "20" and table["learned"]["search GB"] == "2.00"
+
+
+def test_spending_says_what_evaluations_bought(comparison):
+    columns, cells = spending_table(comparison)
+    assert columns == ["agent", "0", "2", "5", "10", "20"]
+    assert cells == [
+        ["greedy", "1.250", *"----"],
+        ["learned", "-", "-", "2.000", "1.500", "1.500"],
+        ["random", "4.500", *"----"],
+    ]  # dense violates everything
 
 
 def test_records_are_ordered_by_agent_and_seed_whatever_order_they_come_in():
