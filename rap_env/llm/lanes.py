@@ -37,7 +37,7 @@ def in_lanes(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Resu
     """Calls a function for each part, side by side, and returns the results in order.
 
     Several threads in one operation meet at a barrier some thousand times in a forward and each time wait for the
-    slowest: on 2 cores matrix products then reach three quarters of the rate of two threads that never meet.
+    slowest.
 
     Args:
         work: Called with one part, in a thread of its own and the caller's inference mode.
