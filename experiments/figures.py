@@ -14,7 +14,7 @@ from rap_env.mask import ATTENTION, KINDS
 
 _SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star")
 _KEPT = [[0.0, "#f4f1ea"], [1.0, "#27566b"]]
-_FAR_OFF = 3.0  # times the best agent's loss
+_FAR_OFF = 1.5  # times the best agent's loss
 _GUIDE = {"dash": "dot", "color": "#888", "width": 1}
 _KEPT_HOVER = "layer %{x}, budget %{customdata}<br>kept by %{z:.0%} of seeds<extra></extra>"
 
@@ -142,7 +142,7 @@ def _regret(comparison: Comparison) -> Exhibit:
         "Best known score of a scenario minus the score reached: interquartile mean over scenarios and seeds, 95%"
         " bootstrap interval over seeds. Best known is the best mask of any agent here that fits; on the search half"
         " also any that was only asked about. Left out: who violates more than a quarter of the budgets, and who loses"
-        " more than three times as much as the best; the table has them."
+        " more than half as much again as the best; the table has them."
     )
     return Exhibit("regret", "Regret", caption, figure)
 
