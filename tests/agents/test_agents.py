@@ -163,7 +163,7 @@ def test_learning_finds_what_a_wrong_importance_order_hides(
     hyperparameters |= {"learning_rate": 3e-3, "gamma": 1.0}
 
     def train(total_steps: int) -> float:
-        agent = Sb3Agent(algorithm, environment, total_steps, False, 64, hyperparameters)
+        agent = Sb3Agent(algorithm, environment, total_steps, False, None, hyperparameters)
         task = replace(wrong_task, folder=tmp_path / str(total_steps))
         return mean_score(agent.search(task).policy, grid)
 
