@@ -9,7 +9,6 @@ from rap_env.errors import UnknownName
 from rap_env.llm.architecture import ModelShape
 from rap_env.mask import ATTENTION
 
-_SCENARIO_FEATURES = 5  # budget, batch, length, footprint, excess
 ENTRIES = (  # of an observation that the network reads
     "memory_budget",
     "batch_size",
@@ -19,6 +18,7 @@ ENTRIES = (  # of an observation that the network reads
     "component_bytes",
     "kept",
 )
+_SCENARIO_FEATURES = 5  # budget, batch, length, footprint, excess
 _COMPONENT_FEATURES = 5  # rank, bytes, kept, is attention, depth
 
 
