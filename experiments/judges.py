@@ -14,11 +14,14 @@ from rap_env.calibration import (
     refuse_contamination,
     self_generated_corpus,
 )
-from rap_env.errors import ContaminationFound
+from rap_env.errors import ContaminationFound, UnknownName
+from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.evaluator import Evaluator
 from rap_env.evaluation.harness import HarnessEvaluator
-from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.evaluation.perplexity import PerplexityEvaluator, TextEvaluator
 from rap_env.llm.switchable import SwitchableLLM
+
+_FITNESSES = {"loss": PerplexityEvaluator, "divergence": DivergenceEvaluator}
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,16 @@ def task_judges(
     return Judges(search, report, Corpus("search items", items), reported, searched | reported)
 
 
-def text_judges(
+def text_judges(  # noqa: PLR0913 - its arguments are the keys of a YAML
     llm: SwitchableLLM,
     search_paths: Sequence[str],
     report_paths: Sequence[str],
     search_windows: tuple[int, int],
     report_windows: tuple[int, int],
     seed: int = 0,
+    fitness: str = "loss",
 ) -> Judges:
-    """Mean loss on windows of local text files, perplexity on the first windows of others.
+    """Mean loss, or divergence from the dense model, on windows of local text files; perplexity on those of others.
 
     Args:
         llm: Its tokenizer cuts the text.
@@ -93,13 +97,17 @@ def text_judges(
         search_windows: N windows of T tokens, drawn at random.
         report_windows: The first N windows of T tokens, or as many as there are.
         seed: Seed of the drawing.
+        fitness: `"loss"` or `"divergence"`: what masks are searched by.
 
     Raises:
+        UnknownName: No such fitness.
         ContaminationFound: The search text shares 13 words in a row with a reported window.
         CorpusUnavailable: A file can't be read, or is too short.
     """
+    if fitness not in _FITNESSES:
+        raise UnknownName("fitness", fitness, _FITNESSES)
     search_text, report_name = local_corpus(search_paths), local_corpus(report_paths).name
-    halves = _Windows(tuple(search_windows), tuple(report_windows), seed)
+    halves = _Windows(tuple(search_windows), tuple(report_windows), seed, _FITNESSES[fitness])
     return halves.judges(llm.tokenizer, search_text, local_text(report_paths), report_name)
 
 
@@ -141,6 +149,7 @@ class _Windows:
     search: tuple[int, int]
     report: tuple[int, int]
     seed: int
+    searcher: type[TextEvaluator] = PerplexityEvaluator
 
     def judges(self, tokenizer, search_text: Corpus, report_text: str, report_name: str) -> Judges:
         n_windows, tokens = self.report
@@ -148,7 +157,7 @@ class _Windows:
         first = consecutive_windows(report_text, tokenizer, tokens, n_windows)
         reported = {report_name: tokenizer.batch_decode(first)}
         refuse_contamination(search_text, reported)
-        search, report = PerplexityEvaluator(drawn, search_text.name), PerplexityEvaluator(first, report_name)
+        search, report = self.searcher(drawn, search_text.name), PerplexityEvaluator(first, report_name)
         return Judges(search, report, search_text, reported, reported)
 
 

@@ -1,4 +1,4 @@
-"""Draws figures of a comparison's page as PNG files, with headless Chromium: `page.html docs score_text kept_dyna`."""
+"""Draws figures of a page as PNG files, with headless Chromium: `page.html docs regret kept_surrogate`."""
 
 import os
 import shutil

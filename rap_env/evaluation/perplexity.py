@@ -14,7 +14,7 @@ from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.memory.working import working_bytes
 
-_BATCH_TOKENS = 4096  # forwarded at once
+BATCH_TOKENS = 4096  # forwarded at once
 _TILE_ROWS, _TILE_WORDS = 1024, 2048  # of the float32 logits that are alive at once, in all lanes
 
 
@@ -74,7 +74,7 @@ def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, til
 
 
 def window_losses(
-    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = _BATCH_TOKENS
+    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[PruningMask, list[float]]]:
     """Mean loss of each window [N, T] under each of several distinct masks, whatever mask is applied."""
     losses: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
@@ -85,37 +85,62 @@ def window_losses(
                 yield mask, losses[mask]
 
 
-class PerplexityEvaluator(Evaluator):
-    """Perplexity over fixed windows; the score is minus the mean loss.
-
-    Protocol: windows of equal length, no BOS, the first token of a window is not scored, the mean is over all scored
-    tokens, logits are cast to float32.
+class TextEvaluator(Evaluator):
+    """Judges by what is measured over fixed windows of text; the score is minus the mean over the windows.
 
     Args:
         windows: Tokens [N, T].
         name: What reports call the text.
     """
 
+    kind: str  # in the identity
+    held_streams = 2  # beside those that `run_masks` holds: what it was given, and what it gave last
+
     def __init__(self, windows: torch.Tensor, name: str) -> None:
         self._windows, self._name = windows, name
+
+    def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
+        """A number for each window under each mask; lower is better."""
+        raise NotImplementedError
+
+    def metrics(self, mean: float) -> dict[str, float]:
+        """What is reported of the mean."""
+        raise NotImplementedError
 
     @property
     def identity(self) -> dict:
         libraries = {library: version(library) for library in ("torch", "transformers")}
-        return {"evaluator": "perplexity", "windows": tokens_digest(self._windows), "versions": libraries}
+        return {"evaluator": self.kind, "windows": tokens_digest(self._windows), "versions": libraries}
 
     def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
         n_windows, tokens = self._windows.shape
-        at_once = tokens * min(n_windows, max(1, _BATCH_TOKENS // tokens))
-        return working_bytes(llm.shape, at_once, 2 + max(1, n_masks).bit_length(), head_rows(llm.shape))
+        at_once = tokens * min(n_windows, max(1, BATCH_TOKENS // tokens))
+        held_streams = self.held_streams + max(1, n_masks).bit_length()
+        return working_bytes(llm.shape, at_once, held_streams, head_rows(llm.shape))
 
     def evaluate_many(
         self, llm: SwitchableLLM, masks: Sequence[PruningMask]
     ) -> Iterator[tuple[PruningMask, Evaluation]]:
         started = time.perf_counter()
-        for mask, losses in window_losses(llm, self._windows, masks):
-            loss = sum(losses) / len(losses)
-            metrics = {"loss": loss, "perplexity": math.exp(loss), "items": len(losses)}
+        for mask, values in self.measure(llm, masks):
+            mean = sum(values) / len(values)
+            metrics = self.metrics(mean) | {"items": len(values)}
             finished = time.perf_counter()
-            yield mask, Evaluation(-loss, {self._name: metrics}, self._windows.numel(), finished - started)
+            yield mask, Evaluation(-mean, {self._name: metrics}, self._windows.numel(), finished - started)
             started = finished
+
+
+class PerplexityEvaluator(TextEvaluator):
+    """Perplexity over fixed windows; the score is minus the mean loss.
+
+    Protocol: windows of equal length, no BOS, the first token of a window is not scored, the mean is over all scored
+    tokens, logits are cast to float32.
+    """
+
+    kind = "perplexity"
+
+    def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
+        return window_losses(llm, self._windows, masks)
+
+    def metrics(self, mean: float) -> dict[str, float]:
+        return {"loss": mean, "perplexity": math.exp(mean)}

@@ -24,9 +24,9 @@ TINY = (
     *("evaluation.documents=[4,120]", "evaluation.search_windows=[2,24]", "evaluation.report_windows=[2,24]"),
     *("+evaluation@report.tasks=embedded", "report.tasks.limit=2"),
     *(f"~agents.{name}" for name in ("dense", "greedy_per_byte", "milp", "archive", "evopress")),
-    *("agents.random=2", "agents.ppo=1", "agents.dyna=1"),
+    *("agents.random=2", "agents.ppo=1", "agents.surrogate=1"),
 )
-NAMES = ["dyna-0", "greedy_gsi-0", "ppo-0", "random-0", "random-1"]
+NAMES = ["greedy_gsi-0", "ppo-0", "random-0", "random-1", "surrogate-0"]
 
 
 def compare(folder: Path, *overrides: str) -> subprocess.CompletedProcess:

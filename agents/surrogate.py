@@ -1,4 +1,4 @@
-"""Dyna: a policy that learns from predicted rewards, and a predictor that learns from the policy's judged masks."""
+"""Search on predictions, as an agent: a surrogate learns from the judged masks and says which to judge next."""
 
 import time
 
@@ -20,22 +20,24 @@ _OF_EACH = 3  # proposals that a scenario has in a batch at most
 _NEIGHBOURS, _CLIMBS = 48, 6  # swaps that are looked at in a climb, and how often
 
 
-class DynaAgent:
-    """Judges few masks, learns to predict the others, and lets a policy train on predictions (Sutton 1991).
+class SurrogateAgent:
+    """Judges few masks, predicts all others, and judges next what promises most (Bayesian optimisation).
 
     It begins with the static order's masks for the grid and for drawn scenarios. Then, until the evaluations are used
-    up: fit the predictor to all judged masks, and to what the ranking measured; train the policy network on predicted
-    rewards of its own masks, for scenarios from the sampler; let it propose masks for scenarios from the grid and the
-    sampler; climb from these, and from the best judged ones, by swaps; judge those that may be expected to better the
-    best known mask of their scenario by most. What was judged is kept in a Pareto archive, which decides.
+    up: fit the predictor to all judged masks, and to what the ranking measured; for scenarios from the grid and the
+    sampler climb from the best judged mask by swaps; judge those that may be expected to better the best known mask of
+    their scenario by most. What was judged is kept in a Pareto archive, which decides.
+
+    With policy steps it becomes Dyna (Sutton 1991): a policy network trains on predicted rewards of its own masks, for
+    scenarios from the sampler, and its masks are further starts of the climbs.
 
     Args:
         evaluations: Distinct masks to judge at most; see `Judging`.
-        policy_steps: Gradient steps between two batches of judged masks; 0 proposes by climbing alone.
-        width: Hidden units of the policy network.
+        policy_steps: Gradient steps of a policy network between two batches of judged masks; 0 for no such network.
+        width: Its hidden units.
     """
 
-    def __init__(self, evaluations: int | None = None, policy_steps: int = 20, width: int = 64) -> None:
+    def __init__(self, evaluations: int | None = None, policy_steps: int = 0, width: int = 64) -> None:
         self._evaluations, self._policy_steps, self._width = evaluations, policy_steps, width
 
     def search(self, task: Task) -> SearchResult:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from agents.base import Task
-from agents.dyna import DynaAgent
 from agents.policy_gradient import PolicyGradient
 from agents.random_search import RandomSearchAgent
+from agents.surrogate import SurrogateAgent
 from rap_env.evaluation.predictor import ScorePredictor
 from rap_env.importance.source import ImportanceSource
 from rap_env.llm.loading import build_tiny_llm
@@ -131,7 +131,7 @@ def test_the_policy_learns_to_propose_what_is_rewarded(tiny_llm):
 @pytest.mark.parametrize("policy_steps", [0, 10])
 def test_few_judged_masks_find_what_a_wrong_order_hides(wrong_task, grid, policy_steps):
     problem = PruningProblem(wrong_task.problem.llm, LastIsLeast(), budget=EvaluationBudget(48))
-    result = DynaAgent(policy_steps=policy_steps, width=16).search(replace(wrong_task, problem=problem))
+    result = SurrogateAgent(policy_steps=policy_steps, width=16).search(replace(wrong_task, problem=problem))
     best = np.mean([optimum(problem.shape, scenario) for scenario in grid])
     assert mean_score(result.policy, grid) > 0.98 * best
     assert result.evaluations == problem.budget.spent == 48
@@ -143,7 +143,7 @@ def test_it_beats_random_search_in_a_large_space(wrong_task):
     grid = scenario_grid(llm.shape, [(1, 128), (16, 2048)], [0.8, 0.6])
     importance = ImportanceSource([component.name for component in llm.shape.components])
     reached = []
-    for agent in (DynaAgent(policy_steps=5, width=16), RandomSearchAgent()):
+    for agent in (SurrogateAgent(policy_steps=5, width=16), RandomSearchAgent()):
         problem = PruningProblem(llm, Neighbours(), budget=EvaluationBudget(80))
         policy = agent.search(replace(wrong_task, problem=problem, importance=importance, grid=grid)).policy
         masks = [policy.decide(scenario.workload, scenario.budget_bytes) for scenario in grid]
@@ -162,7 +162,7 @@ def test_it_learns_from_what_the_ranking_measured(wrong_task):
     for known in ({}, {mask: 5.0 - 2.0 * interacting(mask) for mask in measured}):
         problem = PruningProblem(llm, Neighbours(), budget=EvaluationBudget(30))
         importance = ImportanceSource(order, known=known)
-        result = DynaAgent(policy_steps=0).search(
+        result = SurrogateAgent(policy_steps=0).search(
             replace(wrong_task, problem=problem, importance=importance, grid=grid)
         )
         errors.append(result.details["predictor_errors"][0])

@@ -1,0 +1,82 @@
+"""How far a masked model's predictions are from the dense model's, over windows of text."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn import functional
+
+from rap_env.evaluation.perplexity import BATCH_TOKENS, TextEvaluator
+from rap_env.llm.lanes import cut, in_lanes, n_lanes
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+
+_TILE_ROWS, _TILE_WORDS = 1024, 2048  # of the float32 logits of both models that are alive at once, in all lanes
+
+
+def token_divergences(llm: SwitchableLLM, dense: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergences [B, T - 1] from the dense predictions of every token of each window but the first.
+
+    Args:
+        llm: The model whose head is used.
+        dense: The dense model's residual stream behind the last component [B, T, H].
+        hidden: The masked model's [B, T, H].
+    """
+    rows, masked_rows = (stream[:, :-1].reshape(-1, stream.shape[-1]) for stream in (dense, hidden))
+    parts = cut([1] * len(rows), n_lanes(len(rows), hidden.device))
+    tile_rows = _TILE_ROWS // len(parts)
+
+    def in_tiles(part: slice) -> torch.Tensor:
+        pairs = zip(rows[part].split(tile_rows), masked_rows[part].split(tile_rows), strict=True)
+        return torch.cat([_divergences(llm, *pair) for pair in pairs])
+
+    return torch.cat(in_lanes(in_tiles, parts)).view(len(hidden), -1)
+
+
+def _divergences(llm: SwitchableLLM, rows: torch.Tensor, masked_rows: torch.Tensor) -> torch.Tensor:
+    """Divergences [N] between the predictions from two states each [N, H], tile by tile of the vocabulary.
+
+    By the chain rule of relative entropy: the divergence between the tiles' masses, and the mean under the first
+    model's masses of the divergences inside the tiles.
+    """
+    normed, masses, inside = [llm.final_norm(states) for states in (rows, masked_rows)], ([], []), []
+    for first in range(0, llm.shape.vocab_size, _TILE_WORDS):
+        words, logs = slice(first, min(first + _TILE_WORDS, llm.shape.vocab_size)), []
+        for states, of_tiles in zip(normed, masses, strict=True):
+            tile = llm.head(states, words, out=states.new_empty(len(states), words.stop - words.start)).float()
+            logs.append(tile.log_softmax(-1))
+            of_tiles.append(tile[:, 0] - logs[-1][:, 0])
+        dense_log, masked_log = logs
+        inside.append(functional.kl_div(masked_log, dense_log, reduction="none", log_target=True).sum(-1))
+    dense_log, masked_log = (torch.stack(of_tiles, -1).log_softmax(-1) for of_tiles in masses)
+    return (dense_log.exp() * (dense_log - masked_log + torch.stack(inside, -1))).sum(-1).double()
+
+
+def window_divergences(
+    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask]
+) -> Iterator[tuple[PruningMask, list[float]]]:
+    """Mean divergence of each window [N, T] under each of several distinct masks, whatever mask is applied."""
+    divergences: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
+    for batch in windows.to(llm.device).split(max(1, BATCH_TOKENS // windows.shape[1])):
+        stream, context = llm.open_stream(batch)
+        dense = llm.run(llm.shape.components, stream, context)
+        for mask, hidden in llm.run_masks(masks, stream, context):
+            divergences[mask] += token_divergences(llm, dense, hidden).mean(1).tolist()
+            if len(divergences[mask]) == len(windows):
+                yield mask, divergences[mask]
+
+
+class DivergenceEvaluator(TextEvaluator):
+    """Divergence from the dense model over fixed windows, at the positions that a perplexity is measured at.
+
+    A loss asks at each position for the one token that the text has, a divergence for the dense model's whole
+    distribution: the same few tokens tell masks apart with less noise. It is EvoPress's fitness (arXiv 2410.14649).
+    """
+
+    kind = "divergence"
+    held_streams = 3  # the dense model's too
+
+    def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
+        return window_divergences(llm, self._windows, masks)
+
+    def metrics(self, mean: float) -> dict[str, float]:
+        return {"divergence": mean}

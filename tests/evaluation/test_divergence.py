@@ -1,0 +1,69 @@
+"""Divergences are those of upstream's whole distributions, zero for the dense model, and those of each mask alone."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rap_env.evaluation import divergence
+from rap_env.evaluation.divergence import DivergenceEvaluator, window_divergences
+from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.llm.loading import build_tiny_llm
+from rap_env.mask import PruningMask
+from tests.evaluation.test_perplexity import random_masks
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+@torch.inference_mode()
+def divergences_of(llm, windows, mask) -> list[float]:
+    """By upstream's plain forwards, in float64."""
+    dense = llm.model(windows).logits[:, :-1].double().log_softmax(-1)
+    with llm.pruned(mask):
+        masked = llm.model(windows).logits[:, :-1].double().log_softmax(-1)
+    return functional.kl_div(masked, dense, reduction="none", log_target=True).sum(-1).mean(1).tolist()
+
+
+@pytest.fixture(params=[(1024, 2048), (4, 100)], ids=["one tile", "tiles"])
+def tiles(request, monkeypatch) -> None:
+    rows, words = request.param
+    monkeypatch.setattr(divergence, "_TILE_ROWS", rows)
+    monkeypatch.setattr(divergence, "_TILE_WORDS", words)  # 257 words: cuts of 100, 100 and 57
+
+
+def test_divergences_are_those_of_the_whole_distributions(tiny_llm, windows, tiles):
+    masks = random_masks(tiny_llm.shape, 12)
+    measured = dict(window_divergences(tiny_llm, windows, masks))
+    assert measured.keys() == set(masks)
+    for mask in masks:
+        assert measured[mask] == pytest.approx(divergences_of(tiny_llm, windows, mask), abs=1e-5)
+    dense = PruningMask.all_kept(tiny_llm.shape)
+    assert measured[dense] == pytest.approx([0.0] * 5, abs=1e-6)
+    assert all(min(values) > 1e-3 for mask, values in measured.items() if mask != dense)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masks_judged_together_are_to_the_bit_judged_as_each_alone(windows, dtype):
+    llm = build_tiny_llm(dtype=dtype)
+    evaluator, masks = DivergenceEvaluator(windows, "toy text"), random_masks(llm.shape, 8)
+    with llm.pruned(masks[4]):
+        together = dict(evaluator.evaluate_many(llm, masks))
+    for mask in masks:
+        with llm.pruned(mask):
+            assert together[mask] == evaluator.evaluate(llm)
+    assert len({evaluation.score for evaluation in together.values()}) == 8
+
+
+def test_the_score_is_minus_the_mean_and_the_identity_its_own(tiny_llm, windows):
+    mask = PruningMask.all_kept(tiny_llm.shape).drop("layer1.mlp")
+    evaluator = DivergenceEvaluator(windows, "toy text")
+    with tiny_llm.pruned(mask):
+        evaluation = evaluator.evaluate(tiny_llm)
+    mean = sum(divergences_of(tiny_llm, windows, mask)) / 5
+    assert evaluation.score == pytest.approx(-mean, abs=1e-5)
+    assert evaluation.tasks == {"toy text": {"divergence": -evaluation.score, "items": 5}}
+    of_perplexity = PerplexityEvaluator(windows, "toy text")
+    assert evaluator.identity | {"evaluator": "perplexity"} == of_perplexity.identity != evaluator.identity
+    assert evaluator.peak_bytes(tiny_llm) > of_perplexity.peak_bytes(tiny_llm)
