@@ -89,10 +89,10 @@ class Comparison:
         return self.records[0]["results"]["dense"][judge]
 
     def is_text(self, judge: str) -> bool:
-        """Whether a judge's score is minus a loss or a divergence instead of an accuracy."""
+        """Whether a judge's score is minus a loss instead of an accuracy."""
         row = self.records[0]["results"]["rows"][0]
         tasks = row["tasks"] if judge == SEARCH else row["reports"][judge]["tasks"]
-        return any({"perplexity", "divergence"} & metrics.keys() for metrics in tasks.values())
+        return any("perplexity" in metrics for metrics in tasks.values())
 
 
 def _workload_name(row: Mapping[str, Any]) -> str:
