@@ -51,32 +51,56 @@ def _divergences(llm: SwitchableLLM, rows: torch.Tensor, masked_rows: torch.Tens
     return (dense_log.exp() * (dense_log - masked_log + torch.stack(inside, -1))).sum(-1).double()
 
 
+def dense_streams(llm: SwitchableLLM, windows: torch.Tensor) -> list[torch.Tensor]:
+    """The dense model's residual streams behind the last component, for each batch of windows [N, T]."""
+    return [llm.run(llm.shape.components, *llm.open_stream(batch)) for batch in _batches(llm, windows)]
+
+
 def window_divergences(
-    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask]
+    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], dense: Sequence[torch.Tensor]
 ) -> Iterator[tuple[PruningMask, list[float]]]:
-    """Mean divergence of each window [N, T] under each of several distinct masks, whatever mask is applied."""
+    """Mean divergence of each window [N, T] under each of several distinct masks, whatever mask is applied.
+
+    Args:
+        llm: The model.
+        windows: What it is compared on.
+        masks: What it is compared with.
+        dense: What `dense_streams` returned for these windows.
+    """
     divergences: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
-    for batch in windows.to(llm.device).split(max(1, BATCH_TOKENS // windows.shape[1])):
-        stream, context = llm.open_stream(batch)
-        dense = llm.run(llm.shape.components, stream, context)
-        for mask, hidden in llm.run_masks(masks, stream, context):
-            divergences[mask] += token_divergences(llm, dense, hidden).mean(1).tolist()
+    for batch, of_dense in zip(_batches(llm, windows), dense, strict=True):
+        for mask, hidden in llm.run_masks(masks, *llm.open_stream(batch)):
+            divergences[mask] += token_divergences(llm, of_dense, hidden).mean(1).tolist()
             if len(divergences[mask]) == len(windows):
                 yield mask, divergences[mask]
+
+
+def _batches(llm: SwitchableLLM, windows: torch.Tensor) -> Sequence[torch.Tensor]:
+    return windows.to(llm.device).split(max(1, BATCH_TOKENS // windows.shape[1]))
 
 
 class DivergenceEvaluator(TextEvaluator):
     """Divergence from the dense model over fixed windows, at the positions that a perplexity is measured at.
 
     A loss asks at each position for the one token that the text has, a divergence for the dense model's whole
-    distribution: the same few tokens tell masks apart with less noise. It is EvoPress's fitness (arXiv 2410.14649).
+    distribution: the same few tokens tell masks apart with less noise. It is EvoPress's fitness (arXiv 2410.14649). The
+    dense model runs once, and its residual stream is kept.
     """
 
     kind = "divergence"
-    held_streams = 3  # the dense model's too
+
+    def __init__(self, windows: torch.Tensor, name: str) -> None:
+        super().__init__(windows, name)
+        self._dense: dict[str, list[torch.Tensor]] = {}  # of the model with this digest
+
+    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
+        kept_bytes = self._windows.numel() * llm.shape.bytes_per_parameter * llm.shape.hidden_size
+        return super().peak_bytes(llm, n_masks) + kept_bytes
 
     def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
-        return window_divergences(llm, self._windows, masks)
+        if llm.digest not in self._dense:
+            self._dense = {llm.digest: dense_streams(llm, self._windows)}
+        return window_divergences(llm, self._windows, masks, self._dense[llm.digest])
 
     def metrics(self, mean: float) -> dict[str, float]:
         return {"divergence": mean}

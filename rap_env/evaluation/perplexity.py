@@ -94,7 +94,6 @@ class TextEvaluator(Evaluator):
     """
 
     kind: str  # in the identity
-    held_streams = 2  # beside those that `run_masks` holds: what it was given, and what it gave last
 
     def __init__(self, windows: torch.Tensor, name: str) -> None:
         self._windows, self._name = windows, name
@@ -115,7 +114,7 @@ class TextEvaluator(Evaluator):
     def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
         n_windows, tokens = self._windows.shape
         at_once = tokens * min(n_windows, max(1, BATCH_TOKENS // tokens))
-        held_streams = self.held_streams + max(1, n_masks).bit_length()
+        held_streams = 2 + max(1, n_masks).bit_length()  # what `run_masks` was given, what it gave last, what it holds
         return working_bytes(llm.shape, at_once, held_streams, head_rows(llm.shape))
 
     def evaluate_many(

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.evaluation import divergence
-from rap_env.evaluation.divergence import DivergenceEvaluator, window_divergences
+from rap_env.evaluation.divergence import DivergenceEvaluator, dense_streams, window_divergences
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
@@ -35,7 +35,7 @@ def tiles(request, monkeypatch) -> None:
 
 def test_divergences_are_those_of_the_whole_distributions(tiny_llm, windows, tiles):
     masks = random_masks(tiny_llm.shape, 12)
-    measured = dict(window_divergences(tiny_llm, windows, masks))
+    measured = dict(window_divergences(tiny_llm, windows, masks, dense_streams(tiny_llm, windows)))
     assert measured.keys() == set(masks)
     for mask in masks:
         assert measured[mask] == pytest.approx(divergences_of(tiny_llm, windows, mask), abs=1e-5)
@@ -67,3 +67,17 @@ def test_the_score_is_minus_the_mean_and_the_identity_its_own(tiny_llm, windows)
     of_perplexity = PerplexityEvaluator(windows, "toy text")
     assert evaluator.identity | {"evaluator": "perplexity"} == of_perplexity.identity != evaluator.identity
     assert evaluator.peak_bytes(tiny_llm) > of_perplexity.peak_bytes(tiny_llm)
+
+
+def test_the_dense_model_runs_once_for_each_model(windows):
+    llm, other = build_tiny_llm(), build_tiny_llm("llama", n_layers=2)
+    evaluator = DivergenceEvaluator(windows, "toy text")
+    for model, n_components in ((llm, 8), (other, 4)):
+        mask = PruningMask.all_kept(model.shape).drop("layer1.mlp")
+        executions = []
+        for _repeat in range(2):
+            before = model.component_executions
+            values = dict(evaluator.evaluate_many(model, [mask]))
+            executions.append(model.component_executions - before)
+        assert executions == [2 * n_components - 1, n_components - 1]
+        assert -values[mask].score == pytest.approx(sum(divergences_of(model, windows, mask)) / 5, abs=1e-5)
