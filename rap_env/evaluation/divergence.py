@@ -10,7 +10,7 @@ from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
-_TILE_ROWS, _TILE_WORDS = 1024, 2048  # of the float32 logits of both models that are alive at once, in all lanes
+_TILE_ROWS, _TILE_WORDS = 512, 2048  # of each model's float32 logits that are alive at once, in all lanes
 
 
 def token_divergences(llm: SwitchableLLM, dense: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
