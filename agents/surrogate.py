@@ -57,7 +57,9 @@ class _Search:
         self.errors: list[float] = []
         self._task, self._policy_steps = task, policy_steps
         self._generator = np.random.default_rng(task.seed)
-        self._policy = PolicyGradient(task.problem.shape, task.importance.static, width, task.seed)
+        self._policy: PolicyGradient | None = None
+        if policy_steps:
+            self._policy = PolicyGradient(task.problem.shape, task.importance.static, width, task.seed)
         self._predictor: ScorePredictor | None = None
         self._fitted_to = 0
 
@@ -82,7 +84,7 @@ class _Search:
         best, gains = self.archive(), {}
         for scenario in (*self._task.grid, *[self._draw() for _ in range(_DRAWN)]):
             known = best.decide(scenario.workload, scenario.budget_bytes)
-            starts = [known, *self._policy.propose(scenario, 4)] if self._policy_steps else [known]
+            starts = [known, *self._policy.propose(scenario, 4)] if self._policy else [known]
             for mask, gain in self._climb(starts, scenario, self._score(known)):
                 if gain > gains.get(mask, (0.0, None))[0]:
                     gains[mask] = gain, scenario
