@@ -9,7 +9,7 @@ import numpy as np
 
 from agents.base import Agent, SearchResult, Task
 from experiments.build import Parts
-from experiments.results import judge
+from experiments.judged import judge
 from rap_env.errors import InfeasibleBudget
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint

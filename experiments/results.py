@@ -1,57 +1,13 @@
-"""From policies to rows, from rows to the tables and pictures that a run shows."""
+"""From rows to the tables and pictures that a run shows."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rap_env.memory.footprint import dense_bytes
-from rap_env.memory.scenario import Scenario
-from rap_env.policies import Policy
-from rap_env.problem import PruningProblem
-
 GB = 1e9
-
-
-def judge(
-    policies: Mapping[str, Policy],
-    problem: PruningProblem,
-    grid: Sequence[Scenario],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
-    """Lets every policy decide every scenario and judges the masks.
-
-    Returns:
-        One JSON-able row for each policy and scenario; an evaluation by text has no smooth accuracy among its terms.
-    """
-    rows = []
-    for name, policy in policies.items():
-        cases = [(policy.decide(s.workload, s.budget_bytes), s.workload, s.budget_bytes) for s in grid]
-        for (mask, workload, budget_bytes), outcome in zip(cases, problem.evaluate_many(cases), strict=True):
-            rows.append(
-                {
-                    "policy": name,
-                    "batch_size": workload.batch_size,
-                    "prompt_tokens": workload.prompt_tokens,
-                    "generated_tokens": workload.generated_tokens,
-                    "budget_bytes": budget_bytes,
-                    "budget_ratio": budget_bytes / dense_bytes(problem.shape, workload),
-                    "footprint": outcome.footprint.as_dict(),
-                    "score": outcome.score,
-                    "tasks": outcome.evaluation.tasks,
-                    "reward": problem.reward(outcome),
-                    "reward_terms": {
-                        term: value for term, value in outcome.reward_terms.items() if math.isfinite(value)
-                    },
-                    "violation": not outcome.fits,
-                    "dropped": [component.name for component in mask.dropped],
-                }
-            )
-            progress(len(rows), len(policies) * len(grid))
-    return rows
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

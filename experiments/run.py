@@ -16,9 +16,10 @@ from rich.table import Table
 
 from agents.base import Agent, SearchResult, Task
 from experiments.build import Parts, agent_config, build, build_tracker, plain
+from experiments.judged import judge
 from experiments.progress import Phases
 from experiments.records import provenance, write_record
-from experiments.results import judge, mask_picture, summarise, summary_table
+from experiments.results import mask_picture, summarise, summary_table
 from rap_env.errors import RecordExists
 from rap_env.llm.embedded import cache_folder
 from rap_env.policies import save_policy

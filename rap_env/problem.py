@@ -129,7 +129,11 @@ class PruningProblem:
 
     def with_budget(self, budget: EvaluationBudget | None = None) -> "PruningProblem":
         """The same model, judge, store and reward with a count of its own; by default without limit."""
-        return PruningProblem(self.llm, self.evaluator, self.store, self.reward_weights, budget)
+        return self.judged_by(self.evaluator, budget)
+
+    def judged_by(self, evaluator: Evaluator, budget: EvaluationBudget | None = None) -> "PruningProblem":
+        """The same model, store and reward with another judge and a count of its own; by default without limit."""
+        return PruningProblem(self.llm, evaluator, self.store, self.reward_weights, budget)
 
     def check_budget(self, workload: Workload, budget_bytes: int) -> None:
         """Refuses what no mask can meet, before any work is done.

@@ -88,15 +88,21 @@ def chunks_of(corpus: Corpus, sentences_per_chunk: int) -> list[str]:
 
 def _clusters(chunks: list[str], clustering: Clustering, seed: int, name: str) -> list[deque[str]]:
     """The chunks of each cluster, in the order of the text."""
-    from sklearn.cluster import KMeans  # nobody else should wait for its import
-
     if len(chunks) < clustering.n_clusters:
         raise CorpusUnavailable(
             f"calibration corpus {name!r} has {len(chunks)} chunks of {clustering.sentences_per_chunk} sentences;"
             f" {clustering.n_clusters} clusters need at least as many"
         )
-    labels = KMeans(clustering.n_clusters, n_init=10, random_state=seed).fit_predict(clustering.encode(chunks))
+    labels, _centres = k_means(clustering.encode(chunks), clustering.n_clusters, seed)
     clusters: list[deque[str]] = [deque() for _ in range(clustering.n_clusters)]
     for chunk, label in zip(chunks, labels, strict=True):
         clusters[label].append(chunk)
     return clusters
+
+
+def k_means(vectors: np.ndarray, n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The cluster [N] of each of N vectors [N, D], and the clusters' centres [n_clusters, D]."""
+    from sklearn.cluster import KMeans  # nobody else should wait for its import
+
+    found = KMeans(n_clusters, n_init=10, random_state=seed).fit(vectors)
+    return found.labels_, found.cluster_centers_

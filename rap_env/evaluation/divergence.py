@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional
 
-from rap_env.evaluation.perplexity import BATCH_TOKENS, TextEvaluator
+from rap_env.evaluation.perplexity import TextEvaluator, window_batches, window_means
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -51,32 +51,9 @@ def _divergences(llm: SwitchableLLM, rows: torch.Tensor, masked_rows: torch.Tens
     return (dense_log.exp() * (dense_log - masked_log + torch.stack(inside, -1))).sum(-1).double()
 
 
-def dense_streams(llm: SwitchableLLM, windows: torch.Tensor) -> list[torch.Tensor]:
-    """The dense model's residual streams behind the last component, for each batch of windows [N, T]."""
-    return [llm.run(llm.shape.components, *llm.open_stream(batch)) for batch in _batches(llm, windows)]
-
-
-def window_divergences(
-    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], dense: Sequence[torch.Tensor]
-) -> Iterator[tuple[PruningMask, list[float]]]:
-    """Mean divergence of each window [N, T] under each of several distinct masks, whatever mask is applied.
-
-    Args:
-        llm: The model.
-        windows: What it is compared on.
-        masks: What it is compared with.
-        dense: What `dense_streams` returned for these windows.
-    """
-    divergences: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
-    for batch, of_dense in zip(_batches(llm, windows), dense, strict=True):
-        for mask, hidden in llm.run_masks(masks, *llm.open_stream(batch)):
-            divergences[mask] += token_divergences(llm, of_dense, hidden).mean(1).tolist()
-            if len(divergences[mask]) == len(windows):
-                yield mask, divergences[mask]
-
-
-def _batches(llm: SwitchableLLM, windows: torch.Tensor) -> Sequence[torch.Tensor]:
-    return windows.to(llm.device).split(max(1, BATCH_TOKENS // windows.shape[1]))
+def dense_streams(llm: SwitchableLLM, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The dense model's residual streams behind the last component, for each batch of windows [B, T]."""
+    return [llm.run(llm.shape.components, *llm.open_stream(batch)) for batch in batches]
 
 
 class DivergenceEvaluator(TextEvaluator):
@@ -94,13 +71,15 @@ class DivergenceEvaluator(TextEvaluator):
         self._dense: dict[str, list[torch.Tensor]] = {}  # of the model with this digest
 
     def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
-        kept_bytes = self._windows.numel() * llm.shape.bytes_per_parameter * llm.shape.hidden_size
+        kept_bytes = self.windows.numel() * llm.shape.bytes_per_parameter * llm.shape.hidden_size
         return super().peak_bytes(llm, n_masks) + kept_bytes
 
     def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
+        batches = window_batches(llm, self.windows)
         if llm.digest not in self._dense:
-            self._dense = {llm.digest: dense_streams(llm, self._windows)}
-        return window_divergences(llm, self._windows, masks, self._dense[llm.digest])
+            self._dense = {llm.digest: dense_streams(llm, batches)}
+        dense = self._dense[llm.digest]
+        return window_means(llm, batches, masks, lambda hidden, number: token_divergences(llm, dense[number], hidden))
 
     def metrics(self, mean: float) -> dict[str, float]:
         return {"divergence": mean}

@@ -3,8 +3,9 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from typing import Self
 
 import torch
 
@@ -73,16 +74,40 @@ def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, til
     return torch.cat(losses)
 
 
+def window_batches(llm: SwitchableLLM, windows: torch.Tensor, batch_tokens: int = BATCH_TOKENS) -> list[torch.Tensor]:
+    """Windows [N, T] on the model's device, in parts that are forwarded at once."""
+    return list(windows.to(llm.device).split(max(1, batch_tokens // windows.shape[1])))
+
+
+def window_means(
+    llm: SwitchableLLM,
+    batches: Sequence[torch.Tensor],
+    masks: Sequence[PruningMask],
+    measure: Callable[[torch.Tensor, int], torch.Tensor],
+) -> Iterator[tuple[PruningMask, list[float]]]:
+    """Mean over the tokens of each window under each of several distinct masks, whatever mask is applied.
+
+    Args:
+        llm: The model.
+        batches: What `window_batches` made of the windows.
+        masks: What it is judged with.
+        measure: From the residual stream behind the last component [B, T, H], and the number of its batch, to a number
+            for every token but one of each window [B, T - 1].
+    """
+    means: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
+    for number, batch in enumerate(batches):
+        for mask, hidden in llm.run_masks(masks, *llm.open_stream(batch)):
+            means[mask] += measure(hidden, number).mean(1).tolist()
+            if number == len(batches) - 1:
+                yield mask, means[mask]
+
+
 def window_losses(
     llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[PruningMask, list[float]]]:
     """Mean loss of each window [N, T] under each of several distinct masks, whatever mask is applied."""
-    losses: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
-    for batch in windows.to(llm.device).split(max(1, batch_tokens // windows.shape[1])):
-        for mask, hidden in llm.run_masks(masks, *llm.open_stream(batch)):
-            losses[mask] += token_losses(llm, hidden, batch).mean(1).tolist()
-            if len(losses[mask]) == len(windows):
-                yield mask, losses[mask]
+    batches = window_batches(llm, windows, batch_tokens)
+    return window_means(llm, batches, masks, lambda hidden, number: token_losses(llm, hidden, batches[number]))
 
 
 class TextEvaluator(Evaluator):
@@ -96,7 +121,11 @@ class TextEvaluator(Evaluator):
     kind: str  # in the identity
 
     def __init__(self, windows: torch.Tensor, name: str) -> None:
-        self._windows, self._name = windows, name
+        self.windows, self.name = windows, name
+
+    def part(self, members: Sequence[int]) -> Self:
+        """The same judge on some of its windows."""
+        return type(self)(self.windows[torch.as_tensor(members)], self.name)
 
     def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
         """A number for each window under each mask; lower is better."""
@@ -109,10 +138,10 @@ class TextEvaluator(Evaluator):
     @property
     def identity(self) -> dict:
         libraries = {library: version(library) for library in ("torch", "transformers")}
-        return {"evaluator": self.kind, "windows": tokens_digest(self._windows), "versions": libraries}
+        return {"evaluator": self.kind, "windows": tokens_digest(self.windows), "versions": libraries}
 
     def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
-        n_windows, tokens = self._windows.shape
+        n_windows, tokens = self.windows.shape
         at_once = tokens * min(n_windows, max(1, BATCH_TOKENS // tokens))
         held_streams = 2 + max(1, n_masks).bit_length()  # what `run_masks` was given, what it gave last, what it holds
         return working_bytes(llm.shape, at_once, held_streams, head_rows(llm.shape))
@@ -125,7 +154,7 @@ class TextEvaluator(Evaluator):
             mean = sum(values) / len(values)
             metrics = self.metrics(mean) | {"items": len(values)}
             finished = time.perf_counter()
-            yield mask, Evaluation(-mean, {self._name: metrics}, self._windows.numel(), finished - started)
+            yield mask, Evaluation(-mean, {self.name: metrics}, self.windows.numel(), finished - started)
             started = finished
 
 
@@ -139,7 +168,7 @@ class PerplexityEvaluator(TextEvaluator):
     kind = "perplexity"
 
     def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
-        return window_losses(llm, self._windows, masks)
+        return window_losses(llm, self.windows, masks)
 
     def metrics(self, mean: float) -> dict[str, float]:
         return {"loss": mean, "perplexity": math.exp(mean)}

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.evaluation import divergence
-from rap_env.evaluation.divergence import DivergenceEvaluator, dense_streams, window_divergences
+from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
@@ -35,7 +35,7 @@ def tiles(request, monkeypatch) -> None:
 
 def test_divergences_are_those_of_the_whole_distributions(tiny_llm, windows, tiles):
     masks = random_masks(tiny_llm.shape, 12)
-    measured = dict(window_divergences(tiny_llm, windows, masks, dense_streams(tiny_llm, windows)))
+    measured = dict(DivergenceEvaluator(windows, "toy text").measure(tiny_llm, masks))
     assert measured.keys() == set(masks)
     for mask in masks:
         assert measured[mask] == pytest.approx(divergences_of(tiny_llm, windows, mask), abs=1e-5)
