@@ -46,7 +46,8 @@ class ScenarioJudge:
             evaluations = self._task.problem.budget.spent
             best = max(self.rewards.values(), default=math.nan)
             self._task.log(evaluations, {"evaluations": evaluations, "best_reward": best})
-            self._task.progress(number + 1, len(grains))
+            if limit is None:
+                self._task.progress(number + 1, len(grains))
 
     @property
     def _spent(self) -> float:
@@ -71,6 +72,8 @@ class ScenarioJudge:
         for mask, outcome in zip(masks, outcomes, strict=True):
             self.rewards[mask] = self._task.problem.reward(outcome)
             self.evaluation_tokens = outcome.evaluation.tokens
+        if (limit := self._task.problem.budget.limit) is not None:
+            self._task.progress(self._task.problem.budget.spent, limit)
         return [self.rewards[mask] for mask in masks]
 
     def result(self) -> SearchResult:

@@ -75,8 +75,7 @@ def test_all_clusters_together_forward_the_tokens_of_one_search(task):
 def test_progress_and_log_run_on_from_cluster_to_cluster(task):
     done, steps = [], []
     AGENT.search(replace(task, progress=lambda *now: done.append(now), log=lambda step, metrics: steps.append(step)))
-    n_searches = done[-1][1]
-    assert done == [(number + 1, n_searches) for number in range(n_searches)]
+    assert done == sorted(done) and 24 < done[-1][0] <= 36 and {total for _done, total in done} == {36}
     assert steps == sorted(steps) and 24 < steps[-1] <= 3 * 12
 
 

@@ -118,11 +118,16 @@ def test_search_spends_its_whole_budget_and_not_more(name, limit, make_task, tal
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_scenarios_share_the_budget_equally(name, make_task, tall_llm):
-    spent, task = [], make_task(20, evaluator=CountingEvaluator(), llm=tall_llm)
-    task = replace(task, progress=lambda done, total: spent.append((task.problem.budget.spent, done, total)))
+    spent, done = [], []
+    task = replace(
+        make_task(20, evaluator=CountingEvaluator(), llm=tall_llm),
+        progress=lambda *now: done.append(now),
+        log=lambda step, metrics: spent.append(step),
+    )
     far_apart = scenario_grid(tall_llm.shape, [(1, 128)], [0.8, 0.7, 0.6, 0.5])
     AGENTS[name]().search(replace(task, grid=far_apart))
-    assert spent == [(5, 1, 4), (10, 2, 4), (15, 3, 4), (20, 4, 4)]
+    assert spent == [5, 10, 15, 20]
+    assert done == sorted(done) and {(of_scenario, 20) for of_scenario in spent} <= set(done)
 
 
 @pytest.mark.parametrize("name", AGENTS)
