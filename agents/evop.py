@@ -6,7 +6,7 @@ import numpy as np
 
 from agents.base import SearchResult, Task
 from agents.by_cluster import search_by_cluster
-from agents.grains import Grain, check_grain
+from agents.grains import Grain, check_grain, check_start
 from agents.scenario_judge import ScenarioJudge
 
 
@@ -21,6 +21,8 @@ class EvopAgent:
     Args:
         grain: `"block"` (a bit for each attention and MLP, masks that fit the bytes), `"layer"` (the paper's: a bit for
             each whole layer, exactly as many dropped as it takes) or `"equal_counts"` (as many attentions as MLPs).
+        start: `"random"`, a first generation of random masks (the paper's), or `"greedy"`, of mutants of the importance
+            order's mask.
         population: Members of a generation.
         generations: Generations behind the first, at most.
         tournament: Members that a parent is the best of; the paper does not say how many.
@@ -30,13 +32,14 @@ class EvopAgent:
             number is 5.
 
     Raises:
-        UnknownName: No such grain.
+        UnknownName: No such grain or start.
         ValueError: A tournament draws no member, or more than there are; or there is no cluster.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its arguments are the keys of a YAML
         self,
         grain: str = "block",
+        start: str = "random",
         population: int = 50,
         generations: int = 100,
         tournament: int = 3,
@@ -47,7 +50,7 @@ class EvopAgent:
             raise ValueError(f"expected at least 1 cluster; got {n_clusters}")
         if not 1 <= tournament <= population:
             raise ValueError(f"expected a tournament of 1 to {population} members, the population; got {tournament}")
-        self._grain = check_grain(grain)
+        self._grain, self._start = check_grain(grain), check_start(start)
         self._population, self._generations = population, generations
         self._tournament, self._mutation = tournament, mutation
         self._n_clusters = n_clusters
@@ -60,12 +63,18 @@ class EvopAgent:
     def _search(self, task: Task) -> SearchResult:
         judge, generator = ScenarioJudge(task), np.random.default_rng(task.seed)
         for grain in judge.turns(self._grain):
-            self._evolve(grain, judge, generator)
+            if self._start == "greedy":
+                greedy = grain.greedy(task.importance.static)
+                first = [greedy, *(self._mutant(greedy, grain, generator) for _ in range(self._population - 1))]
+            else:
+                first = [grain.random(generator) for _ in range(self._population)]
+            self._evolve(first, grain, judge, generator)
         return judge.result()
 
-    def _evolve(self, grain: Grain, judge: ScenarioJudge, generator: np.random.Generator) -> None:
+    def _evolve(
+        self, population: list[np.ndarray], grain: Grain, judge: ScenarioJudge, generator: np.random.Generator
+    ) -> None:
         """Runs generations until they are done or the share is used up."""
-        population = [grain.random(generator) for _ in range(self._population)]
         for _ in range(1 + self._generations):
             fitness = judge.judge([grain.mask(member) for member in population])
             if len(fitness) < len(population):
@@ -76,9 +85,10 @@ class EvopAgent:
         self, population: list[np.ndarray], fitness: Sequence[float], grain: Grain, generator: np.random.Generator
     ) -> np.ndarray:
         mother, father = (population[self._winner(fitness, generator)] for _ in range(2))
-        child = two_point_crossover(mother, father, generator)
-        child ^= generator.random(len(child)) < self._mutation
-        return grain.repair(child, generator)
+        return self._mutant(two_point_crossover(mother, father, generator), grain, generator)
+
+    def _mutant(self, member: np.ndarray, grain: Grain, generator: np.random.Generator) -> np.ndarray:
+        return grain.repair(member ^ (generator.random(len(member)) < self._mutation), generator)
 
     def _winner(self, fitness: Sequence[float], generator: np.random.Generator) -> int:
         drawn = generator.choice(len(fitness), size=self._tournament, replace=False)

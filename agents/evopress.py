@@ -3,15 +3,13 @@
 import numpy as np
 
 from agents.base import SearchResult, Task
-from agents.grains import Grain, check_grain
+from agents.grains import Grain, check_grain, check_start
 from agents.scenario_judge import ScenarioJudge
-from rap_env.errors import UnknownName
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.mask import PruningMask
 from rap_env.problem import PruningProblem
 from rap_env.staged import Stage, select_in_stages
 
-_STARTS = ("random", "greedy")
 _INITIALLY_GENERATED = 64  # random candidates that the first parent is selected from, as the paper's depth pruning does
 _MOST_SWAPS = 3  # a mutation makes min(U{1..3}, U{1..3}) of them: mostly one
 
@@ -52,14 +50,12 @@ class EvopressAgent:
         survivors: int = 2,
         cheap_windows: int = 1,
     ) -> None:
-        if start not in _STARTS:
-            raise UnknownName("start", start, _STARTS)
         if offspring < 1 or survivors < 1 or cheap_windows < 0:
             raise ValueError(
                 "expected offspring and survivors of at least 1 and cheap_windows of at least 0;"
                 f" got {offspring}, {survivors} and {cheap_windows}"
             )
-        self._grain, self._start = check_grain(grain), start
+        self._grain, self._start = check_grain(grain), check_start(start)
         self._generations, self._offspring, self._survivors = generations, offspring, survivors
         self._cheap_windows = cheap_windows
 

@@ -117,6 +117,20 @@ class LayerGrain(CountedGrain):
 GRAINS: dict[str, type[Grain]] = {"block": BlockGrain, "equal_counts": CountedGrain, "layer": LayerGrain}
 
 
+STARTS = ("random", "greedy")
+
+
+def check_start(name: str) -> str:
+    """What a search begins with, once it is sure to be known: random masks, or the importance order's.
+
+    Raises:
+        UnknownName: No such start.
+    """
+    if name not in STARTS:
+        raise UnknownName("start", name, STARTS)
+    return name
+
+
 def check_grain(name: str) -> str:
     """A grain's name, once it is sure to be one.
 

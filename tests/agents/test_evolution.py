@@ -182,11 +182,12 @@ def test_first_stage_lets_the_lowest_calibration_losses_pass(make_task, tall_llm
     assert task.problem.budget.asked == {mask.digest for mask in (masks[0], *passed)}
 
 
-def test_greedy_start_is_never_worse_than_the_importance_order(make_task, tiny_llm, grid):
+@pytest.mark.parametrize("name", AGENTS)
+def test_greedy_start_is_never_worse_than_the_importance_order(name, make_task, tiny_llm, grid):
     evaluator = PerplexityEvaluator(TOY_WINDOWS, "toy")
     task = make_task(24, evaluator=evaluator)
-    result = EvopressAgent(start="greedy").search(task)
-    order = decided(EvopressAgent(start="greedy").search(make_task(0)), grid)
+    result = AGENTS[name](start="greedy").search(task)
+    order = decided(AGENTS[name](start="greedy").search(make_task(0)), grid)
     free = PruningProblem(tiny_llm, evaluator)
 
     def scores(masks: list[PruningMask]) -> np.ndarray:
@@ -220,8 +221,8 @@ def test_arguments_that_make_no_sense_are_refused():
     for agent in AGENTS.values():
         with pytest.raises(UnknownName, match="unknown grain 'blok'; did you mean block"):
             agent(grain="blok")
-    with pytest.raises(UnknownName, match="unknown start 'gready'; did you mean greedy"):
-        EvopressAgent(start="gready")
+        with pytest.raises(UnknownName, match="unknown start 'gready'; did you mean greedy"):
+            agent(start="gready")
     with pytest.raises(ValueError, match=r"survivors of at least 1 .* got 32, 0 and 1"):
         EvopressAgent(survivors=0)
     with pytest.raises(ValueError, match="expected a tournament of 1 to 2 members, the population; got 3"):
