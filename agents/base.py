@@ -21,7 +21,8 @@ class Task:
         problem: Judges masks on the search half; its `budget` counts what the agent asks.
         importance: The static ranking, and a meter for more.
         sampler: Draws the scenarios that the policy shall serve.
-        grid: Those of them that will be reported on; searches for one scenario at a time share their budget among them.
+        grid: Those of them that are known beforehand, as a rule the reported ones; searches for one scenario at a time
+            share their budget among them.
         windows: Calibration tokens [N, T] that the ranking was measured on.
         seed: Seed of everything random in the agent.
         folder: Where it may keep checkpoints.

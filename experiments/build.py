@@ -39,7 +39,8 @@ class Parts:
         report: Judges masks on the report half.
         further: Judges masks on the report halves of further evaluations, by name.
         sampler: Scenarios to train for.
-        grid: Scenarios to report on.
+        told: Scenarios that agents are told, for searches of one scenario after another.
+        grid: Scenarios to report on; those that agents are told, unless `workload.told` names others.
         corpus: Calibration text.
         windows: Tokens [N, T] of it.
         ranking: Static importance.
@@ -50,6 +51,7 @@ class Parts:
     report: PruningProblem
     further: dict[str, PruningProblem]
     sampler: ScenarioSampler
+    told: list[Scenario]
     grid: list[Scenario]
     corpus: Corpus
     windows: torch.Tensor
@@ -67,7 +69,7 @@ class Parts:
         """What an agent is given, with an evaluation budget of its own."""
         problem = self.search.with_budget(budget)
         return Task(
-            problem, self.importance, self.sampler, self.grid, self.windows, seed, folder, progress=progress, log=log
+            problem, self.importance, self.sampler, self.told, self.windows, seed, folder, progress=progress, log=log
         )
 
 
@@ -89,7 +91,8 @@ def build(
     llm: SwitchableLLM = instantiate(config.model)
     sampler: ScenarioSampler = instantiate(config.workload.sampler)
     sampler.check(llm.shape)
-    grid = scenario_grid(llm.shape, config.workload.report.workloads, config.workload.report.budget_ratios)
+    scenarios = (config.workload.get("told", config.workload.report), config.workload.report)
+    told, grid = (scenario_grid(llm.shape, each.workloads, each.budget_ratios) for each in scenarios)
     judges = build_judges(config.evaluation, llm)
     others = {name: build_judges(evaluation, llm) for name, evaluation in (further or {}).items()}
     corpus = build_corpus(config, llm, judges.search_text)
@@ -106,7 +109,7 @@ def build(
     reports = {name: PruningProblem(llm, other.report, store, weights) for name, other in others.items()}
     ranking = greedy_sequential_importance(llm, windows, calibration.removals, calibration.exact, store, progress)
     importance = ImportanceSource(ranking.order, RemovalMeter(llm, windows, store), ranking.known)
-    return Parts(search, report, reports, sampler, grid, corpus, windows, ranking, importance)
+    return Parts(search, report, reports, sampler, told, grid, corpus, windows, ranking, importance)
 
 
 def build_judges(evaluation: DictConfig, llm: SwitchableLLM) -> Judges:

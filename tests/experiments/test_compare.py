@@ -94,6 +94,16 @@ def test_what_is_finished_is_skipped_and_what_is_missing_comes_from_the_store(fo
     assert [row["dropped"] for row in again["rows"]] == [row["dropped"] for row in first["rows"]]
 
 
+def test_agents_may_be_told_other_scenarios_than_they_are_reported_on(folder, records):
+    told = ("+workload.told.workloads=[[2,64]]", "+workload.told.budget_ratios=[0.7]")
+    others = (f"agents.{name}=0" for name in ("greedy_gsi", "ppo", "random", "surrogate"))
+    done = compare(folder, "name=told", "+agents.evop=1", *others, *told)
+    assert done.returncode == 0, done.stderr
+    results = read_record(folder / "outputs" / "compare" / "told" / "evop-0.json")["results"]
+    assert results["search"]["details"] == {"searches": 1} and len(results["rows"]) == 4 * 3
+    assert not any(row["violation"] or row["prompt_tokens"] == 64 for row in results["rows"])
+
+
 def test_another_comparison_in_the_same_folder_is_refused(folder, records):
     done = compare(folder, "max_evaluations=39")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
