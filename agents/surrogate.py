@@ -1,6 +1,7 @@
 """Search on predictions, as an agent: a surrogate learns from the judged masks and says which to judge next."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -12,11 +13,13 @@ from rap_env.evaluation.predictor import ScorePredictor
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario
 from rap_env.policies import ArchivePolicy, OrderPolicy
+from rap_env.policies.walk import fit_to_budget
 
 _BATCH = 16  # proposals that are judged together, between two fits of the predictor
 _WALK_PART = 0.1  # scenarios drawn for the greedy walk, as a part of the evaluations
 _DRAWN = 12  # scenarios from the sampler that a batch is proposed for, beside the grid's
 _OF_EACH = 3  # proposals that a scenario has in a batch at most
+_PREDICTED = 512  # scenarios that the policy gets a predicted mask for, if that betters the judged ones
 _NEIGHBOURS, _CLIMBS = 48, 6  # swaps that are looked at in a climb, and how often
 
 
@@ -26,7 +29,8 @@ class SurrogateAgent:
     It begins with the static order's masks for the grid and for drawn scenarios. Then, until the evaluations are used
     up: fit the predictor to all judged masks, and to what the ranking measured; for scenarios from the grid and the
     sampler climb from the best judged mask by swaps; judge those that may be expected to better the best known mask of
-    their scenario by most. What was judged is kept in a Pareto archive, which decides.
+    their scenario by most. What was judged is kept in a Pareto archive, which decides; for budgets between those of its
+    masks it also holds masks that were only predicted.
 
     With policy steps it becomes Dyna (Sutton 1991): a policy network trains on predicted rewards of its own masks, for
     scenarios from the sampler, and its masks are further starts of the climbs.
@@ -45,8 +49,9 @@ class SurrogateAgent:
         search = _Search(task, Judging(task, self._evaluations), self._policy_steps, self._width)
         search.begin()
         search.judging.judge_until_used_up(search.propose)
+        policy = search.policy()
         details = {"predictor_errors": search.errors}
-        return SearchResult(search.archive(), search.judging.spent, time.perf_counter() - started, details)
+        return SearchResult(policy, search.judging.spent, time.perf_counter() - started, details)
 
 
 class _Search:
@@ -73,6 +78,25 @@ class _Search:
     def archive(self) -> ArchivePolicy:
         return archive_of(self._task, self.judging)
 
+    def policy(self) -> ArchivePolicy:
+        """The archive, and between the budgets of its masks others that are predicted to be better.
+
+        These are climbed to for scenarios from the sampler, from the best judged mask with whatever there is still room
+        for, and stand in the archive with a cautious prediction as their score. They cost no evaluation, and no time
+        when the policy serves.
+        """
+        scores, best = dict(self.judging.rewards), self.archive()
+        shape, order = self._task.problem.shape, self._task.importance.static
+        if len(scores) > 1:
+            self._fit()
+            for scenario in (self._draw() for _ in range(_PREDICTED)):
+                known = best.decide(scenario.workload, scenario.budget_bytes)
+                filled = fit_to_budget(known, shape, order, scenario.workload, scenario.budget_bytes)
+                for mask, score in self._climb([filled], scenario, self._predictor.cautious)[:1]:
+                    if score > self._score(known):
+                        scores[mask] = score
+        return ArchivePolicy(shape, scores.items(), order)
+
     def propose(self) -> list[Case]:
         """A batch of masks that were not judged yet, the most promising for a scenario each."""
         if len(self.judging.rewards) < 2:
@@ -85,7 +109,10 @@ class _Search:
         for scenario in (*self._task.grid, *[self._draw() for _ in range(_DRAWN)]):
             known = best.decide(scenario.workload, scenario.budget_bytes)
             starts = [known, *self._policy.propose(scenario, 4)] if self._policy else [known]
-            for mask, gain in self._climb(starts, scenario, self._score(known)):
+            score = self._score(known)
+            for mask, gain in self._climb(
+                starts, scenario, lambda masks, score=score: self._predictor.expected_improvement(masks, score)
+            ):
                 if gain > gains.get(mask, (0.0, None))[0]:
                     gains[mask] = gain, scenario
         promising = sorted(gains, key=lambda mask: gains[mask][0], reverse=True)[:_BATCH]
@@ -105,7 +132,9 @@ class _Search:
         known = self.judging.rewards.get(mask)
         return float(self._predictor.predict([mask])[0]) if known is None else known
 
-    def _climb(self, starts: list[PruningMask], scenario: Scenario, score: float) -> list[tuple[PruningMask, float]]:
+    def _climb(
+        self, starts: list[PruningMask], scenario: Scenario, promise: Callable[[list[PruningMask]], np.ndarray]
+    ) -> list[tuple[PruningMask, float]]:
         """The most promising new masks among the starts and swaps of the best ones, and what they may better."""
         shape, order = self._task.problem.shape, self._task.importance.static
         seen: dict[PruningMask, float] = {}
@@ -113,8 +142,7 @@ class _Search:
         def look(masks: list[PruningMask]) -> None:
             fresh = [mask for mask in dict.fromkeys(masks) if mask not in seen]
             if fresh:
-                gains = self._predictor.expected_improvement(fresh, score)
-                seen.update(zip(fresh, gains.tolist(), strict=True))
+                seen.update(zip(fresh, promise(fresh).tolist(), strict=True))
 
         look(starts)
         for _ in range(_CLIMBS):

@@ -74,6 +74,11 @@ class ScorePredictor:
         """Scores [N]."""
         return self._best - np.expm1(self._process.predict(_features(masks)))
 
+    def cautious(self, masks: Sequence[PruningMask]) -> np.ndarray:
+        """Scores [N] half a deviation below what is predicted: the less is known of a mask, the less it promises."""
+        mean, deviation = self._process.predict(_features(masks), return_std=True)
+        return self._best - np.expm1(mean + 0.5 * deviation)
+
     def expected_improvement(self, masks: Sequence[PruningMask], score: float) -> np.ndarray:
         """By how much each mask [N] may be expected to better a score, where a worse one costs nothing (Mockus 1978).
 

@@ -74,6 +74,15 @@ def test_improvement_is_expected_of_what_is_thought_better_or_not_known(all_mask
     assert known < max(unknown)
 
 
+def test_cautious_predictions_are_below_the_plain_ones_most_where_least_is_known(all_masks):
+    judged = {mask: interacting(mask) for mask in all_masks[::9]}
+    predictor = ScorePredictor(judged)
+    cost = {name: np.log1p(1.0 - getattr(predictor, name)(all_masks)) for name in ("cautious", "predict")}
+    caution = dict(zip(all_masks, cost["cautious"] - cost["predict"], strict=True))
+    assert min(caution.values()) > 0.0
+    assert max(caution[mask] for mask in judged) < 0.5 * np.mean([caution[mask] for mask in all_masks])
+
+
 def test_losses_of_a_ranking_help_where_they_say_something(all_masks):
     judged = {mask: interacting(mask) for mask in all_masks[::9]}
     others = [mask for mask in all_masks if mask not in judged]
