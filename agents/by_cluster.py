@@ -45,20 +45,20 @@ def search_by_cluster(search: Callable[[Task], SearchResult], task: Task, n_clus
         )
     vectors = encode_sentences(problem.llm.tokenizer.batch_decode(evaluator.windows))
     labels, centres = k_means(vectors, n_clusters, task.seed)
-    largest_first = np.argsort(-np.bincount(labels), kind="stable")
-    limit = problem.budget.limit and problem.budget.limit - problem.budget.spent
+    sizes = np.bincount(labels)
+    largest_first = np.argsort(-sizes, kind="stable")
     results, tokens = [], 0
     for number, label in enumerate(largest_first):
         part = evaluator.part(np.flatnonzero(labels == label))
         asked = sum(result.evaluations for result in results)
         of_cluster = replace(
             task,
-            problem=problem.judged_by(part, EvaluationBudget(limit)),
+            problem=problem.judged_by(part, EvaluationBudget(problem.budget.left)),
             progress=lambda done, total, number=number: task.progress(number * total + done, n_clusters * total),
             log=lambda step, metrics, asked=asked: task.log(asked + step, metrics),
         )
         results.append(search(of_cluster))
         tokens += results[-1].evaluations * part.windows.numel() + results[-1].calibration_tokens
     policy = RetrievalPolicy(problem.shape, [result.policy for result in results], centres[largest_first])
-    details = {"windows_of_clusters": np.bincount(labels)[largest_first].tolist()}
+    details = {"windows_of_clusters": sizes[largest_first].tolist()}
     return SearchResult(policy, 0, sum(result.seconds for result in results), details, tokens)

@@ -6,7 +6,7 @@ import numpy as np
 
 from agents.base import SearchResult, Task
 from agents.by_cluster import search_by_cluster
-from agents.grains import Grain, check_grain, check_start
+from agents.grains import GRAINS, STARTS, Grain, check_known
 from agents.scenario_judge import ScenarioJudge
 
 
@@ -50,7 +50,8 @@ class EvopAgent:
             raise ValueError(f"expected at least 1 cluster; got {n_clusters}")
         if not 1 <= tournament <= population:
             raise ValueError(f"expected a tournament of 1 to {population} members, the population; got {tournament}")
-        self._grain, self._start = check_grain(grain), check_start(start)
+        self._grain = check_known("grain", grain, GRAINS)
+        self._start = check_known("start", start, STARTS)
         self._population, self._generations = population, generations
         self._tournament, self._mutation = tournament, mutation
         self._n_clusters = n_clusters

@@ -3,7 +3,7 @@
 import numpy as np
 
 from agents.base import SearchResult, Task
-from agents.grains import Grain, check_grain, check_start
+from agents.grains import GRAINS, STARTS, Grain, check_known
 from agents.scenario_judge import ScenarioJudge
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.mask import PruningMask
@@ -55,7 +55,8 @@ class EvopressAgent:
                 "expected offspring and survivors of at least 1 and cheap_windows of at least 0;"
                 f" got {offspring}, {survivors} and {cheap_windows}"
             )
-        self._grain, self._start = check_grain(grain), check_start(start)
+        self._grain = check_known("grain", grain, GRAINS)
+        self._start = check_known("start", start, STARTS)
         self._generations, self._offspring, self._survivors = generations, offspring, survivors
         self._cheap_windows = cheap_windows
 

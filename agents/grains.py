@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 
@@ -117,28 +117,17 @@ class LayerGrain(CountedGrain):
 GRAINS: dict[str, type[Grain]] = {"block": BlockGrain, "equal_counts": CountedGrain, "layer": LayerGrain}
 
 
-STARTS = ("random", "greedy")
+STARTS = ("random", "greedy")  # what a search may begin with: random masks, or the importance order's
 
 
-def check_start(name: str) -> str:
-    """What a search begins with, once it is sure to be known: random masks, or the importance order's.
-
-    Raises:
-        UnknownName: No such start.
-    """
-    if name not in STARTS:
-        raise UnknownName("start", name, STARTS)
-    return name
-
-
-def check_grain(name: str) -> str:
-    """A grain's name, once it is sure to be one.
+def check_known(kind: str, name: str, known: Collection[str]) -> str:
+    """A name, once it is sure to be one of those known.
 
     Raises:
-        UnknownName: No such grain.
+        UnknownName: It is not.
     """
-    if name not in GRAINS:
-        raise UnknownName("grain", name, GRAINS)
+    if name not in known:
+        raise UnknownName(kind, name, known)
     return name
 
 

@@ -32,7 +32,7 @@ class Judging:
         if evaluations is not None and evaluations < 0:
             raise ValueError(f"expected at least 0 evaluations; got {evaluations}")
         budget = task.problem.budget
-        limits = [evaluations, None if budget.limit is None else budget.limit - budget.spent]
+        limits = [evaluations, budget.left]
         self.allowed = max(0, min((limit for limit in limits if limit is not None), default=_WITHOUT_LIMIT))
         self.rewards: dict[PruningMask, float] = {}
         self._task, self._spent_before = task, budget.spent

@@ -76,6 +76,11 @@ class EvaluationBudget:
         return len(self.asked)
 
     @property
+    def left(self) -> int | None:
+        """Masks that may still be asked about; None for any number."""
+        return None if self.limit is None else self.limit - self.spent
+
+    @property
     def exhausted(self) -> bool:
         return self.limit is not None and self.spent >= self.limit
 

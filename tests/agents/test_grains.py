@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agents.grains import GRAINS, Grain, check_grain, grains_of
+from agents.grains import GRAINS, Grain, check_known, grains_of
 from rap_env.errors import UnknownName
 from rap_env.mask import ATTENTION, KINDS, PruningMask
 from rap_env.memory.footprint import dense_bytes, footprint
@@ -96,6 +96,6 @@ def test_scenarios_that_allow_the_same_masks_are_one_search(tiny_llm, grid):
 
 
 def test_an_unknown_grain_is_refused_with_the_known_ones():
-    assert check_grain("layer") == "layer"
+    assert check_known("grain", "layer", GRAINS) == "layer"
     with pytest.raises(UnknownName, match="grain 'layers'; did you mean layer"):
-        check_grain("layers")
+        check_known("grain", "layers", GRAINS)

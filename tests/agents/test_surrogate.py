@@ -10,6 +10,7 @@ from agents.base import Task
 from agents.policy_gradient import PolicyGradient
 from agents.random_search import RandomSearchAgent
 from agents.surrogate import SurrogateAgent
+from rap_env.evaluation.evaluator import Evaluation
 from rap_env.evaluation.predictor import ScorePredictor
 from rap_env.importance.source import ImportanceSource
 from rap_env.llm.loading import build_tiny_llm
@@ -20,7 +21,7 @@ from rap_env.memory.workload import Workload
 from rap_env.policies import OrderPolicy
 from rap_env.problem import EvaluationBudget, PruningProblem
 from tests.agents.test_agents import LastIsLeast, mean_score, optimum, score_of
-from tests.conftest import TOY_WINDOWS
+from tests.conftest import TOY_WINDOWS, CountingEvaluator
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_cautious_predictions_are_below_the_plain_ones_most_where_least_is_known
     cost = {name: np.log1p(1.0 - getattr(predictor, name)(all_masks)) for name in ("cautious", "predict")}
     caution = dict(zip(all_masks, cost["cautious"] - cost["predict"], strict=True))
     assert min(caution.values()) > 0.0
-    assert max(caution[mask] for mask in judged) < 0.5 * np.mean([caution[mask] for mask in all_masks])
+    assert max(caution[mask] for mask in judged) < 0.2 * np.mean([caution[mask] for mask in all_masks])
 
 
 def test_losses_of_a_ranking_help_where_they_say_something(all_masks):
@@ -158,6 +159,34 @@ def test_it_beats_random_search_in_a_large_space(wrong_task):
         masks = [policy.decide(scenario.workload, scenario.budget_bytes) for scenario in grid]
         reached.append(np.mean([interacting(mask) for mask in masks]))
     assert reached[0] > reached[1] + 0.2
+
+
+def test_scenarios_between_the_told_ones_get_predicted_masks(wrong_task, monkeypatch):
+    llm = build_tiny_llm("llama", n_layers=12)
+    told, unseen = (scenario_grid(llm.shape, [(1, 128), (16, 2048)], ratios) for ratios in ([0.6], [0.85, 0.75]))
+    importance = ImportanceSource([component.name for component in llm.shape.components])
+    reached = []
+    for n_predicted in (0, 64):
+        monkeypatch.setattr("agents.surrogate._PREDICTED", n_predicted)
+        problem = PruningProblem(llm, EachCosts(), budget=EvaluationBudget(60))
+        result = SurrogateAgent().search(replace(wrong_task, problem=problem, importance=importance, grid=told))
+        masks = [result.policy.decide(scenario.workload, scenario.budget_bytes) for scenario in unseen]
+        reached.append(np.mean([EachCosts().judge(mask).score for mask in masks]))
+        assert result.evaluations == problem.budget.spent == 60, "predicted masks cost no evaluation"
+    assert not {mask.digest for mask in masks} <= problem.budget.asked
+    assert reached[1] > reached[0]
+
+
+class EachCosts(CountingEvaluator):
+    """Every component costs something, in no order that anybody was told, and neighbours more together."""
+
+    identity = {"evaluator": "each costs"}
+
+    def judge(self, mask) -> Evaluation:
+        costs = np.random.default_rng(0).uniform(0.02, 0.2, len(mask.keep))
+        dropped = ~np.array(mask.keep, dtype=bool)
+        score = 1.0 - costs[dropped].sum() - 0.05 * (dropped[1:] & dropped[:-1]).sum()
+        return Evaluation(float(score), {"toy": {"acc": float(score), "items": 1}}, tokens=1, seconds=0.0)
 
 
 def test_it_learns_from_what_the_ranking_measured(wrong_task):
