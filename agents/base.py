@@ -1,67 +1,155 @@
-"""What every agent is: given a problem and an evaluation budget, it ends as a policy."""
+"""What every agent is: it asks for masks to be evaluated, is told the outcomes, and ends as a policy."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from rap_env.evaluation.meter import Meter
+from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.importance.gsi import CALIBRATION, ImportanceRanking, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
+from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario, ScenarioSampler
-from rap_env.policies import Policy
-from rap_env.problem import PruningProblem
+from rap_env.memory.workload import Workload
+from rap_env.policies import ArchivePolicy, Policy
+from rap_env.problem import Outcome, PruningProblem
+
+
+class Case(NamedTuple):
+    """A mask, and the scenario that it was proposed for."""
+
+    mask: PruningMask
+    scenario: Scenario
+
+
+class Evaluated(NamedTuple):
+    """A case with what came of it."""
+
+    mask: PruningMask
+    scenario: Scenario
+    outcome: Outcome
+    reward: float
 
 
 @dataclass(frozen=True)
 class Task:
-    """What an agent is given.
+    """What an agent is given. Everything that it learns about masks is paid for by the problem's token budget.
 
     Attributes:
-        problem: Judges masks on the search half; its `budget` counts what the agent asks.
-        importance: The static ranking, and a meter for more.
+        problem: Evaluates masks on the search half.
+        windows: Calibration tokens [N, T].
         sampler: Draws the scenarios that the policy shall serve.
-        grid: Those of them that are known beforehand, as a rule the reported ones; searches for one scenario at a time
-            share their budget among them.
-        windows: Calibration tokens [N, T] that the ranking was measured on.
+        scenarios: Those of them that are known beforehand; searches for one scenario at a time share their budget.
         seed: Seed of everything random in the agent.
-        folder: Where it may keep checkpoints.
-        progress: Called with (steps done, steps in all).
-        log: Called with (step, metrics).
+        removals: Rounds of the importance ranking; None for a full one.
+        exact: Whether the ranking tries every component in every round.
+        archive: Rewards of all evaluated masks that fit their scenarios; the driver fills it.
+        progress: Called with (tokens spent, token budget).
+        log: Called with (tokens spent, metrics).
     """
 
     problem: PruningProblem
-    importance: ImportanceSource
-    sampler: ScenarioSampler
-    grid: Sequence[Scenario]
     windows: torch.Tensor
+    sampler: ScenarioSampler
+    scenarios: Sequence[Scenario]
     seed: int
-    folder: Path
+    removals: int | None = None
+    exact: bool = False
+    archive: dict[PruningMask, float] = field(default_factory=dict)
     progress: Callable[[int, int], None] = lambda done, total: None
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
 
+    @functools.cached_property
+    def calibration(self) -> Meter:
+        """Evaluates masks by their loss on the calibration windows."""
+        problem = self.problem
+        return Meter(problem.llm, PerplexityEvaluator(self.windows, CALIBRATION), problem.store, problem.budget)
 
-@dataclass(frozen=True)
-class SearchResult:
-    """What an agent ends as.
+    @functools.cached_property
+    def ranking(self) -> ImportanceRanking:
+        """Greedy sequential importance, paid for by whoever asks first.
+
+        Raises:
+            SearchExhausted: The token budget does not cover it.
+        """
+        return self.rank()
+
+    def rank(self, workload: Workload | None = None) -> ImportanceRanking:
+        """The same for each byte that is freed at a workload."""
+        problem = self.problem
+        return greedy_sequential_importance(
+            problem.llm,
+            self.windows,
+            self.removals,
+            self.exact,
+            problem.store,
+            workload=workload,
+            budget=problem.budget,
+        )
+
+    @functools.cached_property
+    def importance(self) -> ImportanceSource:
+        """The ranking as environments take it."""
+        return ImportanceSource(self.ranking.order, self.calibration)
+
+
+class Agent:
+    """Chooses masks. One class and one YAML each; constructor arguments are the YAML's keys.
 
     Attributes:
-        policy: Maps (workload, budget) to a mask.
-        evaluations: Distinct masks that it asked the problem about.
-        seconds: Time of the search.
+        task: What it was given; set by `begin`.
+        generator: Draws whatever is random in it.
         details: Whatever else a record should keep.
-        calibration_tokens: Tokens that it forwarded beside the problem's evaluations, for a ranking of its own.
     """
 
-    policy: Policy
-    evaluations: int
-    seconds: float = field(compare=False)
-    details: dict[str, Any] = field(default_factory=dict, compare=False)
-    calibration_tokens: int = 0
+    task: Task
+    generator: np.random.Generator
+
+    def __init__(self) -> None:
+        self.details: dict[str, Any] = {}
+
+    def begin(self, task: Task) -> None:
+        """Starts the search for one task; an agent searches once.
+
+        Raises:
+            SearchExhausted: The token budget does not cover what the search begins with.
+        """
+        self.task, self.generator = task, np.random.default_rng(task.seed)
+
+    def ask(self, n: int) -> list[Case]:
+        """Proposes masks that are to be evaluated together, or nothing when the search is over.
+
+        Args:
+            n: New masks that the token budget still pays for; of more proposals the last are left out.
+        """
+        return []
+
+    def tell(self, evaluated: Sequence[Evaluated]) -> None:
+        """Takes the outcomes of earlier proposals, those that were paid for."""
+
+    def policy(self) -> Policy:
+        """What the search ends as; it may end at any time."""
+        raise NotImplementedError
 
 
-class Agent(Protocol):
-    """Chooses masks. One class and one YAML each; constructor arguments are the YAML's keys."""
+class ArchiveAgent(Agent):
+    """Ends as the best mask for each budget among all that were evaluated, whatever scenario it was proposed for."""
 
-    def search(self, task: Task) -> SearchResult:
-        """Learns or computes a policy."""
+    def policy(self) -> ArchivePolicy:
+        return ArchivePolicy(self.task.problem.shape, self.task.archive.items(), self.order())
+
+    def order(self) -> Sequence[str]:
+        """All component names, the first to go first: serves budgets that no evaluated mask fits."""
+        return self.task.ranking.order
+
+
+class Learner(Agent):
+    """Acts through environments on the task's problem, instead of asking."""
+
+    def learn(self) -> None:
+        """Trains until its steps are done or the token budget is used up."""
+        raise NotImplementedError

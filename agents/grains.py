@@ -7,7 +7,7 @@ from collections.abc import Collection, Hashable, Sequence
 import numpy as np
 
 from rap_env.errors import UnknownName
-from rap_env.llm.architecture import ModelShape
+from rap_env.llm.shape import ModelShape
 from rap_env.mask import KINDS, Component, PruningMask
 from rap_env.memory.footprint import component_bytes, dense_bytes
 from rap_env.memory.scenario import Scenario

@@ -65,27 +65,6 @@ class InfeasibleBudget(RapError, ValueError):
         return type(self), self._arguments  # so that it crosses process borders
 
 
-class MemoryBoundTooSmall(RapError, ValueError):
-    """A bound on memory within which not even one mask can be judged.
-
-    Attributes:
-        memory_bytes: The bound that was given.
-        smallest_bytes: What judging one mask at a time needs beside the weights.
-    """
-
-    def __init__(self, memory_bytes: float, smallest_bytes: int, tokens: int) -> None:
-        self._arguments = memory_bytes, smallest_bytes, tokens
-        self.memory_bytes = memory_bytes
-        self.smallest_bytes = smallest_bytes
-        super().__init__(
-            f"judging a mask on {tokens:,} tokens at once needs at least {smallest_bytes:,} bytes beside the weights;"
-            f" the bound is {memory_bytes:,.0f} bytes: raise it, or forward fewer tokens at once"
-        )
-
-    def __reduce__(self) -> tuple:
-        return type(self), self._arguments  # so that it crosses process borders
-
-
 class ModelUnavailable(RapError, OSError):
     """A model that can't be loaded: no such folder, no network, a gated repository, or weights in an unsafe format."""
 
@@ -123,4 +102,4 @@ class RecordExists(RapError, FileExistsError):
 
 
 class SearchExhausted(RapError):
-    """An evaluation budget that is used up; searches catch it and return the best found so far."""
+    """A token budget that is used up; searches end with the best found so far."""

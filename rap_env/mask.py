@@ -1,4 +1,4 @@
-"""Components of a model that can be dropped, and the frozen keep-bits over them."""
+"""Sites that run, components that can be dropped with what each costs, and the frozen keep-bits over them."""
 
 import functools
 import hashlib
@@ -16,32 +16,66 @@ KINDS = (ATTENTION, MLP)
 
 
 @dataclass(frozen=True, order=True)
-class Component:
-    """One part of the model that can be kept or dropped.
+class Site:
+    """What runs: the attention or the MLP of a decoder layer.
 
     Attributes:
         layer: Index of the decoder layer.
         kind: `"attention"` or `"mlp"`.
-        index: None for the whole sub-block (granularity `block`), else the group inside it.
     """
 
     layer: int
     kind: str
-    index: int | None = None
 
     @functools.cached_property
     def name(self) -> str:
-        """`layer3.attention`, or `layer3.attention.1` for a group."""
-        base = f"layer{self.layer}.{self.kind}"
-        return base if self.index is None else f"{base}.{self.index}"
+        """`layer3.attention`."""
+        return f"layer{self.layer}.{self.kind}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Component:
+    """What can be kept or dropped, as a row of costs: a whole site, or one part of it.
+
+    Attributes:
+        name: That of the site, with `.PART` behind it where the site has several.
+        site: Where it runs.
+        part: None for the whole site, else its index in the site.
+        weight_bytes: What its weights take.
+        kv_bytes_per_token: What it adds to the KV cache for each cached token.
+    """
+
+    name: str
+    site: Site
+    part: int | None
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # tuples of components are keys, so this has to be quick
 
     def __str__(self) -> str:
         return self.name
 
 
 @functools.lru_cache(maxsize=32)
-def _positions(components: tuple[Component, ...]) -> dict[str, int]:
-    return {component.name: position for position, component in enumerate(components)}
+def _positions(components: tuple[Component, ...]) -> dict[str, tuple[int, ...]]:
+    """Positions in model order by name: one for each component, all of its parts for a site."""
+    positions: dict[str, tuple[int, ...]] = {}
+    for position, component in enumerate(components):
+        for name in {component.name, component.site.name}:
+            positions[name] = (*positions.get(name, ()), position)
+    return positions
+
+
+@functools.lru_cache(maxsize=32)
+def _sites(components: tuple[Component, ...]) -> list[tuple[Site, slice]]:
+    groups = itertools.groupby(range(len(components)), key=lambda position: components[position].site)
+    runs = [(site, list(positions)) for site, positions in groups]
+    return [(site, slice(positions[0], positions[-1] + 1)) for site, positions in runs]
 
 
 @dataclass(frozen=True)
@@ -65,6 +99,9 @@ class PruningMask:
                 f"expected {len(self.components)} keep-bits, one for each component; got {len(self.keep)}"
             )
 
+    def __hash__(self) -> int:
+        return hash(self.keep)  # the bits alone: hashing every row would take longer than a forward of a tiny model
+
     @classmethod
     def all_kept(cls, shape) -> "PruningMask":
         """The dense mask of a `ModelShape`."""
@@ -83,33 +120,38 @@ class PruningMask:
                 raise InvalidMask(f"expected keep-bits of 0 or 1; got {value!r}")
         return cls(shape.components, tuple(map(bool, values)))
 
-    def position(self, name: "str | Component") -> int:
-        """Position of a component in `keep`.
-
-        Raises:
-            UnknownName: The model has no such component.
-        """
+    def _positions(self, name: str | Site | Component) -> tuple[int, ...]:
         positions = _positions(self.components)
         if str(name) not in positions:
             raise UnknownName("component", str(name), positions)
         return positions[str(name)]
 
-    def _with(self, names: Iterable["str | Component"], value: bool) -> "PruningMask":
+    def _with(self, names: Iterable[str | Site | Component], value: bool) -> "PruningMask":
         keep = list(self.keep)
         for name in names:
-            keep[self.position(name)] = value
+            for position in self._positions(name):
+                keep[position] = value
         return PruningMask(self.components, tuple(keep))
 
-    def drop(self, *names: "str | Component") -> "PruningMask":
-        """A copy in which the named components are dropped."""
+    def drop(self, *names: str | Site | Component) -> "PruningMask":
+        """A copy in which the named components are dropped; a site's name drops all its parts.
+
+        Raises:
+            UnknownName: The model has no such component or site.
+        """
         return self._with(names, False)
 
-    def restore(self, *names: "str | Component") -> "PruningMask":
-        """A copy in which the named components are kept."""
+    def restore(self, *names: str | Site | Component) -> "PruningMask":
+        """A copy in which the named components are kept; a site's name restores all its parts.
+
+        Raises:
+            UnknownName: The model has no such component or site.
+        """
         return self._with(names, True)
 
-    def keeps(self, name: "str | Component") -> bool:
-        return self.keep[self.position(name)]
+    def keeps(self, name: str | Site | Component) -> bool:
+        """Whether a component is kept; of a site, whether any part is."""
+        return any(self.keep[position] for position in self._positions(name))
 
     @functools.cached_property
     def kept(self) -> tuple[Component, ...]:
@@ -118,6 +160,11 @@ class PruningMask:
     @functools.cached_property
     def dropped(self) -> tuple[Component, ...]:
         return tuple(itertools.compress(self.components, map(operator.not_, self.keep)))
+
+    @functools.cached_property
+    def kept_parts(self) -> tuple[tuple[Site, tuple[bool, ...]], ...]:
+        """Every site in the order in which the model runs them, with the keep-bits of its components."""
+        return tuple((site, self.keep[positions]) for site, positions in _sites(self.components))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -150,9 +197,21 @@ class PruningMask:
         return f"{len(self.kept)} of {len(self.keep)} components kept"
 
 
+def parting(masks: Sequence[PruningMask], start: int) -> int:
+    """The first site from `start` on of which masks keep different parts; the number of sites if there is none."""
+    sites = zip(*(mask.kept_parts[start:] for mask in masks), strict=True)
+    differing = (start + offset for offset, parts in enumerate(sites) if len(set(parts)) > 1)
+    return next(differing, len(masks[0].kept_parts))
+
+
+def kept_sites(mask: PruningMask, start: int = 0, stop: int | None = None) -> list[Site]:
+    """The sites of which a mask keeps any part, between two places in the order of all sites."""
+    return [site for site, bits in mask.kept_parts[start:stop] if any(bits)]
+
+
 def by_layer(components: Iterable[Component]) -> list[tuple[Component, ...]]:
     """Whole layers: components in model order, grouped by their layer."""
-    return [tuple(layer) for _index, layer in itertools.groupby(components, key=lambda component: component.layer)]
+    return [tuple(layer) for _index, layer in itertools.groupby(components, key=lambda component: component.site.layer)]
 
 
 def full_order(components: tuple[Component, ...], order: Sequence[str]) -> tuple[str, ...]:

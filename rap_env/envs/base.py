@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+from gymnasium.error import ResetNeeded
 
 from rap_env.envs.defaults import embedded_defaults
 from rap_env.envs.observation import observation_space, observe
@@ -18,9 +19,8 @@ from rap_env.problem import Outcome, PruningProblem
 
 
 class Move(NamedTuple):
-    """What an action did, before the mask is judged: the reward for the action itself, and how the episode ended."""
+    """How the episode ended with an action, if it did."""
 
-    reward: float
     terminated: bool
     truncated: bool
 
@@ -32,8 +32,8 @@ class Move(NamedTuple):
 class MaskEnv(gymnasium.Env):
     """Holds one scenario and the mask that is being built for it; subclasses define the actions.
 
-    A step has two halves, so that a vector environment can judge the masks of many environments between them: `act`
-    changes the mask, `finish` pays. A mask is judged when its episode ends, and only then.
+    A step has two halves, so that a vector environment can evaluate the masks of many environments between them: `act`
+    changes the mask, `finish` pays. A mask is evaluated when its episode ends, and only then.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
@@ -62,6 +62,7 @@ class MaskEnv(gymnasium.Env):
         self._scenario: Scenario | None = None
         self._mask = PruningMask.all_kept(self.shape)
         self._outcome: Outcome | None = None
+        self._is_running = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         super().reset(seed=seed)
@@ -71,11 +72,22 @@ class MaskEnv(gymnasium.Env):
         self._scenario = given or self.sampler.sample(self.shape, self.np_random)
         self._mask = PruningMask.all_kept(self.shape)
         self._outcome = None
+        self._is_running = True
         return self._observe(), self._info()
 
     def step(self, action):
+        self.check_running()
         move = self.act(action)
         return self.finish(move, self.problem.evaluate(*self.case) if move.ends_episode else None)
+
+    def check_running(self) -> None:
+        """Refuses a step before the first reset, or after the episode's end.
+
+        Raises:
+            ResetNeeded: There is no running episode.
+        """
+        if not self._is_running:
+            raise ResetNeeded("there is no running episode: call reset before the next step")
 
     def act(self, action) -> Move:
         """Changes the mask as the action says."""
@@ -93,8 +105,8 @@ class MaskEnv(gymnasium.Env):
             move: What `act` returned.
             outcome: The mask's, if the episode ends; else None.
         """
-        self._outcome = outcome
-        reward = move.reward + (self.problem.reward(outcome) if outcome else 0.0)
+        self._outcome, self._is_running = outcome, not move.ends_episode
+        reward = self.problem.reward(outcome) if outcome else 0.0
         return self._observe(), reward, move.terminated, move.truncated, self._info()
 
     @property
@@ -107,7 +119,7 @@ class MaskEnv(gymnasium.Env):
         return observe(self.shape, self._scenario, self._mask, order)
 
     def _footprint(self) -> Footprint:
-        """Bytes of the present mask; the outcome's own once it is judged."""
+        """Bytes of the present mask; the outcome's own once it is evaluated."""
         return self._outcome.footprint if self._outcome else footprint(self.shape, self._mask, self._scenario.workload)
 
     def _info(self) -> dict[str, Any]:

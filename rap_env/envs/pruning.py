@@ -12,7 +12,7 @@ class PruningEnv(MaskEnv):
 
     ## Description
     A request batch arrives while the device has only so many bytes left for weights and KV cache. The agent decides
-    which attention and MLP sub-blocks the model keeps; the masked model is then judged on lm-eval tasks. Attentions
+    which components the model keeps; the masked model is then evaluated on lm-eval tasks. Attentions
     create all of the KV cache and MLPs hold most of the weights, so what is cheapest to give up changes with the
     workload (RAP, arXiv 2505.17138).
 
@@ -52,8 +52,8 @@ class PruningEnv(MaskEnv):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `problem` | embedded model and tasks | the `PruningProblem` that judges masks |
-    | `importance` | greedy sequential importance on self-generated text | the `ImportanceSource` of the ranking |
+    | `problem` | embedded model and tasks | the `PruningProblem` that evaluates masks |
+    | `importance` | greedy sequential importance on packaged text | the `ImportanceSource` of the ranking |
     | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
     | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask |
     | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |
@@ -68,4 +68,4 @@ class PruningEnv(MaskEnv):
 
     def act(self, action: np.ndarray) -> Move:
         self._mask = PruningMask.from_bits(self.shape, action)
-        return Move(0.0, terminated=True, truncated=False)
+        return Move(terminated=True, truncated=False)

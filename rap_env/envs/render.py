@@ -84,15 +84,15 @@ def describe_accuracy(scene: Scene) -> str:
 
 
 def kept_shares(mask: PruningMask) -> dict[str, np.ndarray]:
-    """For each kind of sub-block, the share of its components that every layer keeps, [layers].
+    """For each kind of site, the share of its components that every layer keeps, [layers].
 
     At granularity `block` a share is 0 or 1.
     """
-    n_layers = 1 + max(component.layer for component in mask.components)
+    n_layers = 1 + max(component.site.layer for component in mask.components)
     kept, known = ({kind: np.zeros(n_layers) for kind in KINDS} for _ in range(2))
     for component, bit in zip(mask.components, mask.keep, strict=True):
-        kept[component.kind][component.layer] += bit
-        known[component.kind][component.layer] += 1
+        kept[component.site.kind][component.site.layer] += bit
+        known[component.site.kind][component.site.layer] += 1
     return {kind: kept[kind] / np.maximum(known[kind], 1) for kind in KINDS}
 
 
@@ -103,7 +103,7 @@ def _glyph(share: float) -> str:
 def render_ansi(scene: Scene) -> str:
     """Draws a scene as plain text.
 
-    One column a layer and one row for each kind of sub-block: `#` is kept, `.` dropped, `+` kept in part. Below them
+    One column a layer and one row for each kind of site: `#` is kept, `.` dropped, `+` kept in part. Below them
     the footprint, `=` for weights and `~` for the KV cache, with `-` up to the dense model and `^` at the budget.
     """
     shares = kept_shares(scene.mask)
@@ -160,7 +160,7 @@ def _legend(axes: Axes, handles: list[Patch], loc: str, anchor: tuple[float, flo
 
 
 def _draw_components(axes: Axes, mask: PruningMask) -> None:
-    """The heat strip: a column for each layer, a row for each kind of sub-block."""
+    """The heat strip: a column for each layer, a row for each kind of site."""
     shares = kept_shares(mask)
     n_layers = len(shares[ATTENTION])
     gap = min(n_layers / 800, 0.15)  # half a gap of 2 pixels

@@ -5,14 +5,15 @@ from gymnasium import spaces
 
 from rap_env.envs.base import MaskEnv, Move
 from rap_env.envs.observation import valid_actions
+from rap_env.errors import InvalidMask
 
 
 class SequentialPruningEnv(MaskEnv):
     """Prune a large language model for one request batch and one memory budget, one component at a time.
 
     ## Description
-    As in `rap/Pruning-v0`, but the agent drops one attention or MLP sub-block in each step and sees what is left, as
-    RAP's controller does (arXiv 2505.17138). When it stops, the masked model is judged.
+    As in `rap/Pruning-v0`, but the agent drops one component in each step and sees what is left, as
+    RAP's controller does (arXiv 2505.17138). When it stops, the masked model is evaluated.
 
     ## Action Space
     `Discrete(n + 1)`: action i < n drops component i, action n stops. `action_masks()` allows dropping what is kept
@@ -34,8 +35,7 @@ class SequentialPruningEnv(MaskEnv):
     | `component_bytes` | n | bytes that dropping each component frees / dense footprint bytes |
 
     ## Rewards
-    0 until the episode ends, then the sum of weights times same-named terms of `rap/Pruning-v0`. With `shaping` > 0
-    each drop also pays `-shaping` times the rise in calibration loss, from trials that are measured once and stored.
+    0 until the episode ends, then the sum of weights times same-named terms of `rap/Pruning-v0`.
 
     ## Starting State
     A scenario drawn from the sampler, every component kept. `reset(options={"scenario": Scenario(...)})` sets it.
@@ -51,21 +51,19 @@ class SequentialPruningEnv(MaskEnv):
     ## Arguments
     | argument | default | meaning |
     |---|---|---|
-    | `problem` | embedded model and tasks | the `PruningProblem` that judges masks |
-    | `importance` | greedy sequential importance on self-generated text | the `ImportanceSource` of the ranking |
+    | `problem` | embedded model and tasks | the `PruningProblem` that evaluates masks |
+    | `importance` | greedy sequential importance on packaged text | the `ImportanceSource` of the ranking |
     | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
     | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask |
-    | `shaping` | 0.0 | reward for each nat of calibration loss that a drop saves or costs |
     | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |
 
     ## Version History
     * v0: first version.
     """
 
-    def __init__(self, shaping: float = 0.0, **arguments) -> None:
+    def __init__(self, **arguments) -> None:
         super().__init__(**arguments)
         self.action_space = spaces.Discrete(len(self.shape.components) + 1)
-        self._shaping = shaping
         self._steps = 0
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -78,18 +76,12 @@ class SequentialPruningEnv(MaskEnv):
         return valid_actions(np.array(self._mask.keep), fits)
 
     def act(self, action: int) -> Move:
+        components, action = self.shape.components, int(action)
+        if not 0 <= action <= len(components):  # -1 would name the last component
+            raise InvalidMask(f"expected an action from 0 to {len(components)}; got {action}")
         self._steps += 1
-        stop = int(action) == len(self.shape.components)
-        reward = 0.0 if stop else self._drop(int(action))
-        terminated = stop or not self._mask.kept
-        truncated = not terminated and self._steps >= 2 * len(self.shape.components)
-        return Move(reward, terminated, truncated)
-
-    def _drop(self, action: int) -> float:
-        """Drops a component and returns the shaping reward for it."""
-        component, before = self.shape.components[action], self._mask
-        self._mask = before.drop(component)
-        if not self._shaping or self._mask == before:
-            return 0.0
-        rise = self.importance.loss_after(before, component.name) - self.importance.loss(before)
-        return -self._shaping * rise
+        if action < len(components):
+            self._mask = self._mask.drop(components[action])
+        terminated = action == len(components) or not self._mask.kept
+        truncated = not terminated and self._steps >= 2 * len(components)
+        return Move(terminated, truncated)

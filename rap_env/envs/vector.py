@@ -1,10 +1,9 @@
-"""Vector environments: many pruning environments whose masks are judged together."""
+"""Vector environments: many pruning environments whose masks are evaluated together."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
@@ -14,7 +13,7 @@ from rap_env.envs.sequential import SequentialPruningEnv
 
 
 class PruningVectorEnv(VectorEnv):
-    """N `rap/Pruning-v0` whose masks are judged in one call, which runs what they have in common in front only once.
+    """N `rap/Pruning-v0` whose masks are evaluated in one call, which runs what they have in common in front only once.
 
         envs = gymnasium.make_vec("rap/Pruning-v0", num_envs=16)  # further arguments: those of the single environment
         observations, infos = envs.reset(seed=0)
@@ -27,13 +26,13 @@ class PruningVectorEnv(VectorEnv):
     **Actions and observations.** Those of the single environment, stacked: actions [N, n], observations a `Dict` of
     [N, 1] and [N, n]. `single_action_space` and `single_observation_space` are one environment's.
 
-    **Judging.** `step` calls `PruningProblem.evaluate_many` once, with the masks of all episodes that end in it. Equal
-    masks are measured once, known ones not at all. If the evaluation budget does not cover the new ones,
+    **Evaluations.** `step` calls `PruningProblem.evaluate_many` once, with the masks of all episodes that end in it. Equal
+    masks are measured once, known ones not at all. If the token budget does not cover the new ones,
     `SearchExhausted` is raised before anything is measured; the step is lost, so reset before going on.
 
     **Autoreset** is `AutoresetMode.SAME_STEP`: where an episode ends, `step` returns its reward and flags together with
     the next episode's first observation. With `NEXT_STEP` every second step of these one-step episodes would only
-    reset: it would ignore the actions, judge nothing, and fill half of a rollout with empty transitions.
+    reset: it would ignore the actions, evaluate nothing, and fill half of a rollout with empty transitions.
 
     **Infos.** Gymnasium's form: `infos[key]` holds the N values of a key of the single environment's info (where that
     is a dictionary, a dictionary of such arrays), and `infos["_" + key]` [N] tells which environments gave one. Where
@@ -91,7 +90,7 @@ class PruningVectorEnv(VectorEnv):
         return self._stack(observations), infos
 
     def step(self, actions: np.ndarray):
-        """Acts in every environment, judges the masks of the episodes that end, and starts the next ones.
+        """Acts in every environment, evaluates the masks of the episodes that end, and starts the next ones.
 
         Args:
             actions: One action for each environment.
@@ -100,13 +99,13 @@ class PruningVectorEnv(VectorEnv):
             Observations, rewards [N] float64, terminations [N] bool, truncations [N] bool, infos.
 
         Raises:
-            ResetNeeded: There was no reset yet.
+            ResetNeeded: There was no reset yet, or an earlier step was cut off.
             ValueError: There are not N actions.
-            SearchExhausted: The evaluation budget does not cover the masks; none was measured.
+            SearchExhausted: The token budget does not cover the masks; none was measured.
         """
-        if self.envs[0].scenario is None:
-            raise ResetNeeded("call reset before the first step")
         self._check_length("actions", actions)
+        for env in self.envs:
+            env.check_running()
         moves = [env.act(action) for env, action in zip(self.envs, actions, strict=True)]
         ended = [env for env, move in zip(self.envs, moves, strict=True) if move.ends_episode]
         outcomes = iter(self.problem.evaluate_many([env.case for env in ended]))
@@ -154,7 +153,7 @@ class PruningVectorEnv(VectorEnv):
 class SequentialPruningVectorEnv(PruningVectorEnv):
     """N `rap/SequentialPruning-v0`; as `PruningVectorEnv`, with actions [N] of 0 to n.
 
-    Most steps end no episode and so judge nothing. Masks are judged together when episodes end in the same step.
+    Most steps end no episode and so evaluate nothing. Masks are evaluated together when episodes end in the same step.
     """
 
     single_class = SequentialPruningEnv

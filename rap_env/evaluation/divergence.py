@@ -1,14 +1,11 @@
 """How far a masked model's predictions are from the dense model's, over windows of text."""
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch.nn import functional
 
-from rap_env.evaluation.perplexity import TextEvaluator, window_batches, window_means
+from rap_env.evaluation.perplexity import TextEvaluator
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import PruningMask
 
 _TILE_ROWS, _TILE_WORDS = 512, 2048  # of each model's float32 logits that are alive at once, in all lanes
 
@@ -18,12 +15,12 @@ def token_divergences(llm: SwitchableLLM, dense: torch.Tensor, hidden: torch.Ten
 
     Args:
         llm: The model whose head is used.
-        dense: The dense model's residual stream behind the last component [B, T, H].
+        dense: The dense model's residual stream behind the last site [B, T, H].
         hidden: The masked model's [B, T, H].
     """
     rows, masked_rows = (stream[:, :-1].reshape(-1, stream.shape[-1]) for stream in (dense, hidden))
     parts = cut([1] * len(rows), n_lanes(len(rows), hidden.device))
-    tile_rows = _TILE_ROWS // len(parts)
+    tile_rows = max(1, _TILE_ROWS // len(parts))
 
     def in_tiles(part: slice) -> torch.Tensor:
         pairs = zip(rows[part].split(tile_rows), masked_rows[part].split(tile_rows), strict=True)
@@ -51,11 +48,6 @@ def _divergences(llm: SwitchableLLM, rows: torch.Tensor, masked_rows: torch.Tens
     return (dense_log.exp() * (dense_log - masked_log + torch.stack(inside, -1))).sum(-1).double()
 
 
-def dense_streams(llm: SwitchableLLM, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The dense model's residual streams behind the last component, for each batch of windows [B, T]."""
-    return [llm.run(llm.shape.components, *llm.open_stream(batch)) for batch in batches]
-
-
 class DivergenceEvaluator(TextEvaluator):
     """Divergence from the dense model over fixed windows, at the positions that a perplexity is measured at.
 
@@ -68,18 +60,20 @@ class DivergenceEvaluator(TextEvaluator):
 
     def __init__(self, windows: torch.Tensor, name: str) -> None:
         super().__init__(windows, name)
-        self._dense: dict[str, list[torch.Tensor]] = {}  # of the model with this digest
+        self.setup_tokens = windows.numel()
+        self._dense: tuple[SwitchableLLM, dict[int, torch.Tensor]] | None = None  # of each batch's first window
 
-    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
+    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1, held_streams: int = 0) -> int:
         kept_bytes = self.windows.numel() * llm.shape.bytes_per_parameter * llm.shape.hidden_size
-        return super().peak_bytes(llm, n_masks) + kept_bytes
+        return super().peak_bytes(llm, n_masks, held_streams) + kept_bytes
 
-    def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
-        batches = window_batches(llm, self.windows)
-        if llm.digest not in self._dense:
-            self._dense = {llm.digest: dense_streams(llm, batches)}
-        dense = self._dense[llm.digest]
-        return window_means(llm, batches, masks, lambda hidden, number: token_divergences(llm, dense[number], hidden))
+    def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
+        if self._dense is None or self._dense[0] is not llm:
+            self._dense = llm, {}
+        dense = self._dense[1]
+        if batch.start not in dense:
+            dense[batch.start] = llm.run(llm.shape.sites, *self.open_streams(llm, batch))
+        return token_divergences(llm, dense[batch.start], hidden)
 
     def metrics(self, mean: float) -> dict[str, float]:
         return {"divergence": mean}

@@ -1,4 +1,4 @@
-"""What every evaluator is: it judges masked models, many at once."""
+"""What every evaluator is: it scores masked models, many at once."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,14 @@ from rap_env.mask import PruningMask
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good a model is. Equality ignores the time it took.
+    """How good a model is. Equality ignores what it cost.
 
     Attributes:
         score: The one number that searches compare; higher is better.
         tasks: For each task its metrics by name, and `items`, the number of items behind them.
         tokens: Tokens that were forwarded.
-        seconds: Wall-clock time; of several that were judged at once, the time since the one before.
+        seconds: Wall-clock time when it was measured; of several that were evaluated at once, the time since the one
+            before.
     """
 
     score: float
@@ -31,20 +32,35 @@ class Evaluation:
 
 
 class Evaluator(Protocol):
-    """Judges masked models; deterministic, so that its results may be stored."""
+    """Scores masked models; deterministic, so that its results may be stored.
+
+    Attributes:
+        name: What reports call it.
+        setup_tokens: Tokens that it forwards once, before its first evaluation of a model.
+    """
+
+    name: str
+    setup_tokens: int = 0
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Everything a result depends on besides the model: items, metric, library versions."""
+        """What a result depends on besides model, mask, machine and engine: its kind and name, the items, the metric."""
+
+    def tokens(self, llm: SwitchableLLM) -> int:
+        """Tokens that evaluating one mask forwards."""
 
     def evaluate_many(
-        self, llm: SwitchableLLM, masks: Sequence[PruningMask]
+        self, llm: SwitchableLLM, masks: Sequence[PruningMask], near: PruningMask | None = None
     ) -> Iterator[tuple[PruningMask, Evaluation]]:
-        """Judges distinct masks, whatever mask is applied; each is yielded as soon as it is finished, in any order."""
+        """Evaluates distinct masks, whatever mask is applied; each is yielded as soon as it is finished, in any order.
 
-    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
-        """Predicted peak of what judging takes beside the weights, when so many masks are judged together."""
+        Args:
+            llm: The model.
+            masks: What it is evaluated with.
+            near: A mask that these and those of coming calls differ little from: what it has in common with them in
+                front may be kept until the next call.
+        """
 
     def evaluate(self, llm: SwitchableLLM) -> Evaluation:
-        """Judges the model with the mask that is applied."""
+        """Evaluates the model with the mask that is applied."""
         return next(iter(self.evaluate_many(llm, [llm.mask])))[1]

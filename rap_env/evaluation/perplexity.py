@@ -3,19 +3,20 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
-from typing import Self
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from rap_env.errors import EvaluationFailed, InvalidWorkload
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
+from rap_env.llm.held import HeldStreams
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.memory.working import working_bytes
 
 BATCH_TOKENS = 4096  # forwarded at once
+_LARGEST_LOSS = 700.0  # exp(709.8) is the largest float
 _TILE_ROWS, _TILE_WORDS = 1024, 2048  # of the float32 logits that are alive at once, in all lanes
 
 
@@ -43,7 +44,7 @@ def token_losses(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tens
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = input_ids[:, 1:].reshape(-1)
     parts = cut([1] * len(targets), n_lanes(len(targets), hidden.device))
-    tile_rows = _TILE_ROWS // len(parts)
+    tile_rows = max(1, _TILE_ROWS // len(parts))
     losses = in_lanes(lambda part: _losses(llm, states[part], targets[part], tile_rows), parts)
     return torch.cat(losses).view(len(input_ids), -1)
 
@@ -74,61 +75,37 @@ def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, til
     return torch.cat(losses)
 
 
-def window_batches(llm: SwitchableLLM, windows: torch.Tensor, batch_tokens: int = BATCH_TOKENS) -> list[torch.Tensor]:
-    """Windows [N, T] on the model's device, in parts that are forwarded at once."""
-    return list(windows.to(llm.device).split(max(1, batch_tokens // windows.shape[1])))
-
-
-def window_means(
-    llm: SwitchableLLM,
-    batches: Sequence[torch.Tensor],
-    masks: Sequence[PruningMask],
-    measure: Callable[[torch.Tensor, int], torch.Tensor],
-) -> Iterator[tuple[PruningMask, list[float]]]:
-    """Mean over the tokens of each window under each of several distinct masks, whatever mask is applied.
-
-    Args:
-        llm: The model.
-        batches: What `window_batches` made of the windows.
-        masks: What it is judged with.
-        measure: From the residual stream behind the last component [B, T, H], and the number of its batch, to a number
-            for every token but one of each window [B, T - 1].
-    """
-    means: dict[PruningMask, list[float]] = {mask: [] for mask in masks}
-    for number, batch in enumerate(batches):
-        for mask, hidden in llm.run_masks(masks, *llm.open_stream(batch)):
-            means[mask] += measure(hidden, number).mean(1).tolist()
-            if number == len(batches) - 1:
-                yield mask, means[mask]
-
-
-def window_losses(
-    llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], batch_tokens: int = BATCH_TOKENS
-) -> Iterator[tuple[PruningMask, list[float]]]:
-    """Mean loss of each window [N, T] under each of several distinct masks, whatever mask is applied."""
-    batches = window_batches(llm, windows, batch_tokens)
-    return window_means(llm, batches, masks, lambda hidden, number: token_losses(llm, hidden, batches[number]))
-
-
 class TextEvaluator(Evaluator):
-    """Judges by what is measured over fixed windows of text; the score is minus the mean over the windows.
+    """Evaluates by what is measured over fixed windows of text; the score is minus the mean over all scored tokens.
+
+    Shapes: N windows of T tokens, B of them in a batch, H hidden size.
 
     Args:
         windows: Tokens [N, T].
         name: What reports call the text.
+
+    Raises:
+        EvaluationFailed: There is no window, or none with a token to predict.
     """
 
     kind: str  # in the identity
 
     def __init__(self, windows: torch.Tensor, name: str) -> None:
+        if windows.dim() != 2 or len(windows) < 1 or windows.shape[1] < 2:
+            raise EvaluationFailed(
+                f"expected at least one window of at least 2 tokens of {name!r}; got a shape of {list(windows.shape)}"
+            )
         self.windows, self.name = windows, name
+        self._held: tuple[SwitchableLLM, list[HeldStreams]] | None = None
 
-    def part(self, members: Sequence[int]) -> Self:
-        """The same judge on some of its windows."""
-        return type(self)(self.windows[torch.as_tensor(members)], self.name)
+    def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
+        """A number for every token but the first of each window [B, T - 1], lower is better.
 
-    def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
-        """A number for each window under each mask; lower is better."""
+        Args:
+            llm: The model whose head is used.
+            hidden: The residual stream behind the last site [B, T, H].
+            batch: Which windows these are.
+        """
         raise NotImplementedError
 
     def metrics(self, mean: float) -> dict[str, float]:
@@ -137,25 +114,64 @@ class TextEvaluator(Evaluator):
 
     @property
     def identity(self) -> dict:
-        libraries = {library: version(library) for library in ("torch", "transformers")}
-        return {"evaluator": self.kind, "windows": tokens_digest(self.windows), "versions": libraries}
+        return {"evaluator": self.kind, "name": self.name, "windows": tokens_digest(self.windows)}
 
-    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
-        n_windows, tokens = self.windows.shape
-        at_once = tokens * min(n_windows, max(1, BATCH_TOKENS // tokens))
-        held_streams = 2 + max(1, n_masks).bit_length()  # what `run_masks` was given, what it gave last, what it holds
-        return working_bytes(llm.shape, at_once, held_streams, head_rows(llm.shape))
+    def tokens(self, llm: SwitchableLLM) -> int:
+        return self.windows.numel()
+
+    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1, held_streams: int = 0) -> int:
+        """Predicted peak of what evaluating takes beside the weights.
+
+        Args:
+            llm: The model.
+            n_masks: Masks that are evaluated together.
+            held_streams: Streams that are held between calls (`near`).
+        """
+        tokens = self.windows[self.batches()[0]].numel()
+        passing = 2 + max(1, n_masks).bit_length()  # what `run_masks` was given, what it gave last, what waits in it
+        return working_bytes(llm.shape, tokens, passing + held_streams, head_rows(llm.shape))
+
+    def batches(self) -> list[slice]:
+        """Windows that are forwarded at once."""
+        n_windows, size = len(self.windows), max(1, BATCH_TOKENS // self.windows.shape[1])
+        return [slice(first, min(first + size, n_windows)) for first in range(0, n_windows, size)]
+
+    def open_streams(self, llm: SwitchableLLM, batch: slice) -> tuple[torch.Tensor, dict]:
+        """The residual stream in front of the first site, with its context.
+
+        Raises:
+            InvalidWorkload: The windows are longer than the model's context.
+        """
+        if self.windows.shape[1] > llm.shape.context_tokens:
+            raise InvalidWorkload(
+                f"{self.name!r} has windows of {self.windows.shape[1]:,} tokens; the model's context is"
+                f" {llm.shape.context_tokens:,}"
+            )
+        return llm.open_stream(self.windows[batch].to(llm.device))
 
     def evaluate_many(
-        self, llm: SwitchableLLM, masks: Sequence[PruningMask]
+        self, llm: SwitchableLLM, masks: Sequence[PruningMask], near: PruningMask | None = None
     ) -> Iterator[tuple[PruningMask, Evaluation]]:
-        started = time.perf_counter()
-        for mask, values in self.measure(llm, masks):
-            mean = sum(values) / len(values)
-            metrics = self.metrics(mean) | {"items": len(values)}
-            finished = time.perf_counter()
-            yield mask, Evaluation(-mean, {self.name: metrics}, self.windows.numel(), finished - started)
-            started = finished
+        started, sums, batches = time.perf_counter(), dict.fromkeys(masks, 0.0), self.batches()
+        n_scored = len(self.windows) * (self.windows.shape[1] - 1)
+        for number, batch in enumerate(batches):
+            held = None if near is None else self._held_streams(llm, near)[number]
+            hidden, context = self.open_streams(llm, batch) if held is None else (held.first, held.context)
+            for mask, stream in llm.run_masks(masks, hidden, context, held):
+                sums[mask] += self.measure(llm, stream, batch).sum().item()
+                if number == len(batches) - 1:
+                    mean = sums[mask] / n_scored
+                    metrics = self.metrics(mean) | {"items": len(self.windows)}
+                    finished = time.perf_counter()
+                    yield mask, Evaluation(-mean, {self.name: metrics}, self.windows.numel(), finished - started)
+                    started = finished
+
+    def _held_streams(self, llm: SwitchableLLM, near: PruningMask) -> list[HeldStreams]:
+        if self._held is None or self._held[0] is not llm:
+            self._held = llm, [HeldStreams(llm, *self.open_streams(llm, batch)) for batch in self.batches()]
+        for held in self._held[1]:
+            held.move_to(near)
+        return self._held[1]
 
 
 class PerplexityEvaluator(TextEvaluator):
@@ -167,8 +183,9 @@ class PerplexityEvaluator(TextEvaluator):
 
     kind = "perplexity"
 
-    def measure(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[float]]]:
-        return window_losses(llm, self.windows, masks)
+    def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
+        return token_losses(llm, hidden, self.windows[batch].to(llm.device))
 
     def metrics(self, mean: float) -> dict[str, float]:
-        return {"loss": mean, "perplexity": math.exp(mean)}
+        """The loss, and the perplexity unless that is beyond a float's range."""
+        return {"loss": mean} | ({"perplexity": math.exp(mean)} if mean < _LARGEST_LOSS else {})

@@ -1,4 +1,4 @@
-"""Predicts scores of masks that were never judged, from those that were."""
+"""Predicts scores of masks that were never evaluated, from those that were."""
 
 import math
 import warnings
@@ -31,10 +31,10 @@ class ScorePredictor:
     of masks; a process needs tens, and knows what it does not know.
 
     Args:
-        scores: Judged masks, at least two; the best of them stands for the dense one.
+        scores: Evaluated masks, at least two; the best of them stands for the dense one.
         settled: A predictor of the same model whose kernel is taken over instead of being fitted.
         losses: Calibration losses of further masks, of a ranking for instance. A line through the masks that have both
-            turns them into scores, and what it leaves unexplained is their noise. Those below all judged scores are
+            turns them into scores, and what it leaves unexplained is their noise. Those below all evaluated scores are
             left out; without three masks that have both, or where scores do not fall with losses, none tells anything.
     """
 
@@ -45,27 +45,27 @@ class ScorePredictor:
         losses: Mapping[PruningMask, float] | None = None,
     ) -> None:
         if len(scores) < 2:
-            raise ValueError(f"expected at least two judged masks; got {len(scores)}")
-        told = _told_by(losses or {}, scores)
-        self._best = max([*scores.values(), *told.values()])
-        costs, told_costs = self._costs(scores), self._costs(told)
-        errors = [told_costs.pop(mask) - cost for mask, cost in costs.items() if mask in told_costs]
+            raise ValueError(f"expected at least two evaluated masks; got {len(scores)}")
+        hinted = _hinted_by(losses or {}, scores)
+        self._best = max([*scores.values(), *hinted.values()])
+        costs, hinted_costs = self._costs(scores), self._costs(hinted)
+        errors = [hinted_costs.pop(mask) - cost for mask, cost in costs.items() if mask in hinted_costs]
         worst = max(costs.values())
-        told_costs = {mask: cost for mask, cost in told_costs.items() if cost <= worst}
-        values = np.array([*costs.values(), *told_costs.values()])
+        hinted_costs = {mask: cost for mask, cost in hinted_costs.items() if cost <= worst}
+        values = np.array([*costs.values(), *hinted_costs.values()])
         noise = np.mean(np.square(errors)) / values.var() if errors else 0.0
-        self._n_judged = len(costs)
+        self._n_evaluated = len(costs)
         kernel = settled._process.kernel_ if settled else _KERNEL + _NOISE
         self._process = GaussianProcessRegressor(
             kernel,
-            alpha=np.repeat([_JITTER, _JITTER + noise], [len(costs), len(told_costs)]),
+            alpha=np.repeat([_JITTER, _JITTER + noise], [len(costs), len(hinted_costs)]),
             optimizer=None if settled else "fmin_l_bfgs_b",
             normalize_y=True,
             random_state=0,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # a bound of the kernel's sizes was met
-            self._process.fit(_features([*costs, *told_costs]), values)
+            self._process.fit(_features([*costs, *hinted_costs]), values)
 
     def _costs(self, scores: Mapping[PruningMask, float]) -> dict[PruningMask, float]:
         return {mask: math.log1p(self._best - score) for mask, score in scores.items()}
@@ -92,23 +92,23 @@ class ScorePredictor:
 
     @property
     def leave_one_out_error(self) -> float:
-        """Mean absolute error of log(1 + dense score - score) for each judged mask, predicted from all others.
+        """Mean absolute error of log(1 + dense score - score) for each evaluated mask, predicted from all others.
 
         Follows from the fitted process without fitting it again (Rasmussen and Williams 2006, equation 5.12).
         """
         process = self._process
         inverse = np.linalg.inv(process.L_ @ process.L_.T)
-        errors = np.abs(process.alpha_.ravel() / np.diag(inverse))[: self._n_judged]
+        errors = np.abs(process.alpha_.ravel() / np.diag(inverse))[: self._n_evaluated]
         return float(errors.mean() * process._y_train_std)
 
 
-def _told_by(losses: Mapping[PruningMask, float], scores: Mapping[PruningMask, float]) -> dict[PruningMask, float]:
+def _hinted_by(losses: Mapping[PruningMask, float], scores: Mapping[PruningMask, float]) -> dict[PruningMask, float]:
     """What a line makes of calibration losses as scores, for all masks that have one; empty if it says nothing."""
     both = [mask for mask in losses if mask in scores]
-    known, judged = (np.array([values[mask] for mask in both]) for values in (losses, scores))
+    known, evaluated = (np.array([values[mask] for mask in both]) for values in (losses, scores))
     if len(both) < _LEAST_SHARED or np.ptp(known) == 0.0:
         return {}
-    slope, level = np.polyfit(known, judged, 1)
+    slope, level = np.polyfit(known, evaluated, 1)
     return {mask: slope * loss + level for mask, loss in losses.items()} if slope < 0.0 else {}
 
 
@@ -116,7 +116,7 @@ def _features(masks: Sequence[PruningMask]) -> np.ndarray:
     """What is dropped, bit by bit and around every layer for each kind and width, [N, features]."""
     components = masks[0].components
     dropped = 1.0 - np.array([mask.keep for mask in masks], dtype=float)
-    layers, kinds = (np.array([getattr(component, name) for component in components]) for name in ("layer", "kind"))
+    layers, kinds = (np.array([getattr(row.site, name) for row in components]) for name in ("layer", "kind"))
     depths = np.arange(layers.max() + 1)
     columns = [dropped]
     for width in _WIDTHS:

@@ -1,42 +1,60 @@
 """Block influence: how much a part of the model turns the residual stream."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn import functional
 
+from rap_env.evaluation.claims import measured_once
+from rap_env.evaluation.identity import engine_identity
+from rap_env.evaluation.meter import Meter
+from rap_env.evaluation.perplexity import TextEvaluator
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import Component
+from rap_env.mask import Site
 
 
-def block_influence(llm: SwitchableLLM, windows: torch.Tensor, parts: Sequence[Sequence[Component]]) -> list[float]:
+def block_influence(meter: Meter, parts: Sequence[Sequence[Site]]) -> list[float]:
     """Measures 1 - cosine(hidden state in, hidden state out), mean over all tokens (ShortGPT, arXiv 2403.03853).
 
-    One forward of the dense model measures all parts. In bfloat16 a cosine near 1 would be rounded to steps of 0.004,
-    so that parts would tie: cosines are taken in float32.
+    One forward of the dense model measures all parts; it is paid for and kept in the store as an evaluation is.
 
     Args:
-        llm: The model, whatever mask is applied to it.
-        windows: Calibration tokens [N, T].
-        parts: All components of the model in its own order, grouped: whole layers, or single components.
+        meter: Its evaluator's windows are what is forwarded.
+        parts: All sites of the model in its own order, grouped: whole layers, or single sites.
 
     Returns:
         The influence of each part, between 0 and 2.
 
     Raises:
-        ValueError: The parts are not all components in model order.
+        ValueError: The parts are not all sites in model order, or the meter does not evaluate by text.
+        SearchExhausted: The token budget does not cover it.
     """
-    components = tuple(component for part in parts for component in part)
-    if components != llm.shape.components:
+    llm, evaluator = meter.llm, meter.evaluator
+    if not isinstance(evaluator, TextEvaluator):
+        raise ValueError(f"block influence needs windows of text; got {type(evaluator).__name__}")
+    if tuple(site for part in parts for site in part) != llm.shape.sites:
+        n_sites = sum(map(len, parts))
         raise ValueError(
-            f"expected parts that are the model's {len(llm.shape.components)} components in order;"
-            f" got {len(components)} components in {len(parts)} parts"
+            f"expected parts that are the model's {len(llm.shape.sites)} sites in order;"
+            f" got {n_sites} sites in {len(parts)} parts"
         )
-    hidden, context = llm.open_stream(windows.to(llm.device))
-    influences = []
-    for part in parts:
-        behind = llm.run(part, hidden, context)
-        cosine = functional.cosine_similarity(hidden.float(), behind.float(), dim=-1)  # [N, T]
-        influences.append(1.0 - cosine.mean().item())
-        hidden = behind
-    return influences
+
+    def measure(_indices: Sequence[int]) -> Iterator[tuple[int, dict]]:
+        yield 0, {"influences": _influences(llm, evaluator, parts)}
+
+    names = [[site.name for site in part] for part in parts]
+    identity = engine_identity(llm) | {"kind": "block influence", "parts": names, "text": dict(evaluator.identity)}
+    meter.budget.spend(meter.owner, [f"block influence of {len(parts)} parts"], evaluator.windows.numel())
+    return measured_once(meter.store, [identity], measure)[0][0]["influences"]
+
+
+def _influences(llm: SwitchableLLM, evaluator: TextEvaluator, parts: Sequence[Sequence[Site]]) -> list[float]:
+    """In bfloat16 a cosine near 1 would be rounded to steps of 0.004, so that parts would tie: float32 it is."""
+    sums = torch.zeros(len(parts), dtype=torch.float64)
+    for batch in evaluator.batches():
+        hidden, context = evaluator.open_streams(llm, batch)
+        for number, part in enumerate(parts):
+            behind = llm.run(part, hidden, context)
+            sums[number] += functional.cosine_similarity(hidden.float(), behind.float(), dim=-1).double().sum().cpu()
+            hidden = behind
+    return (1.0 - sums / evaluator.windows.numel()).tolist()

@@ -5,21 +5,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rap_env.errors import MemoryBoundTooSmall
-from rap_env.evaluation.perplexity import head_rows
+from rap_env.evaluation.meter import Meter, TokenBudget
+from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds, price
-from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import bytes_by_name
-from rap_env.memory.working import streams_within, working_bytes
 from rap_env.memory.workload import Workload
 
-_PASSING_STREAMS = (
-    3  # alive beside the held ones: what waits where masks part, what a run starts from, and the last result
-)
+CALIBRATION = "calibration"  # what evaluators on calibration windows are called
 
 
 @dataclass(frozen=True)
@@ -28,18 +24,16 @@ class ImportanceRanking:
 
     Attributes:
         order: Names of all components; the first `len(losses)` were removed in this order, the others follow by
-            their last trial.
+            what was measured of them last.
         losses: Calibration loss after each removal.
         dense_loss: Calibration loss of the dense model.
         increases: For each component, by how much the loss of the dense model rises without it. The lazy rule knows
             the least important third of them from all windows and others from the sketch; the half of the greatest
             block influence it takes for proportional to that. Empty without any round.
         known: Losses of all masks that were measured on all windows, the dense one among them.
-        evaluations: Trials that the rule asked for, wholly or on the sketch only.
-        tokens: Tokens of these trials.
-        component_executions: Sub-blocks that were run for them when they were measured.
-        seconds: Time that they took then.
-        peak_bytes: Predicted peak of what the trials need beside the weights.
+        evaluations: Masks that the rule asked about, wholly or on the sketch only.
+        tokens: Tokens that it paid for.
+        seconds: Time that the evaluations took when they were measured.
     """
 
     order: tuple[str, ...]
@@ -48,30 +42,21 @@ class ImportanceRanking:
     increases: Mapping[str, float]
     known: Mapping[PruningMask, float] = field(compare=False)
     evaluations: int
-    tokens: int
-    component_executions: int = field(compare=False)
+    tokens: int = field(compare=False)
     seconds: float = field(compare=False)
-    peak_bytes: int = field(compare=False)
 
     def per_byte(self, shape, workload: Workload) -> tuple[str, ...]:
         """Names from the least to the most loss for each byte that dropping the component frees at a workload.
 
-        Takes the increases of the dense model as they are, so it costs no trial. To rank by loss per byte on the
+        Takes the increases of the dense model as they are, so it costs no evaluation. To rank by loss per byte on the
         shrinking model, give `greedy_sequential_importance` the workload.
 
         Args:
             shape: The model's `ModelShape`.
-            workload: The request batch; long ones make attentions dear to keep, short ones MLPs.
+            workload: The request batch; long ones make attentions expensive to keep, short ones MLPs.
         """
         freed = bytes_by_name(shape, workload)
         return tuple(sorted(self.increases, key=lambda name: price(self.increases[name], freed[name])))
-
-
-def _streams_to_hold(shape, tokens: int, memory_bytes: int) -> int:
-    least = working_bytes(shape, tokens, 1 + _PASSING_STREAMS, head_rows(shape))
-    if memory_bytes < least:
-        raise MemoryBoundTooSmall(memory_bytes, least, tokens)
-    return streams_within(shape, tokens, memory_bytes, head_rows(shape)) - _PASSING_STREAMS
 
 
 def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything but the first two by name
@@ -82,33 +67,34 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
     store: ResultStore | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     workload: Workload | None = None,
-    memory_bytes: int | None = None,
+    budget: TokenBudget | None = None,
 ) -> ImportanceRanking:
     """Ranks components by greedy removal (RAP, arXiv 2505.17138; the same order as BlockPruner, arXiv 2406.10594).
 
     Each round removes the component whose absence gives the lowest loss. The exact rule tries every kept component in
-    every round: n (n + 1) / 2 trials for a full ranking of n. The lazy rule tries only what looks least important; see
-    `rap_env.importance.lazy`.
+    every round: n (n + 1) / 2 evaluations for a full ranking of n. The lazy rule tries only what looks least important;
+    see `rap_env.importance.lazy`.
 
     Args:
         llm: The model.
         windows: Calibration tokens [N, T].
-        removals: Rounds; None removes everything. Components that are left are ranked by their last trials.
+        removals: Rounds; None removes everything. Components that are left are ranked by what was measured last.
         exact: Whether every round tries every kept component on all windows; otherwise the lazy rule.
-        store: Keeps finished trials; the same call goes on after a kill, and other calls reuse them.
+        store: Keeps finished evaluations; the same call goes on after a kill, and other calls reuse them.
         progress: Called with (rounds done, rounds in all).
         workload: Ranks by loss increase for each byte that the removal frees at this workload; None ranks by loss.
-        memory_bytes: Bound of what the trials need beside the weights; None for no bound. A low bound costs time.
+        budget: Tokens that may be spent; None for any number.
 
     Raises:
-        MemoryBoundTooSmall: The bound does not cover one forward of the windows.
+        SearchExhausted: The token budget does not cover the ranking.
+        EvaluationFailed: There are no windows, or a loss is not a finite number.
+        InvalidWorkload: The windows are longer than the model's context.
     """
+    budget = TokenBudget() if budget is None else budget
+    spent_before = budget.spent
     freed = bytes_by_name(llm.shape, workload) if workload else {c.name: 1 for c in llm.shape.components}
-    held_streams = 1 if exact else len(freed) + 1  # the exact rule goes down the trie from the embedding each round
-    if memory_bytes is not None:
-        held_streams = min(held_streams, _streams_to_hold(llm.shape, windows.numel(), memory_bytes))
-    parts = [windows] if exact else split_windows(windows)
-    meters = [RemovalMeter(llm, part, store, held_streams) for part in parts]
+    parts = [windows] if exact or len(windows) < 2 else split_windows(windows)
+    meters = [Meter(llm, PerplexityEvaluator(part, CALIBRATION), store, budget) for part in parts]
     rounds = ExactRounds(*meters, freed=freed) if exact else LazyRounds(*meters, freed=freed)
     n_rounds = len(freed) if removals is None else min(removals, len(freed))
     dense_loss, removed = rounds.loss, []
@@ -122,8 +108,6 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
         increases=rounds.first_increases,
         known=rounds.known,
         evaluations=len(rounds.tried),
-        tokens=rounds.tokens,
-        component_executions=sum(trial.component_executions for trial in rounds.costs),
-        seconds=sum(trial.seconds for trial in rounds.costs),
-        peak_bytes=working_bytes(llm.shape, windows.numel(), held_streams + _PASSING_STREAMS, head_rows(llm.shape)),
+        tokens=budget.spent - spent_before,
+        seconds=rounds.seconds,
     )

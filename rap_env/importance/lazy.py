@@ -1,13 +1,14 @@
-"""The lazy rule: most of a round's trials can only confirm what earlier trials say, so they are not made."""
+"""The lazy rule: most of a round's evaluations can only confirm what earlier ones say, so they are not made."""
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 
 import torch
 
+from rap_env.evaluation.meter import Meter
+from rap_env.importance.block_influence import block_influence
 from rap_env.importance.rounds import Removal, Rounds, price
-from rap_env.importance.trials import RemovalMeter
 
 # Part of the windows that a component is looked at first.
 _SKETCH = 0.5
@@ -34,7 +35,7 @@ class LazyRounds(Rounds):
     component still looks least important the other windows follow. The loss after a removal is that of all windows.
 
     The first round does not look at the components of the greatest block influence. Until they are looked at, as
-    neighbours of a removal or because all others are dearer by now, their increases are taken for proportional to it.
+    neighbours of a removal or because all others cost more by now, their increases are taken for proportional to it.
 
     Args:
         sketch: Measures the first windows.
@@ -42,25 +43,24 @@ class LazyRounds(Rounds):
         freed: What dropping each component is worth.
     """
 
-    def __init__(self, sketch: RemovalMeter, rest: RemovalMeter | None = None, *, freed: Mapping[str, int]) -> None:
-        super().__init__(sketch.llm, freed)
+    def __init__(self, sketch: Meter, rest: Meter | None = None, *, freed: Mapping[str, int]) -> None:
+        super().__init__(sketch.llm.shape, freed)
         self._sketch, self._rest = sketch, rest
-        self._sketch_loss = sketch.trial(self.mask).loss
-        self.loss = self._mean(self._sketch_loss, rest.trial(self.mask).loss if rest else 0.0)
-        self.known[self.mask] = self.loss
+        self._sketch_loss, *rest_loss = (-meter.evaluate([self.mask])[0].score for meter in (sketch, rest) if meter)
+        self.loss = self.known[self.mask] = self._mean(self._sketch_loss, *rest_loss)
         self._sketched: dict[str, float] = {}  # increases on the sketch alone, when they were measured last
         self._slack: dict[str, float] = {}  # by how much an increase may be lower than it is thought to be
         self._errors: deque[float] = deque(maxlen=_ERRORS)
 
     def remove_least_important(self) -> Removal:
-        sketched: dict[str, float] = {}  # losses of this round's trials
+        sketched: dict[str, float] = {}  # losses of this round's masks
         complete: dict[str, float] = {}
         if not self.increases:
             self._first_round(sketched, complete)
         while (name := self._cheapest()) not in complete:
             if name not in sketched:
-                trial = self._sketch.trial(self.mask, self.mask.components[self.mask.position(name)])
-                sketched[name] = self._look(name, self._count(name, trial, self._sketch))
+                sketched |= self._losses(self._sketch, [name], near=self.mask)
+                self._look(name, sketched[name])
             else:
                 complete[name] = self._complete(name, sketched[name])
         self._widen_slack(name, complete[name] - self.loss)
@@ -69,21 +69,30 @@ class LazyRounds(Rounds):
         return Removal(name, self.loss)
 
     def _first_round(self, sketched: dict[str, float], complete: dict[str, float]) -> None:
-        influences = self._sketch.influences()
+        influences = self._influences()
         ranked = sorted(influences, key=lambda name: price(influences[name], self._freed[name]))
         n_looked = math.ceil(_SCREENED_IN * len(ranked))
         looked, screened = ranked[:n_looked], ranked[n_looked:]
-        trials = self._sketch.trials_of([self.mask.drop(name) for name in looked])
-        for name, trial in zip(looked, trials.values(), strict=True):
-            sketched[name] = self._look(name, self._count(name, trial, self._sketch))
+        sketched |= self._losses(self._sketch, looked)
+        for name in looked:
+            self._look(name, sketched[name])
         for name in sorted(looked, key=self._price)[: round(_FIRST_ROUND * len(ranked))]:
             complete[name] = self._complete(name, sketched[name])
         self._slack |= {name: self._sketch_error for name in looked if name not in complete}
-        dearest = max(looked, key=self._price)
+        most = max(looked, key=self._price)
         for name in screened:
-            self.increases[name] = max(0.0, self.increases[dearest]) * influences[name] / influences[dearest]
+            # A component that does nothing has an influence of 0: then nothing is known of the others, and 0 is cautious.
+            scale = influences[name] / influences[most] if influences[most] > 0.0 else 0.0
+            self.increases[name] = max(0.0, self.increases[most]) * scale
             self._slack[name] = 0.0
         self.first_increases = dict(self.increases)
+
+    def _influences(self) -> dict[str, float]:
+        """Block influence of every component's site on the sketch, shared evenly by the parts of a site."""
+        sites = self._sketch.llm.shape.sites
+        of_sites = dict(zip(sites, block_influence(self._sketch, [[site] for site in sites]), strict=True))
+        n_parts = Counter(component.site for component in self.mask.components)
+        return {c.name: of_sites[c.site] / n_parts[c.site] for c in self.mask.components}
 
     def _widen_slack(self, removed: str, rise: float) -> None:
         kept = [component.name for component in self.mask.kept]
@@ -92,19 +101,16 @@ class LazyRounds(Rounds):
         for name in kept:
             self._slack[name] += math.inf if name in neighbours else _SLACK * max(0.0, rise)
 
-    def _look(self, name: str, sketch_loss: float) -> float:
+    def _look(self, name: str, sketch_loss: float) -> None:
         sketched = sketch_loss - self._sketch_loss
         known_error = self.increases[name] - self._sketched[name] if name in self._sketched else 0.0
         self.increases[name] = sketched + known_error
         self._sketched[name] = sketched
         self._slack[name] = self._sketch_error
-        return sketch_loss
 
     def _complete(self, name: str, sketch_loss: float) -> float:
-        loss = sketch_loss
-        if self._rest:
-            trial = self._rest.trial(self.mask, self.mask.components[self.mask.position(name)])
-            loss = self._mean(sketch_loss, self._count(name, trial, self._rest))
+        rest_loss = self._losses(self._rest, [name], near=self.mask).values() if self._rest else ()
+        loss = self._mean(sketch_loss, *rest_loss)
         self.known[self.mask.drop(name)] = loss
         self._errors.append(abs(loss - self.loss - self.increases[name]))
         self.increases[name], self._slack[name] = loss - self.loss, 0.0
@@ -118,10 +124,10 @@ class LazyRounds(Rounds):
     def _cheapest(self) -> str:
         return min(self.increases, key=lambda name: price(self.increases[name] - self._slack[name], self._freed[name]))
 
-    def _mean(self, sketch_loss: float, rest_loss: float) -> float:
-        if self._rest is None:
+    def _mean(self, sketch_loss: float, rest_loss: float | None = None) -> float:
+        if rest_loss is None:
             return sketch_loss
-        sketched, rest = self._sketch.tokens_per_trial, self._rest.tokens_per_trial
+        sketched, rest = self._sketch.tokens_each, self._rest.tokens_each
         return (sketched * sketch_loss + rest * rest_loss) / (sketched + rest)
 
 

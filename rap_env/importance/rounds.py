@@ -1,10 +1,9 @@
 """Rounds of greedy removal: what each rule has in common, and the exact rule."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from rap_env.importance.trials import RemovalMeter, Trial
-from rap_env.llm.switchable import SwitchableLLM
+from rap_env.evaluation.meter import Meter
 from rap_env.mask import PruningMask
 
 
@@ -21,10 +20,10 @@ def price(increase: float, freed: float) -> float:
 
 
 class Rounds:
-    """The shrinking model of one greedy search; a subclass says which trials a round makes.
+    """The shrinking model of one greedy search; a subclass says which masks a round evaluates.
 
     Args:
-        llm: The model.
+        shape: The model's `ModelShape`.
         freed: What dropping each component is worth (bytes, or 1 each); the search minimises loss increase / worth.
 
     Attributes:
@@ -32,21 +31,19 @@ class Rounds:
         loss: Its calibration loss.
         increases: Loss increase without each component, when it was measured last.
         first_increases: The same when the first round was over.
-        tried: The masks of all trials.
+        tried: All masks that were evaluated to choose among them.
         known: Losses of the masks that were measured on all windows.
-        costs: Every measurement that the trials took.
-        tokens: Tokens of these measurements.
+        seconds: Time that the evaluations took when they were measured.
     """
 
-    def __init__(self, llm: SwitchableLLM, freed: Mapping[str, int]) -> None:
-        self.mask = PruningMask.all_kept(llm.shape)
+    def __init__(self, shape, freed: Mapping[str, int]) -> None:
+        self.mask = PruningMask.all_kept(shape)
         self.loss = 0.0
         self.increases: dict[str, float] = {}
         self.first_increases: dict[str, float] = {}
         self.tried: set[PruningMask] = set()
         self.known: dict[PruningMask, float] = {}
-        self.costs: list[Trial] = []
-        self.tokens = 0
+        self.seconds = 0.0
         self._freed = freed
 
     def remove_least_important(self) -> Removal:
@@ -63,23 +60,25 @@ class Rounds:
     def _cheapest(self) -> str:
         return min(self.increases, key=self._price)
 
-    def _count(self, name: str, trial: Trial, meter: RemovalMeter) -> float:
-        self.tried.add(self.mask.drop(name))
-        self.costs.append(trial)
-        self.tokens += meter.tokens_per_trial
-        return trial.loss
+    def _losses(self, meter: Meter, names: Sequence[str], near: PruningMask | None = None) -> dict[str, float]:
+        """Losses of the present mask without each of some components, evaluated together."""
+        masks = [self.mask.drop(name) for name in names]
+        evaluations = meter.evaluate(masks, near)
+        self.tried.update(masks)
+        self.seconds += sum(evaluation.seconds for evaluation in evaluations)
+        return {name: -evaluation.score for name, evaluation in zip(names, evaluations, strict=True)}
 
 
 class ExactRounds(Rounds):
     """Every round tries every component that is left, on all windows."""
 
-    def __init__(self, meter: RemovalMeter, *, freed: Mapping[str, int]) -> None:
-        super().__init__(meter.llm, freed)
+    def __init__(self, meter: Meter, *, freed: Mapping[str, int]) -> None:
+        super().__init__(meter.llm.shape, freed)
         self._meter = meter
-        self.loss = self.known[self.mask] = meter.trial(self.mask).loss
+        self.loss = self.known[self.mask] = -meter.evaluate([self.mask])[0].score
 
     def remove_least_important(self) -> Removal:
-        losses = {name: self._count(name, trial, self._meter) for name, trial in self._meter.trials(self.mask).items()}
+        losses = self._losses(self._meter, [component.name for component in self.mask.kept])
         self.known |= {self.mask.drop(name): loss for name, loss in losses.items()}
         self.increases = {name: loss - self.loss for name, loss in losses.items()}
         self.first_increases = self.first_increases or self.increases

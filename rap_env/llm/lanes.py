@@ -2,6 +2,7 @@
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
@@ -12,14 +13,15 @@ import torch
 Part, Result = TypeVar("Part"), TypeVar("Result")
 
 _LEAST_TOKENS = 128  # of a lane; fewer are not worth a thread
+_HERE = threading.local()  # `in_lane` is set in the threads of the pool
 
 
 def n_lanes(tokens: int, device: torch.device) -> int:
     """How many lanes a stream of so many tokens is worth: on a CPU one for each of torch's threads, elsewhere one.
 
-    Inside a lane it is one again, because there torch has one thread.
+    Inside a lane it is one.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or getattr(_HERE, "in_lane", False):
         return 1
     return max(1, min(torch.get_num_threads(), tokens // _LEAST_TOKENS))
 
@@ -41,14 +43,16 @@ def in_lanes(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Resu
 
     Args:
         work: Called with one part, in a thread of its own and the caller's inference mode.
-        parts: What the work was cut into; a single part is worked on by the caller.
+        parts: What the work was cut into; a single part is worked on by the caller, and so are all parts inside a lane,
+            which would otherwise wait for threads of its own pool.
     """
-    if len(parts) == 1:
-        return [work(parts[0])]
+    if len(parts) == 1 or getattr(_HERE, "in_lane", False):
+        return [work(part) for part in parts]
     inference, all_threads = torch.is_inference_mode_enabled(), torch.get_num_threads()
     own_threads = max(1, all_threads // len(parts))
 
     def lane(part: Part) -> Result:
+        _HERE.in_lane = True
         if torch.get_num_threads() != own_threads:
             torch.set_num_threads(own_threads)  # of this thread, and of threads that begin later
         with torch.inference_mode(inference):

@@ -4,17 +4,20 @@ import contextlib
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from rap_env.errors import InvalidMask
-from rap_env.llm.architecture import ModelShape, architecture_of, attention_window, decoder_layers, submodule
+from rap_env.llm.architecture import architecture_of, decoder_layers, submodule
 from rap_env.llm.lanes import in_lanes
-from rap_env.llm.packing import PACKED_ATTENTION, Packing, TokenTree
+from rap_env.llm.packing import Packing, TokenTree
+from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import cut_stream, join_streams
-from rap_env.mask import ATTENTION, KINDS, Component, PruningMask
+from rap_env.llm.tokenizer import tokenizer_digest
+from rap_env.mask import ATTENTION, KINDS, PruningMask, Site, kept_sites, parting
 
 # Entries of a config that say where it comes from, or what the weights' own types say already.
 _ORIGIN = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
@@ -27,16 +30,10 @@ class _StreamCaptured(Exception):
         self.hidden, self.context = hidden, context
 
 
-def _parting(masks: Sequence[PruningMask], start: int) -> int:
-    """The first position from `start` on where masks differ; behind the last component if there is none."""
-    bits = zip(*(mask.keep[start:] for mask in masks), strict=True)
-    return next((start + offset for offset, column in enumerate(bits) if len(set(column)) > 1), len(masks[0].keep))
-
-
 class SwitchableLLM:
     """A transformers causal LM that runs with any subset of its components.
 
-    A dropped component is skipped together with its norm, so it costs no compute; the attentions that stay are
+    A dropped site is skipped together with its norm, so it costs no compute; the attentions that stay are
     renumbered, so that the KV cache holds them only and transformers still finds the past length in its layer 0.
 
     Shapes: B sequences, T tokens, H hidden size, V vocabulary.
@@ -47,7 +44,7 @@ class SwitchableLLM:
         name: What reports call the model.
 
     Attributes:
-        component_executions: Sub-blocks that `run` and `run_masks` have run so far.
+        site_executions: Sites that `run` and `run_masks` have run so far.
 
     Raises:
         UnknownName: The architecture table does not know the model's family.
@@ -58,9 +55,9 @@ class SwitchableLLM:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.shape = ModelShape.from_config(model.config, dtype=model.dtype)
+        self.shape = ModelShape.from_model(model)
         self.mask = PruningMask.all_kept(self.shape)
-        self.component_executions = 0
+        self.site_executions = 0
         self._architecture = architecture_of(model.config)
         self._layers = decoder_layers(model)
         self._use_cache: list[bool | None] | None = None  # upstream's settings while no attention is kept
@@ -83,17 +80,22 @@ class SwitchableLLM:
             digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def parameters_of(self, component: Component) -> list[nn.Parameter]:
-        """The weights that belong to one component; its norm stays with the fixed parameters."""
-        modules = self._layers[component.layer].modules_of(component.kind)
+    @functools.cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 over everything that turns text into tokens, hexadecimal."""
+        return tokenizer_digest(self.tokenizer)
+
+    def parameters_of(self, site: Site) -> list[nn.Parameter]:
+        """The weights that belong to one site; its norm is fixed."""
+        modules = self._layers[site.layer].modules_of(site.kind)
         return [parameter for module in modules for parameter in module.parameters()]
 
     def apply(self, mask: PruningMask) -> None:
         """Makes the model run with the mask's components only, until the next call; raises what `check` raises."""
         self.check(mask)
-        kept_attentions = 0
+        sites, kept_attentions = set(kept_sites(mask)), 0
         for index, layer in enumerate(self._layers):
-            kinds = [kind for kind in KINDS if mask.keeps(Component(index, kind))]
+            kinds = [kind for kind in KINDS if Site(index, kind) in sites]
             layer.module.__dict__.pop("forward", None)
             layer.module.self_attn.layer_idx = kept_attentions
             if len(kinds) < len(KINDS):
@@ -152,9 +154,11 @@ class SwitchableLLM:
         Returns:
             The residual stream [B, T, H] and the context that `run` needs with it.
         """
-        first = self._layers[0].module
+        first, caller = self._layers[0].module, threading.get_ident()
 
         def capture(module, args, kwargs):
+            if threading.get_ident() != caller:
+                return  # another thread generates meanwhile
             raise _StreamCaptured(args[0] if args else kwargs.pop("hidden_states"), kwargs)
 
         handle = first.register_forward_pre_hook(capture, with_kwargs=True)
@@ -175,80 +179,72 @@ class SwitchableLLM:
         Returns:
             The residual stream [1, N, H], the context that `run` needs with it, and where each tree starts.
         """
-        packing = Packing(trees, self.device, attention_window(self.model.config))
+        packing = Packing(trees, self.device, self.shape.attention_window)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # stops upstream from building one [N, N]
         hidden, context = self.open_stream(
             packing.tokens[None], position_ids=packing.positions[None], attention_mask=mask
         )
         return hidden, context | {"attention_mask": packing}, packing
 
-    def run(self, components: Iterable[Component], hidden: torch.Tensor, context: dict) -> torch.Tensor:
-        """Runs components over the residual stream, [B, T, H] -> [B, T, H], whatever mask is applied."""
-        components = tuple(components)
-        self.component_executions += len(components)
-        if not components:
+    def run(self, sites: Iterable[Site], hidden: torch.Tensor, context: dict) -> torch.Tensor:
+        """Runs sites over the residual stream, [B, T, H] -> [B, T, H], whatever mask is applied."""
+        sites = tuple(sites)
+        self.site_executions += len(sites)
+        if not sites:
             return hidden
 
         def run_part(part: tuple[torch.Tensor, dict]) -> torch.Tensor:
             stream, own_context = part
-            for component in components:
-                stream = self._layers[component.layer].run(component.kind, stream, own_context)
+            for site in sites:
+                stream = self._layers[site.layer].run(site.kind, stream, own_context)
             return stream
 
-        parts = cut_stream(hidden, context)
-        with self._attention_for(context):
-            streams = in_lanes(run_part, parts)
-        return join_streams(streams, context)
+        return join_streams(in_lanes(run_part, cut_stream(hidden, context)), context)
 
     def run_masks(
-        self, masks: Iterable[PruningMask], hidden: torch.Tensor, context: dict, start: int = 0
+        self,
+        masks: Iterable[PruningMask],
+        hidden: torch.Tensor,
+        context: dict,
+        held=None,
     ) -> Iterator[tuple[PruningMask, torch.Tensor]]:
         """Runs several masks over one stream; what masks have in common in front is run once.
 
-        Goes down the trie over the keep-bits in layer order. Where masks part, the stream is held for the larger group
+        Goes down the trie over the kept parts of each site. Where masks part, the stream is held for the larger group
         while the smaller one is run, so at most log2(number of masks) streams are held. Each result is equal to the bit
         to that of running its mask alone.
 
         Args:
             masks: Distinct masks over this model's components.
-            hidden: The residual stream [B, T, H] in front of component `start`.
+            hidden: The residual stream [B, T, H] in front of the first site.
             context: What `open_stream` or `open_packed` returned with it.
-            start: Position of the first component to run; the bits in front of it are taken as done.
+            held: `HeldStreams` of one mask from earlier calls; each mask starts where it parts from that one.
 
         Raises:
             InvalidMask: A mask's components are not this model's.
 
         Yields:
-            Each mask with the residual stream behind its last component, as soon as it is known.
+            Each mask with the residual stream behind its last site, as soon as it is known.
         """
         masks = list(masks)
         for mask in masks:
             self.check(mask)
-        held = [(start, hidden, masks)] if masks else []
-        while held:
-            position, hidden, group = held.pop()
-            parting = _parting(group, position)
-            kept = [component for component in self.shape.components[position:parting] if group[0].keeps(component)]
-            hidden = self.run(kept, hidden, context)
-            if parting == len(self.shape.components):
+        waiting = [(0, hidden, masks)] if masks else []
+        if held is not None:
+            waiting = [(*held.in_front_of_parting(mask), [mask]) for mask in masks]
+        while waiting:
+            position, hidden, group = waiting.pop()
+            end = parting(group, position)
+            hidden = self.run(kept_sites(group[0], position, end), hidden, context)
+            if end == len(group[0].kept_parts):
                 for mask in group:
                     yield mask, hidden
                 continue
-            keeping = [mask for mask in group if mask.keep[parting]]
-            dropping = [mask for mask in group if not mask.keep[parting]]
-            # The smaller group is run first: then no more than log2 of all can be waiting.
-            held += [(parting, hidden, part) for part in sorted((dropping, keeping), key=len, reverse=True)]
-
-    @contextlib.contextmanager
-    def _attention_for(self, context: dict) -> Iterator[None]:
-        config = self.model.config
-        previous = config._attn_implementation
-        if isinstance(context.get("attention_mask"), Packing):
-            config._attn_implementation = PACKED_ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = previous
+            parts: dict[tuple[bool, ...], list[PruningMask]] = {}
+            for mask in group:
+                parts.setdefault(mask.kept_parts[end][1], []).append(mask)
+            # The smallest group is run first: then no more than log2 of all can be waiting.
+            waiting += [(end, hidden, part) for part in sorted(parts.values(), key=len, reverse=True)]
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The norm in front of the head, [..., H] -> [..., H]."""

@@ -4,7 +4,7 @@ import functools
 from dataclasses import asdict, dataclass
 
 from rap_env.errors import InfeasibleBudget, InvalidMask
-from rap_env.mask import ATTENTION, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
 
 
@@ -37,18 +37,19 @@ class Footprint:
 
 
 def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
-    """Predicts the bytes of a masked model.
+    """Predicts the bytes of a masked model: one sum over the rows of what is kept.
 
-    With `b` bytes a parameter, `h` the hidden size, `B` sequences of `T` prompt tokens:
+    With `B` sequences of `T` prompt tokens, `b` bytes an activation and `h` the hidden size:
 
-        weights     = b * (fixed parameters + parameters of the kept components)
-        KV cache    = 2 * b * kv_channels * kept attentions * B * (T + generated tokens)
+        weights     = fixed bytes + weight bytes of the kept components
+        KV cache    = KV bytes per token of the kept components * cached tokens
         activations = b * B * T * (2 * h + width) + 4 * B * vocabulary
 
-    Fixed parameters are the embedding, an untied head, and the norms, which stay resident. `width` is what the widest
-    kept kind of sub-block holds for each token: queries, keys, values and output of an attention (scores are never
-    materialised), or gate, up and product of an MLP. The head's logits are float32, for the last position only.
-    The first two lines are RAP's memory model (arXiv 2505.17138, section on the memory model).
+    Fixed are the embedding, an untied head, and the norms, which stay resident. Cached tokens are `B * (T + generated
+    tokens)`, or what a sliding window leaves of them. `width` is what the widest kept kind of site holds for each token:
+    queries, keys, values and output of an attention (scores are never materialised), or gate, up and product of an MLP.
+    The head's logits are float32, for the last position only. With rows counted from a Llama the first two lines are
+    RAP's memory model (arXiv 2505.17138, section on the memory model).
 
     Args:
         shape: A `ModelShape`.
@@ -63,14 +64,12 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
     if mask.components != shape.components:
         raise InvalidMask(f"expected a mask over this model's {len(shape.components)} components; got {len(mask.keep)}")
     kept = mask.kept
-    parameters = shape.fixed_parameters + sum(shape.parameters_of(component) for component in kept)
-    kinds = [component.kind for component in kept]
-    kv_channels = shape.kv_channels * kinds.count(ATTENTION)
-    width = max(map(shape.activation_width, set(kinds)), default=0)
+    kv_bytes_per_token = sum(component.kv_bytes_per_token for component in kept)
+    width = max(map(shape.activation_width, {component.site.kind for component in kept}), default=0)
     prompt_tokens = workload.batch_size * workload.prompt_tokens
     return Footprint(
-        weights_bytes=shape.bytes_per_parameter * parameters,
-        kv_cache_bytes=2 * shape.bytes_per_parameter * kv_channels * workload.total_tokens,
+        weights_bytes=shape.fixed_bytes + sum(component.weight_bytes for component in kept),
+        kv_cache_bytes=kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
         activation_bytes=shape.bytes_per_parameter * prompt_tokens * (2 * shape.hidden_size + width)
         + 4 * workload.batch_size * shape.vocab_size,
     )
@@ -80,13 +79,10 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
 def component_bytes(shape, workload: Workload) -> tuple[int, ...]:
     """Peak bytes that dropping each component frees at a workload, in component order.
 
-    A footprint is additive over components, so these are exact for every mask.
+    A footprint is a sum over rows, so these are exact for every mask.
     """
-    kv_bytes = 2 * shape.bytes_per_parameter * shape.kv_channels * workload.total_tokens
-    return tuple(
-        shape.bytes_per_parameter * shape.parameters_of(component) + (kv_bytes if component.kind == ATTENTION else 0)
-        for component in shape.components
-    )
+    tokens = workload.cached_tokens(shape.attention_window)
+    return tuple(row.weight_bytes + row.kv_bytes_per_token * tokens for row in shape.components)
 
 
 def bytes_by_name(shape, workload: Workload) -> dict[str, int]:

@@ -1,6 +1,4 @@
-"""The memory of judging masks, beside the weights: predicted bytes, and how many streams a bound leaves room for."""
-
-from rap_env.errors import MemoryBoundTooSmall
+"""The memory of evaluating masks, beside the weights: predicted bytes."""
 
 _WIDEST_HEAD = 256  # channels; flash attention takes no wider ones
 _INDEX_BYTES = 32  # of each token: itself, its position, and where its answer is read, all int64
@@ -8,7 +6,7 @@ _SCRATCH_BYTES = 16 * 2**20  # what matrix libraries, Python and the C library's
 
 
 def working_bytes(shape, tokens: int, held_streams: int, head_rows: int = 128) -> int:
-    """Predicts the peak bytes, beside the weights, of judging masks over one residual stream.
+    """Predicts the peak bytes, beside the weights, of evaluating masks over one residual stream.
 
     Upstream's modules run one after the other, so of their parts only the largest counts. With `b` bytes a parameter,
     `h` the hidden size, `q` and `k` the query and KV channels, `m` the MLP channels, `V` the vocabulary, `N` tokens and
@@ -59,26 +57,4 @@ def working_bytes(shape, tokens: int, held_streams: int, head_rows: int = 128) -
         tokens * size * (hidden + 3 * mlp),
         tokens * size * hidden + rows * (size * hidden + shape.vocab_size * (8 + cast)),
     )
-    return (1 + held_streams) * _stream_bytes(shape, tokens) + context + largest + _SCRATCH_BYTES
-
-
-def streams_within(shape, tokens: int, memory_bytes: float, head_rows: int = 128) -> int:
-    """How many streams may be held while `working_bytes` stays within a bound.
-
-    Args:
-        shape: A `ModelShape`.
-        tokens: Tokens of the residual stream, over all its sequences.
-        memory_bytes: The bound, beside the weights.
-        head_rows: Rows of logits that are computed at once.
-
-    Raises:
-        MemoryBoundTooSmall: Not even one mask at a time fits, without any held stream.
-    """
-    smallest_bytes = working_bytes(shape, tokens, 0, head_rows)
-    if not memory_bytes >= smallest_bytes:  # so that NaN is refused too
-        raise MemoryBoundTooSmall(memory_bytes, smallest_bytes, tokens)
-    return int((memory_bytes - smallest_bytes) // _stream_bytes(shape, tokens))
-
-
-def _stream_bytes(shape, tokens: int) -> int:
-    return tokens * shape.bytes_per_parameter * shape.hidden_size
+    return (1 + held_streams) * tokens * size * hidden + context + largest + _SCRATCH_BYTES

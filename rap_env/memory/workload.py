@@ -38,8 +38,18 @@ class Workload:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens over the whole batch at its largest; the KV cache holds so many."""
+        """Tokens over the whole batch at its largest."""
         return self.batch_size * self.sequence_tokens
+
+    def cached_tokens(self, window: int | None = None) -> int:
+        """Tokens over the whole batch that the KV cache holds at its largest.
+
+        Args:
+            window: Tokens that attention looks back, the own one included; None for all. transformers keeps the last
+                `window - 1` of a longer sequence.
+        """
+        kept = self.sequence_tokens if window is None else min(self.sequence_tokens, window - 1 or self.sequence_tokens)
+        return self.batch_size * kept
 
     def check_context(self, context_tokens: int) -> None:
         """Refuses sequences that are longer than a model's context.

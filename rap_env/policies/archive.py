@@ -1,9 +1,9 @@
-"""The policy that remembers: of all masks that were ever judged, the best one that fits."""
+"""The policy that remembers: of all masks that were ever evaluated, the best one that fits."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rap_env.llm.architecture import ModelShape
+from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import dense_bytes, footprint
 from rap_env.memory.workload import Workload
@@ -13,15 +13,14 @@ from rap_env.policies.walk import fit_to_budget
 
 @policy_kind
 class ArchivePolicy:
-    """A Pareto archive with a lookup: (workload, budget) to the best judged mask that fits.
+    """A Pareto front over (weight bytes, KV bytes per token, score) with a lookup.
 
-    A mask's score does not depend on the workload and its bytes do, through the number of attentions and of MLPs that
-    it keeps. So one mask is remembered for each pair of these numbers, and only if no mask that keeps fewer of both has
-    a higher score: at most (layers + 1)^2 entries, whatever was judged. With room for everything, everything is kept.
+    A mask's score does not depend on the workload, and its bytes do through these two sums alone. So a mask is remembered
+    only if none that needs no more of either has a higher score. With room for everything, everything is kept.
 
     Args:
         shape: The model.
-        judged: Masks with their scores.
+        evaluated: Masks with their scores.
         order: All component names, the first to go first; serves the budgets that no entry fits, as `OrderPolicy` does.
 
     Raises:
@@ -30,10 +29,10 @@ class ArchivePolicy:
 
     kind = "archive"
 
-    def __init__(self, shape: ModelShape, judged: Iterable[tuple[PruningMask, float]], order: Sequence[str]) -> None:
+    def __init__(self, shape: ModelShape, evaluated: Iterable[tuple[PruningMask, float]], order: Sequence[str]) -> None:
         self.shape = shape
         self._order = full_order(shape.components, order)
-        self._entries = _undominated(judged)
+        self._entries = _pareto_front(evaluated)
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
         dense = PruningMask.all_kept(self.shape)
@@ -54,20 +53,20 @@ class ArchivePolicy:
     @classmethod
     def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping) -> "ArchivePolicy":
         dense = PruningMask.all_kept(shape)
-        judged = [(dense.drop(*dropped), score) for dropped, score in parameters["entries"]]
-        return cls(shape, judged, parameters["order"])
+        evaluated = [(dense.drop(*dropped), score) for dropped, score in parameters["entries"]]
+        return cls(shape, evaluated, parameters["order"])
 
 
-def _kept_of_each_kind(mask: PruningMask) -> tuple[int, int]:
-    kept = [component.kind for component in mask.kept]
-    return kept.count("attention"), kept.count("mlp")
-
-
-def _undominated(judged: Iterable[tuple[PruningMask, float]]) -> list[tuple[PruningMask, float]]:
-    """Masks that are better than all that keep no more of either kind, the best first."""
+def _pareto_front(evaluated: Iterable[tuple[PruningMask, float]]) -> list[tuple[PruningMask, float]]:
+    """Masks that are better than all that need no more of either sum, the best first."""
     front: list[tuple[PruningMask, float, tuple[int, int]]] = []
-    ranked = [(mask, score, _kept_of_each_kind(mask)) for mask, score in judged]
-    for mask, score, kept in sorted(ranked, key=lambda entry: (-entry[1], sum(entry[2]), entry[0].digest)):
-        if not any(other[0] <= kept[0] and other[1] <= kept[1] for _mask, _score, other in front):
-            front.append((mask, score, kept))
-    return [(mask, score) for mask, score, _kept in front]
+    ranked = [(mask, score, _sums(mask)) for mask, score in evaluated]
+    for mask, score, sums in sorted(ranked, key=lambda entry: (-entry[1], entry[2], entry[0].digest)):
+        if not any(weights <= sums[0] and kv <= sums[1] for _mask, _score, (weights, kv) in front):
+            front.append((mask, score, sums))
+    return [(mask, score) for mask, score, _sums in front]
+
+
+def _sums(mask: PruningMask) -> tuple[int, int]:
+    """Weight bytes and KV bytes per token of what a mask keeps."""
+    return sum(row.weight_bytes for row in mask.kept), sum(row.kv_bytes_per_token for row in mask.kept)

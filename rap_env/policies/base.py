@@ -1,21 +1,22 @@
 """Policies: (workload, budget) -> pruning mask; how they are saved, and read again without running anything."""
 
+import hashlib
 import json
+import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from rap_env.errors import PolicyUnreadable, UnknownName
-from rap_env.llm.architecture import ModelShape
+from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
 
-_DESCRIPTION, _TENSORS, _FORMAT = "policy.json", "policy.safetensors", 1
+_DESCRIPTION, _FORMAT = "policy.json", 2
 _KINDS: dict[str, type["Policy"]] = {}
 
 
@@ -55,21 +56,37 @@ def policy_kind(cls: type) -> type:
 
 
 def save_policy(policy: Policy, folder: str | Path) -> Path:
-    """Writes a policy as JSON and safetensors, the description last, so that a folder with one is complete."""
+    """Writes a policy as JSON and safetensors, in place of an older one or not at all.
+
+    The tensors' file is named by its content and the description, which names it, is written last and in one piece: who
+    reads meanwhile sees the old policy or the new one.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if tensors := {name: tensor.detach().cpu().contiguous() for name, tensor in policy.tensors().items()}:
-        save_file(tensors, folder / _TENSORS)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.tensors().items()}
+    name = None
+    if tensors:
+        content = save(tensors)
+        name = f"policy-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+        _write(folder / name, content)
     description = {
         "format": _FORMAT,
         "kind": policy.kind,
-        "shape": asdict(policy.shape),
+        "shape": policy.shape.to_dict(),
         "parameters": policy.parameters(),
+        "tensors": name,
     }
-    draft = folder / f".{_DESCRIPTION}"
-    draft.write_text(json.dumps(description, indent=2) + "\n")
-    draft.replace(folder / _DESCRIPTION)
+    _write(folder / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+    for older in folder.glob("policy-*.safetensors"):
+        if older.name != name:
+            older.unlink(missing_ok=True)
     return folder
+
+
+def _write(path: Path, content: bytes) -> None:
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    draft.write_bytes(content)
+    draft.replace(path)
 
 
 def load_policy(folder: str | Path) -> Policy:
@@ -83,17 +100,17 @@ def load_policy(folder: str | Path) -> Policy:
     path = folder / _DESCRIPTION
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        raise PolicyUnreadable(f"{folder}: expected {_DESCRIPTION} (and {_TENSORS}); found: {found or 'nothing'}")
+        raise PolicyUnreadable(f"{folder}: expected {_DESCRIPTION}; found: {found or 'nothing'}")
     try:
         description = json.loads(path.read_text())
         if description["format"] != _FORMAT:
             raise PolicyUnreadable(f"{path}: expected format {_FORMAT}; got {description['format']!r}")
-        kind, shape = description["kind"], ModelShape(**description["shape"])
-        tensors = load_file(folder / _TENSORS) if (folder / _TENSORS).is_file() else {}
+        kind, shape = description["kind"], ModelShape.from_dict(description["shape"])
+        tensors = load_file(folder / Path(description["tensors"]).name) if description["tensors"] else {}
         if kind in _KINDS:
             return _KINDS[kind].restore(shape, description["parameters"], tensors)
     except PolicyUnreadable:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise PolicyUnreadable(f"{folder}: not a policy of this version: {error}") from error
     raise UnknownName("policy kind", kind, _KINDS)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rap_env.llm.architecture import ModelShape
+from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask, full_order
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import policy_kind

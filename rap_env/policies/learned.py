@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rap_env.envs.observation import observe, valid_actions
-from rap_env.llm.architecture import ModelShape
+from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import check_feasible, footprint
 from rap_env.memory.scenario import Scenario

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from rap_env.errors import InvalidMask
-from rap_env.llm.architecture import ModelShape
+from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import check_feasible, component_bytes, dense_bytes
 from rap_env.memory.workload import Workload

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from rap_env.errors import UnknownName
-from rap_env.llm.architecture import ModelShape
-from rap_env.mask import ATTENTION
+from rap_env.llm.shape import ModelShape
 
 ENTRIES = (  # of an observation that the network reads
     "memory_budget",
@@ -19,14 +18,14 @@ ENTRIES = (  # of an observation that the network reads
     "kept",
 )
 _SCENARIO_FEATURES = 5  # budget, batch, length, footprint, excess
-_COMPONENT_FEATURES = 5  # rank, bytes, kept, is attention, depth
+_COMPONENT_FEATURES = 5  # rank, bytes, kept, share of the KV cache, depth
 
 
 class ComponentNetwork(nn.Module):
     """Scores every component by the same MLP, from its own features and the scenario's.
 
     What is learned about "an unimportant component that frees many bytes" holds for all of them at once, so a few
-    hundred judged masks are enough to learn from; a table of biases, linear in the scenario, learns what is particular
+    hundred evaluated masks are enough to learn from; a table of biases, linear in the scenario, learns what is particular
     to one component.
 
     Shapes: B observations, n components.
@@ -61,7 +60,10 @@ class ComponentNetwork(nn.Module):
         for layer in (self.score, self.particular, self.value):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        static = [[float(c.kind == ATTENTION), c.layer / shape.n_layers] for c in shape.components]
+        most_kv_bytes = max(c.kv_bytes_per_token for c in shape.components) or 1
+        static = [
+            [c.kv_bytes_per_token / most_kv_bytes, c.site.layer / shape.n_layers] for c in shape.components
+        ]
         self.register_buffer("static", torch.tensor(static), persistent=False)
 
     def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rap_env.llm.architecture import ModelShape
+from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask, full_order
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import policy_kind

@@ -1,0 +1,137 @@
+"""The sizes of a model, and what each of its components costs: counted on real tensors, or on a config's without weights."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from rap_env.llm.architecture import architecture_of, attention_window, decoder_layers
+from rap_env.mask import ATTENTION, KINDS, Component, Site
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model, as far as memory and masks need them; holds no weights.
+
+    Attributes:
+        model_type: Family name of the config.
+        hidden_size: Channels of the residual stream.
+        intermediate_size: Channels inside the MLP.
+        query_channels: Attention heads times head size.
+        kv_channels: KV heads times head size.
+        vocab_size: Rows of the embedding.
+        context_tokens: Longest sequence the model takes.
+        attention_window: Tokens that attention looks back, the own one included; None for all.
+        bytes_per_parameter: Of activations: 2 for float16 and bfloat16, 4 for float32.
+        fixed_bytes: Weights that are always there: embedding, untied head, norms.
+        components: What can be dropped, in the order in which the model runs it.
+    """
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    query_channels: int
+    kv_channels: int
+    vocab_size: int
+    context_tokens: int
+    attention_window: int | None
+    bytes_per_parameter: int
+    fixed_bytes: int
+    components: tuple[Component, ...]
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, dtype: torch.dtype | None = None) -> "ModelShape":
+        """Reads the sizes off a transformers config: those of a model that is built on the meta device.
+
+        Args:
+            config: The config of a causal LM.
+            dtype: Type of the weights; by default the config's, or float16 if it names none.
+
+        Raises:
+            UnknownName: The architecture table does not know the family.
+            UnsupportedArchitecture: The layers are not alike, or not pre-norm.
+        """
+        architecture_of(config)  # before a model is built from a config that we don't support
+        with torch.device("meta"):
+            dtype = dtype or getattr(config, "dtype", None) or torch.float16
+            return cls.from_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> "ModelShape":
+        """Counts a model's own tensors, so that biases, query norms, ties and number formats are exactly its own.
+
+        Raises:
+            UnknownName: The architecture table does not know the family.
+            UnsupportedArchitecture: The layers are not alike, or not pre-norm.
+        """
+        config, layers = model.config, decoder_layers(model)
+        attention = layers[0].module.self_attn
+        kv_channels = attention.k_proj.out_features
+        components = []
+        for index, layer in enumerate(layers):
+            for kind in KINDS:
+                site = Site(index, kind)
+                kv_bytes = 2 * model.dtype.itemsize * kv_channels if kind == ATTENTION else 0
+                components.append(Component(site.name, site, None, _n_bytes(layer.modules_of(kind)), kv_bytes))
+        return cls(
+            model_type=config.model_type,
+            hidden_size=config.hidden_size,
+            intermediate_size=getattr(config, "ffn_dim", None) or config.intermediate_size,
+            query_channels=attention.q_proj.out_features,
+            kv_channels=kv_channels,
+            vocab_size=config.vocab_size,
+            context_tokens=config.max_position_embeddings,
+            attention_window=attention_window(config),
+            bytes_per_parameter=model.dtype.itemsize,
+            fixed_bytes=_n_bytes([model]) - sum(component.weight_bytes for component in components),
+            components=tuple(components),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelShape":
+        """Builds a shape again from `to_dict`.
+
+        Raises:
+            TypeError, KeyError: It is not what `to_dict` returned.
+        """
+        rows = [row | {"site": Site(**row["site"])} for row in values["components"]]
+        return cls(**{**values, "components": tuple(Component(**row) for row in rows)})
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.model_type, self.fixed_bytes, self.components))
+
+    def __hash__(self) -> int:
+        return self._hash  # once: shapes are part of many keys
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """What runs, in order."""
+        return tuple(dict.fromkeys(component.site for component in self.components))
+
+    @property
+    def n_layers(self) -> int:
+        return 1 + max(component.site.layer for component in self.components)
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights of the dense model."""
+        return self.fixed_bytes + sum(component.weight_bytes for component in self.components)
+
+    def activation_width(self, kind: str) -> int:
+        """Channels that a site holds for each token at once, beside the residual stream and its norm."""
+        if kind == ATTENTION:
+            return 2 * self.query_channels + 2 * self.kv_channels
+        return 3 * self.intermediate_size
+
+
+def _n_bytes(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
