@@ -3,7 +3,6 @@
 import functools
 from dataclasses import dataclass
 
-from rap_env.calibration import packaged_corpus, random_windows
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.gsi import CALIBRATION, greedy_sequential_importance
@@ -30,6 +29,8 @@ def embedded_defaults() -> Defaults:
     The first call on a machine measures the ranking, which takes minutes on a laptop; environments of one process
     share the result.
     """
+    from rap_env.calibration import packaged_corpus, random_windows  # here, and not for every import of the package
+
     llm = load_llm()
     store = ResultStore(cache_folder() / "results.db")
     windows = random_windows(packaged_corpus(), llm.tokenizer, n_samples=2, tokens_per_sample=256, seed=0)
