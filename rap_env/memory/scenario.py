@@ -26,7 +26,7 @@ class Scenario:
             InfeasibleBudget: No mask can meet it, or it is NaN.
             InvalidWorkload: The workload is beyond the model's context.
         """
-        budget_bytes = budget_ratio * dense_bytes(shape, workload)
+        budget_bytes = budget_ratio * dense_bytes(shape, workload) // 1  # whole bytes; NaN stays NaN, and is refused
         check_feasible(shape, workload, budget_bytes)
         return cls(workload, int(budget_bytes))
 
