@@ -110,7 +110,7 @@ def _explain(error: Exception, source: str) -> Exception:
         advice = "no such model on the hub, or a private one: check the name, or run `hf auth login`"
     elif any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         advice = "the repository has no such revision: check model.revision"
-    elif "a file named model.safetensors " in str(error):
+    elif "a file named model.safetensors" in str(error):
         advice = "the repository has no safetensors weights; pickled ones are not loaded: convert them first"
     elif "trust_remote_code" in str(error):
         advice = "the repository wants to run its own code: read it, then set model.trust_remote_code=true"

@@ -1,4 +1,4 @@
-"""Lanes change who computes what, and no bit of the result."""
+"""Lanes change which thread computes what, and nothing in the result."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.streams import cut_stream, join_streams
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, kept_sites
 
 IDS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
 TREES = [
@@ -123,14 +123,14 @@ def test_an_error_in_a_lane_reaches_the_caller(two_threads):
 
 
 @pytest.mark.parametrize("dropped", [(), ("layer0.attention", "layer2.mlp")])
-def test_sequences_in_lanes_are_equal_to_the_bit(llm, two_threads, dropped):
+def test_sequences_in_lanes_are_exactly_equal(llm, two_threads, dropped):
     mask = PruningMask.all_kept(llm.shape).drop(*dropped)
     hidden, context = llm.open_stream(IDS)
     assert len(cut_stream(hidden, context)) == 2
-    expected = without_lanes(lambda: llm.run(mask.kept, hidden, context))
-    before = llm.component_executions
-    assert torch.equal(llm.run(mask.kept, hidden, context), expected)
-    assert llm.component_executions - before == len(mask.kept), "a component in two lanes is run once"
+    expected = without_lanes(lambda: llm.run(kept_sites(mask), hidden, context))
+    before = llm.site_executions
+    assert torch.equal(llm.run(kept_sites(mask), hidden, context), expected)
+    assert llm.site_executions - before == len(mask.kept), "a site in two lanes is run once"
     assert torch.equal(token_losses(llm, expected, IDS), without_lanes(lambda: token_losses(llm, expected, IDS)))
 
 
@@ -140,21 +140,21 @@ def test_padded_sequences_keep_their_own_attention_masks(llm, two_threads):
         attention_mask[row, :padding] = 0
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden, context = llm.open_stream(IDS, attention_mask=attention_mask, position_ids=positions)
-    expected = without_lanes(lambda: llm.run(llm.mask.kept, hidden, context))
-    assert torch.equal(llm.run(llm.mask.kept, hidden, context), expected)
+    expected = without_lanes(lambda: llm.run(llm.shape.sites, hidden, context))
+    assert torch.equal(llm.run(llm.shape.sites, hidden, context), expected)
 
 
-def test_packed_trees_in_lanes_are_equal_to_the_bit(llm, two_threads):
+def test_packed_trees_in_lanes_are_exactly_equal(llm, two_threads):
     hidden, context, packing = llm.open_packed(TREES)
     parts = cut_stream(hidden, context)
     assert [stream.shape[1] for stream, _context in parts] == [3 + 7 + 7, 12]
     assert torch.equal(join_streams([stream for stream, _context in parts], context), hidden)
-    expected = without_lanes(lambda: llm.run(llm.mask.kept, hidden, context))
-    assert torch.equal(llm.run(llm.mask.kept, hidden, context), expected)
+    expected = without_lanes(lambda: llm.run(llm.shape.sites, hidden, context))
+    assert torch.equal(llm.run(llm.shape.sites, hidden, context), expected)
     assert packing.cut(2) is packing.cut(2), "built once"
 
 
-def test_masks_in_lanes_are_equal_to_the_bit(llm, two_threads):
+def test_masks_in_lanes_are_exactly_equal(llm, two_threads):
     dense = PruningMask.all_kept(llm.shape)
     masks = [dense, dense.drop("layer1.mlp"), dense.drop("layer1.mlp", "layer3.attention"), dense.drop("layer0.mlp")]
     stream = llm.open_stream(IDS)

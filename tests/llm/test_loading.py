@@ -8,8 +8,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from rap_env.errors import ModelUnavailable, UnknownName
 from rap_env.llm import loading
@@ -79,7 +78,9 @@ def test_an_unknown_type_is_refused():
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ModelUnavailable, match=r"expected \*\.safetensors or exactly one \*\.gguf; found nothing"):
+    with pytest.raises(
+        ModelUnavailable, match=r"expected model\.safetensors, .* or exactly one \*\.gguf; found nothing"
+    ):
         load_llm(str(tmp_path))
 
 
@@ -122,22 +123,14 @@ def test_weights_that_are_cut_off_are_refused(folder):
         load_llm(str(folder))
 
 
-def test_weights_that_are_missing_are_never_made_up(folder):
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ModelUnavailable, match=r"its files lack 1 weights, first 'model\.layers\.1\.mlp\.up_proj\.weight'"
-    ):
-        load_llm(str(folder))
-
-
 def test_an_unsupported_family_is_refused(tmp_path, saved):
     config = AutoConfig.for_model("gpt2", n_layer=1, n_head=1, n_embd=8, vocab_size=257)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(saved / name, tmp_path)
-    with pytest.raises(UnknownName, match="unknown model architecture 'gpt2'"):
+    with pytest.raises(
+        UnknownName, match=r"unknown model architecture 'gpt2'; known: llama, mistral, opt, qwen2, qwen3$"
+    ):
         load_llm(str(tmp_path))
 
 
@@ -227,8 +220,9 @@ def test_a_repositorys_own_code_is_refused_and_not_run(folder):
 def test_remote_code_is_trusted_only_on_request(hub, monkeypatch, arguments, trusts):
     asked = []
 
-    def tokenizer(source, **options):
+    def read(source, **options):
         asked.append((source, options["trust_remote_code"], options["revision"]))
+        return LlamaConfig()
 
     def model(source, **options):
         asked.append((source, options["trust_remote_code"], options["revision"]))
@@ -236,14 +230,15 @@ def test_remote_code_is_trusted_only_on_request(hub, monkeypatch, arguments, tru
         raise OSError("far enough")
 
     hub(None)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", tokenizer)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", read)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", read)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", model)
     with pytest.raises(ModelUnavailable, match="far enough"):
         load_llm(HUB_NAME, revision="v2", **arguments)
-    assert asked == [(HUB_NAME, trusts, "v2")] * 2
+    assert asked == [(HUB_NAME, trusts, "v2")] * 3
 
 
-def test_a_saved_model_comes_back_to_the_bit(saved):
+def test_a_saved_model_comes_back_exactly(saved):
     built, loaded = build_tiny_llm(), load_llm(str(saved), dtype="float32")
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
