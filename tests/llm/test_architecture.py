@@ -57,7 +57,7 @@ def test_an_opt_with_norms_after_its_sub_blocks_is_refused(option):
 
 def test_an_opt_with_projected_embeddings_is_refused():
     config = AutoConfig.for_model("opt", ffn_dim=32, word_embed_proj_dim=8, **SIZES)
-    with pytest.raises(UnsupportedArchitecture, match="embeddings of the hidden size 16; .* projects them from 8"):
+    with pytest.raises(UnsupportedArchitecture, match=r"embeddings of the hidden size 16; .* projects them from 8"):
         SwitchableLLM(AutoModelForCausalLM.from_config(config), None, "opt")
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -64,12 +65,58 @@ def test_cuts_of_equal_sizes_are_as_equal_as_they_can_be():
     assert cut([9, 1, 1], 2) == [slice(0, 1), slice(1, 3)]
 
 
-def test_there_is_a_lane_for_each_thread_if_there_is_enough_for_it_to_do():
-    cpu, threads = torch.device("cpu"), torch.get_num_threads()
-    assert n_lanes(10**6, cpu) == threads
-    assert n_lanes(1, cpu) == 1
-    assert n_lanes(2 * lanes._LEAST_TOKENS - 1, cpu) == 1
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_there_is_a_lane_for_each_thread_if_there_is_enough_for_it_to_do(four_threads):
+    cpu = torch.device("cpu")
+    assert [n_lanes(tokens, cpu) for tokens in (1, 255, 256, 383, 384, 511, 512, 10**6)] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert n_lanes(10**6, torch.device("cuda")) == 1
+
+
+def test_there_is_one_lane_inside_a_lane(two_threads):
+    assert n_lanes(10**6, torch.device("cpu")) == 2
+    assert in_lanes(lambda _part: n_lanes(10**6, torch.device("cpu")), [1, 2]) == [1, 1]
+    assert n_lanes(10**6, torch.device("cpu")) == 2
+
+
+def finished(work):
+    """The result of work that must not wait for ever."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "a lane waits for threads of its own pool"
+    return results[0]
+
+
+def test_lanes_inside_lanes_end_for_the_inner_parts_are_worked_on_in_the_outer_lane(two_threads):
+    def inner(part):
+        return part, threading.current_thread().name
+
+    nested = finished(lambda: in_lanes(lambda part: in_lanes(inner, [part, part + 1, part + 2]), [10, 20]))
+    assert [[part for part, _name in parts] for parts in nested] == [[10, 11, 12], [20, 21, 22]]
+    assert all(len({name for _part, name in parts}) == 1 for parts in nested), "each outer lane in one thread"
+
+
+def test_a_model_that_is_run_inside_lanes_gives_the_same(llm, two_threads):
+    streams = [llm.open_stream(IDS), llm.open_packed(TREES)[:2]]
+    expected = without_lanes(lambda: [llm.run(llm.shape.sites, *stream) for stream in streams])
+    results = finished(lambda: in_lanes(lambda stream: llm.run(llm.shape.sites, *stream), streams))
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+def test_two_threads_may_use_lanes_at_once(llm, two_threads):
+    stream = llm.open_stream(IDS)
+    expected = without_lanes(lambda: llm.run(llm.shape.sites, *stream))
+    with ThreadPoolExecutor(2) as callers:
+        results = list(callers.map(lambda _: llm.run(llm.shape.sites, *stream), range(8)))
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @pytest.mark.parametrize("inference", [True, False])
