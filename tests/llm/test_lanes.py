@@ -79,10 +79,12 @@ def test_there_is_a_lane_for_each_thread_if_there_is_enough_for_it_to_do(four_th
     assert n_lanes(10**6, torch.device("cuda")) == 1
 
 
-def test_there_is_one_lane_inside_a_lane(two_threads):
-    assert n_lanes(10**6, torch.device("cpu")) == 2
-    assert in_lanes(lambda _part: n_lanes(10**6, torch.device("cpu")), [1, 2]) == [1, 1]
-    assert n_lanes(10**6, torch.device("cpu")) == 2
+def test_there_is_one_lane_inside_a_lane_whatever_threads_it_has(four_threads):
+    def inside(_part):
+        return n_lanes(10**6, torch.device("cpu")), torch.get_num_threads()
+
+    assert in_lanes(inside, [1, 2]) == [(1, 2), (1, 2)]
+    assert n_lanes(10**6, torch.device("cpu")) == 4
 
 
 def finished(work):
@@ -99,8 +101,13 @@ def test_lanes_inside_lanes_end_for_the_inner_parts_are_worked_on_in_the_outer_l
     def inner(part):
         return part, threading.current_thread().name
 
-    nested = finished(lambda: in_lanes(lambda part: in_lanes(inner, [part, part + 1, part + 2]), [10, 20]))
-    assert [[part for part, _name in parts] for parts in nested] == [[10, 11, 12], [20, 21, 22]]
+    def outer(part):
+        together.wait()  # both threads of the pool are taken
+        return in_lanes(inner, [part, part + 1])
+
+    together = threading.Barrier(2, timeout=20)
+    nested = finished(lambda: in_lanes(outer, [10, 20]))
+    assert [[part for part, _name in parts] for parts in nested] == [[10, 11], [20, 21]]
     assert all(len({name for _part, name in parts}) == 1 for parts in nested), "each outer lane in one thread"
 
 
