@@ -56,7 +56,7 @@ _OPT = Architecture(
     final_norm="final_layer_norm",
     mlp=_opt_mlp,
 )
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # those that transformers recomputes in the forward pass
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # others are recomputed for the longest sequence of each batch
 ARCHITECTURES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT}
 
 
@@ -85,10 +85,10 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
             "expected plain weights; got quantised ones (quantization_config): dequantise them"
         )
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type in _LENGTH_DEPENDENT_ROPE:
+    if rope_type not in _FIXED_ROPE:
         raise UnsupportedArchitecture(
-            f"expected rotary frequencies that do not depend on the input; got rope_type {rope_type!r}, which changes"
-            " them with the longest sequence of a batch"
+            f"expected rotary frequencies that do not depend on the input ({', '.join(_FIXED_ROPE)}); got rope_type"
+            f" {rope_type!r}"
         )
     return ARCHITECTURES[config.model_type]
 
@@ -119,8 +119,8 @@ class DecoderLayer:
         self._mlp_norm = submodule(layer, architecture.mlp_norm)
         self._mlp = architecture.mlp
         self._mlp_modules = [submodule(layer, path) for path in architecture.mlp_modules]
-        # The same weights under a config of its own: upstream chooses the attention function by the config, and to change
-        # the model's own while a packed stream runs would change what another thread generates.
+        # The same weights under a config of its own: upstream chooses the attention function by the config, and if the
+        # model's own were changed while a packed stream runs, another thread would generate with it.
         self._packed_attention = copy.copy(layer.self_attn)
         self._packed_attention.config = copy.copy(layer.self_attn.config)
         self._packed_attention.config._attn_implementation = PACKED_ATTENTION

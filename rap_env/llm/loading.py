@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from rap_env.errors import ModelUnavailable, RapError, UnknownName
@@ -70,8 +70,8 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trus
     try:
         if not folder.is_dir():
             _check_hub(source, revision)
+        architecture_of(_read_config(source, options))  # before any weights are fetched or read
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        architecture_of(AutoConfig.from_pretrained(source, **options))  # before any weights are fetched or read
         # Mismatched sizes are refused below, in one line.
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
@@ -83,6 +83,14 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trus
     if "gguf_file" in options:
         forget_quantisation(model)
     return model, tokenizer
+
+
+def _read_config(source: str, options: Mapping[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except (AttributeError, KeyError, StrictDataclassError, TypeError) as error:  # upstream stumbles over what it reads
+        reason = " ".join(str(error).split())
+        raise ModelUnavailable(f"can't load {source!r}: its config is not valid: {reason[:200]}") from error
 
 
 def _check_hub(source: str, revision: str | None) -> None:

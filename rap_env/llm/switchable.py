@@ -35,6 +35,7 @@ class SwitchableLLM:
 
     A dropped site is skipped together with its norm, so it costs no compute; the attentions that stay are
     renumbered, so that the KV cache holds them only and transformers still finds the past length in its layer 0.
+    Threads may generate, open streams and run them at once; a mask that is applied holds for what all of them generate.
 
     Shapes: B sequences, T tokens, H hidden size, V vocabulary.
 

@@ -169,7 +169,7 @@ def test_a_shard_that_a_hub_repository_lacks_is_named(monkeypatch):
         raise OSError("a/b does not appear to have a file named model-00002-of-00003.safetensors. Checkout ...")
 
     monkeypatch.setattr(loading, "_check_hub", lambda *_: None)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", download)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", download)
     with pytest.raises(ModelUnavailable, match=r"can't load 'a/b': .* a file named model-00002-of-00003\.safetensors"):
         load_llm("a/b")
 

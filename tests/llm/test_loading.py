@@ -104,11 +104,24 @@ def test_two_ggufs_are_refused(tmp_path):
         (lambda f: (f / "config.json").unlink(), "Unrecognized model"),
         (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
         (lambda f: edit_config(f, model_type="unheard_of"), "does not recognize this architecture"),
+        (lambda f: (f / "config.json").write_text("[]"), "Unrecognized model"),
+        (lambda f: edit_config(f, num_attention_heads=3), "its config is not valid: .*not a multiple of the number of"),
+        (lambda f: edit_config(f, hidden_size="wide"), "its config is not valid: .*hidden_size"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
         (lambda f: (f / "model.safetensors").write_bytes(b"garbage" * 9), "header too large"),
         (lambda f: (f / "model.safetensors").write_bytes(b""), "header too small"),
     ],
-    ids=["no config", "broken config", "unknown family", "no tokenizer", "garbage weights", "empty weights"],
+    ids=[
+        "no config",
+        "broken config",
+        "unknown family",
+        "a list",
+        "three heads",
+        "a word",
+        "no tokenizer",
+        "garbage weights",
+        "empty weights",
+    ],
 )
 def test_a_damaged_folder_is_refused_with_its_name_and_the_reason(folder, damage, message):
     damage(folder)
@@ -158,7 +171,7 @@ def test_a_gated_repository_says_where_to_ask_for_access(hub, monkeypatch):
             raise OSError("You are trying to access a gated repo.") from gated
 
     hub(None)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", download)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", download)
     with pytest.raises(ModelUnavailable, match=advice):
         load_llm(HUB_NAME)
 
@@ -180,7 +193,7 @@ def test_a_repository_without_safetensors_is_refused_with_advice(hub, monkeypatc
         raise OSError(f"{HUB_NAME} does not appear to have a file named model.safetensors")
 
     hub(None)
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", download)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", download)
     with pytest.raises(ModelUnavailable, match="no safetensors weights; pickled ones are not loaded"):
         load_llm(HUB_NAME)
 
@@ -192,7 +205,7 @@ def test_a_model_in_the_hubs_cache_is_loaded_without_asking_the_hub(hub, monkeyp
     def reached(*_args, **_kwargs):
         raise OSError("reached the loader")
 
-    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", reached)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", reached)
     with pytest.raises(ModelUnavailable, match="reached the loader"):
         load_llm(HUB_NAME)
 
