@@ -14,7 +14,7 @@ import torch
 ENGINE_VERSION = 2
 
 # Prefixes of the CPU features by which PyTorch, oneDNN and MKL choose their kernels, on x86 and on ARM.
-_KERNEL_FEATURES = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "fphp", "bf16", "i8mm", "sve", "sme")
+_KERNEL_FEATURES = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "fphp", "bf16", "i8mm", "sve")
 
 
 def engine_identity(llm: Any) -> dict:

@@ -43,7 +43,7 @@ def _slow(tokenizer: PreTrainedTokenizerBase) -> dict:
         if isinstance(value, bool | int | float | str)
         and not name.endswith("_file")
         and not name.startswith(("pad", "truncation"))
-        and name not in _ABOUT_LOADING
+        and name not in (*_ABOUT_LOADING, *_SETTINGS)
     }
     files = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -51,4 +51,10 @@ def _slow(tokenizer: PreTrainedTokenizerBase) -> dict:
             tokenizer.save_vocabulary(folder)
         for path in Path(folder).iterdir():
             files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab(), "options": options, "files": files}
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": tokenizer.get_vocab(),
+        "added": {index: repr(token) for index, token in tokenizer.added_tokens_decoder.items()},
+        "options": options,
+        "files": files,
+    }
