@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 
-from rap_env.calibration import random_windows, self_generated_corpus
+from rap_env.calibration import packaged_corpus, random_windows
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.gsi import greedy_sequential_importance
@@ -31,8 +31,7 @@ def embedded_defaults() -> Defaults:
     """
     llm = load_llm()
     store = ResultStore(cache_folder() / "results.db")
-    corpus = self_generated_corpus(llm, folder=cache_folder() / "calibration")
-    windows = random_windows(corpus, llm.tokenizer, n_samples=2, tokens_per_sample=256, seed=0)
+    windows = random_windows(packaged_corpus(), llm.tokenizer, n_samples=2, tokens_per_sample=256, seed=0)
     ranking = greedy_sequential_importance(llm, windows, exact=False, store=store)
     problem = PruningProblem(llm, HarnessEvaluator(["rap_search"]), store)
     return Defaults(problem, ImportanceSource(ranking.order, RemovalMeter(llm, windows, store)))

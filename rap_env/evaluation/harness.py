@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -92,13 +92,14 @@ class HarnessEvaluator(Evaluator):
         limit: Number of first items of each task, or of the half of it; None for all.
         metric: What the score is the mean of.
         batch_tokens: Tokens that are forwarded at once.
+        excluded: Task -> indices of items that are left out, of those that half and limit choose.
 
     Raises:
         UnknownName: lm-eval and the folder have no such task.
         EvaluationFailed: A task is not multiple choice, does not have the metric, or has no item to judge.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         tasks: Sequence[str],
         include_path: str | Path | None = None,
@@ -106,6 +107,7 @@ class HarnessEvaluator(Evaluator):
         limit: int | None = None,
         metric: str = "acc",
         batch_tokens: int = 4096,
+        excluded: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if half not in (None, *_HALVES):
             raise UnknownName("half", half, _HALVES)
@@ -123,7 +125,8 @@ class HarnessEvaluator(Evaluator):
                     known = ", ".join((*task.aggregation(), SMOOTH))
                     raise EvaluationFailed(f"task {name!r} has no metric {metric!r}; it has {known}")
                 task.set_config(key="num_fewshot", value=0)
-                items = items_of(len(task.eval_docs), half, limit)
+                left_out = (excluded or {}).get(name, ())
+                items = [item for item in items_of(len(task.eval_docs), half, limit) if item not in left_out]
                 if not items:
                     raise EvaluationFailed(f"task {name!r} has no item to judge; it has {len(task.eval_docs)} in all")
                 _build_requests(task, items)

@@ -6,7 +6,6 @@ from rap_env.policies.fixed import DensePolicy, OrderPolicy, RandomPolicy
 from rap_env.policies.learned import OneStepPolicy, SequentialPolicy
 from rap_env.policies.milp import MilpPolicy
 from rap_env.policies.orders import NearestOrderPolicy
-from rap_env.policies.retrieval import RetrievalPolicy
 
 __all__ = [
     "ArchivePolicy",
@@ -17,7 +16,6 @@ __all__ = [
     "OrderPolicy",
     "Policy",
     "RandomPolicy",
-    "RetrievalPolicy",
     "SequentialPolicy",
     "load_policy",
     "save_policy",

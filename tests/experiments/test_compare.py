@@ -58,7 +58,7 @@ def test_every_agent_and_seed_has_a_record(records):
         assert record["config"]["seed"] == results["seed"] and "_target_" in record["config"]["agent"]
         assert len(results["rows"]) == 4 * 3 and results["unseen"] == {"decisions": 20, "violations": 0}
         for row in results["rows"]:
-            assert row["reports"].keys() == {"self_text", "tasks"} and not row["violation"]
+            assert row["reports"].keys() == {"packaged_text", "tasks"} and not row["violation"]
             assert row["footprint"]["peak_bytes"] <= row["budget_bytes"]
             assert row["decision_milliseconds"] > 0
             assert row["score"] == pytest.approx(-next(iter(row["tasks"].values()))["loss"])
