@@ -32,7 +32,7 @@ class EvopAgent:
         ValueError: A tournament draws no member, or more than there are.
     """
 
-    def __init__(  # noqa: PLR0913 - its arguments are the keys of a YAML
+    def __init__(
         self,
         grain: str = "block",
         start: str = "random",

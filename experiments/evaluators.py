@@ -77,36 +77,31 @@ def task_halves(
     """
     folder = None if include_path is None else os.path.expanduser(include_path)
     options = {"include_path": folder, "limit": limit, "metric": metric, "batch_tokens": batch_tokens}
-    halves = (None, None) if report_tasks else ("search", "report")
-    search = HarnessEvaluator(tasks, half=halves[0], **options)
-    report = HarnessEvaluator(report_tasks or tasks, half=halves[1], **options)
+    search_half, report_half = (None, None) if report_tasks else ("search", "report")
+    search = HarnessEvaluator(tasks, half=search_half, **options)
+    report = HarnessEvaluator(report_tasks or tasks, half=report_half, **options)
     repeated = _repeated_items(search.item_texts, report.item_texts)
     if repeated:
-        step = 1 if report_tasks else 2  # from one item of the search half to the next
-        excluded = {name: [step * position for position in positions] for name, positions in repeated.items()}
-        search = HarnessEvaluator(tasks, half=halves[0], excluded=excluded, **options)
+        search = search.without(repeated)
     searched, reported = search.item_texts, report.item_texts
     held_out = {f"{name} (search half)": texts for name, texts in searched.items()}
     held_out |= {f"{name} (report half)": texts for name, texts in reported.items()}
     search_text = Corpus("search items", tuple(text for texts in searched.values() for text in texts))
-    return Halves(search, report, search_text, reported, held_out, sum(map(len, repeated.values())))
+    return Halves(search, report, search_text, reported, held_out, len(repeated))
 
 
-def _repeated_items(
-    searched: Mapping[str, Sequence[str]], reported: Mapping[str, Sequence[str]]
-) -> dict[str, list[int]]:
-    """Positions of each search task's items that are reported on as well, whatever their spacing."""
+def _repeated_items(searched: Mapping[str, Sequence[str]], reported: Mapping[str, Sequence[str]]) -> list[str]:
+    """Search items that are reported on as well, whatever their spacing."""
     known = {" ".join(text.split()) for texts in reported.values() for text in texts}
-    found = {}
+    repeated: list[str] = []
     for name, texts in searched.items():
-        positions = [position for position, text in enumerate(texts) if " ".join(text.split()) in known]
-        if len(positions) == len(texts):
+        found = [text for text in texts if " ".join(text.split()) in known]
+        if len(found) == len(texts):
             raise ContaminationFound(
-                f"all {len(texts)} items that {name!r} would be searched on are reported on as well: {texts[0]!r}, ..."
+                f"all {len(texts)} items that {name!r} would be searched on are reported on as well"
             )
-        if positions:
-            found[name] = positions
-    return found
+        repeated += found
+    return repeated
 
 
 def text_halves(  # noqa: PLR0913 - its arguments are the keys of a YAML

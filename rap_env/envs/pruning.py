@@ -53,7 +53,7 @@ class PruningEnv(MaskEnv):
     | argument | default | meaning |
     |---|---|---|
     | `problem` | embedded model and tasks | the `PruningProblem` that judges masks |
-    | `importance` | greedy sequential importance on self-generated text | the `ImportanceSource` of the ranking |
+    | `importance` | greedy sequential importance on packaged text | the `ImportanceSource` of the ranking |
     | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
     | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask |
     | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |

@@ -52,7 +52,7 @@ class SequentialPruningEnv(MaskEnv):
     | argument | default | meaning |
     |---|---|---|
     | `problem` | embedded model and tasks | the `PruningProblem` that judges masks |
-    | `importance` | greedy sequential importance on self-generated text | the `ImportanceSource` of the ranking |
+    | `importance` | greedy sequential importance on packaged text | the `ImportanceSource` of the ranking |
     | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
     | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask |
     | `shaping` | 0.0 | reward for each nat of calibration loss that a drop saves or costs |

@@ -1,6 +1,7 @@
 """lm-eval as the judge: it builds the requests and computes the metrics, our engine scores them."""
 
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -8,9 +9,10 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
 import datasets
 import numpy as np
@@ -92,14 +94,13 @@ class HarnessEvaluator(Evaluator):
         limit: Number of first items of each task, or of the half of it; None for all.
         metric: What the score is the mean of.
         batch_tokens: Tokens that are forwarded at once.
-        excluded: Task -> indices of items that are left out, of those that half and limit choose.
 
     Raises:
         UnknownName: lm-eval and the folder have no such task.
         EvaluationFailed: A task is not multiple choice, does not have the metric, or has no item to judge.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         tasks: Sequence[str],
         include_path: str | Path | None = None,
@@ -107,7 +108,6 @@ class HarnessEvaluator(Evaluator):
         limit: int | None = None,
         metric: str = "acc",
         batch_tokens: int = 4096,
-        excluded: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if half not in (None, *_HALVES):
             raise UnknownName("half", half, _HALVES)
@@ -115,6 +115,7 @@ class HarnessEvaluator(Evaluator):
             raise EvaluationFailed(f"evaluation.limit must be at least 1 or None; got {limit}")
         self._metric = metric
         self._batch_tokens = batch_tokens
+        self._rows: dict[str, list[int]] = {}
         self._planned: tuple | None = None  # the last tokenizer and its plan
         with isolated_rng(0):
             self._tasks = _load_tasks(list(tasks), include_path)
@@ -125,10 +126,10 @@ class HarnessEvaluator(Evaluator):
                     known = ", ".join((*task.aggregation(), SMOOTH))
                     raise EvaluationFailed(f"task {name!r} has no metric {metric!r}; it has {known}")
                 task.set_config(key="num_fewshot", value=0)
-                left_out = (excluded or {}).get(name, ())
-                items = [item for item in items_of(len(task.eval_docs), half, limit) if item not in left_out]
+                items = items_of(len(task.eval_docs), half, limit)
                 if not items:
                     raise EvaluationFailed(f"task {name!r} has no item to judge; it has {len(task.eval_docs)} in all")
+                self._rows[name] = items
                 _build_requests(task, items)
 
     @functools.cached_property
@@ -158,6 +159,19 @@ class HarnessEvaluator(Evaluator):
             ]
             for name, task in self._tasks.items()
         }
+
+    def without(self, texts: Collection[str]) -> Self:
+        """The same evaluator without the items that have one of these texts; see `item_texts`."""
+        other = copy.copy(self)
+        other.__dict__.pop("identity", None)
+        other._planned, other._tasks, other._rows = None, {}, {}
+        with isolated_rng(0):
+            for name, task in self._tasks.items():
+                rows = zip(self._rows[name], self.item_texts[name], strict=True)
+                other._tasks[name] = copy.copy(task)
+                other._rows[name] = [row for row, text in rows if text not in texts]
+                _build_requests(other._tasks[name], other._rows[name])
+        return other
 
     def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
         return self.plan(llm).peak_bytes(llm.shape, n_masks)

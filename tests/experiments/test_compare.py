@@ -21,7 +21,7 @@ from rap_env.policies import DensePolicy, OrderPolicy
 PROJECT = Path(__file__).parents[2]
 TINY = (
     *("model=tiny", "max_evaluations=40", "decisions=20", "calibration.tokens_per_sample=24"),
-    *("evaluation.documents=[4,120]", "evaluation.search_windows=[2,24]", "evaluation.report_windows=[2,24]"),
+    *("evaluation.search_windows=[2,24]", "evaluation.report_windows=[2,24]"),
     *("+evaluation@report.tasks=embedded", "report.tasks.limit=2"),
     *(f"~agents.{name}" for name in ("dense", "greedy_per_byte", "milp", "archive", "evopress")),
     *("agents.random=2", "agents.ppo=1", "agents.surrogate=1"),
