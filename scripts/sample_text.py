@@ -1,7 +1,7 @@
 """Samples the text that ships with the package: `python -m scripts.sample_text rap_env/calibration/text`.
 
-It gives other text on another machine or with other library versions: the shipped files are what counts. Whoever replaces
-them reads all documents and chooses: nothing about religions, peoples, violence or real people, no address, no quotation.
+It gives other text on another machine or with other versions: the shipped files are what counts. Whoever replaces them
+reads all documents and chooses: nothing on religions, peoples, violence or real people, no address, no quotation.
 """
 
 import json
