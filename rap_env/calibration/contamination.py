@@ -88,7 +88,7 @@ def find_overlaps(documents: Iterable[str], items: Mapping[str, Sequence[str]], 
 
 def count_unchecked(items: Mapping[str, Sequence[str]]) -> int:
     """How many items are too short to be found in a text: fewer than 8 words, or 16 characters without spaces."""
-    worths = [_totals(_units(text))[-1] for texts in items.values() for text in texts]
+    worths = [int(_totals(_units(text))[-1]) for texts in items.values() for text in texts]
     return sum(worth < _WORD * _SHORTEST_ITEM_WORDS for worth in worths)
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from rap_env.calibration import Corpus, Overlap, count_unchecked, find_overlaps, refuse_contamination
@@ -135,4 +137,4 @@ def test_items_that_are_too_short_to_be_checked_are_counted():
         "a": [seven, f"{seven} eight"],
         "b": [fifteen, CHINESE[:16], "", f"seven words are not enough {fifteen[:4]}"],
     }
-    assert count_unchecked(items) == 4
+    assert json.dumps(count_unchecked(items)) == "4"  # records are JSON
