@@ -89,7 +89,7 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
     Raises:
         SearchExhausted: The token budget does not cover the ranking.
         EvaluationFailed: A loss is not a finite number.
-        InvalidWorkload: There are no windows, none with a token to predict, or they are longer than the model's context.
+        InvalidWorkload: There are no windows, no token to predict, or they are longer than the model's context.
     """
     check_windows(*windows.shape, llm.shape.context_tokens)
     budget = TokenBudget() if budget is None else budget
