@@ -10,7 +10,7 @@ from experiments import benchmarks
 from experiments.report.comparison import Comparison
 from experiments.report.kept import kept_picture
 from experiments.report.page import write_page
-from experiments.report.tables import comparison_notes, markdown, metrics_table, run_table, spending_table
+from experiments.report.tables import run_table, table_lines
 from rap_env.errors import UnknownName
 
 __all__ = ["benchmark_lines", "kept_picture", "report_on", "run_table"]
@@ -29,12 +29,11 @@ def report_on(records: Sequence[dict[str, Any]], page: Path | None) -> list[str]
     Raises:
         ValueError: The records do not belong together.
     """
-    comparison = Comparison.of(records)
-    lines = markdown(run_table(*records)) + [""] if len(records) == 1 else []
-    lines += markdown(metrics_table(comparison), comparison_notes(comparison))
-    lines += ["", "Loss over dense on the search half after so many tokens:", ""]
-    lines += markdown(spending_table(comparison))
-    return lines + (["", f"page: {write_page(comparison, page)}"] if page else [])
+    named = {"": records}
+    lines = [*table_lines("run", named), ""] if len(records) == 1 else []
+    lines += [*table_lines("metrics", named), "", "Loss over dense on the search half after so many tokens:", ""]
+    lines += table_lines("spending", named)
+    return [*lines, "", f"page: {write_page(Comparison(records), page)}"] if page else lines
 
 
 def benchmark_lines(part: str, record: Mapping[str, Any]) -> list[str]:

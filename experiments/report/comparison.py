@@ -1,10 +1,8 @@
 """The records of one comparison, read together, and record files."""
 
-import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,82 +37,45 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-@dataclass(frozen=True)
 class Comparison:
     """Records of agents and seeds that faced the same scenarios and evaluators.
 
     Arrays over the scenarios [seeds, scenarios] have them in the order of `scenarios`. Seeds whose records are equal
     count as one: the agent is deterministic.
 
+    Args:
+        records: In any order.
+
     Attributes:
-        records: In the order of agent and seed, whatever order they were read in.
+        records: In the order of agent and seed.
+        scenarios: (workload as text, budget ratio) of each row.
+        evaluators: Names of the report's evaluators; the first is the main one.
+        token_budget: Tokens that each search may forward.
+
+    Raises:
+        ValueError: There is no record, one is not a run's, two are of one agent and seed, or they are of different
+            comparisons.
     """
 
-    records: tuple[dict[str, Any], ...]
-
-    @classmethod
-    def of(cls, records: Sequence[dict[str, Any]]) -> "Comparison":
-        """Checks that records belong together.
-
-        Raises:
-            ValueError: There is none, one is not a run's, two are of one agent and seed, or they are of different
-                comparisons.
-        """
-        if not records:
-            raise ValueError("expected at least one record of a comparison; got none")
-        for record in records:
-            if missing := [key for key in _RESULTS if key not in record["results"]]:
-                raise ValueError(f"expected the results of a run: {', '.join(_RESULTS)}; missing {', '.join(missing)}")
-        names = Counter(f"{record['results']['agent']} {record['results']['seed']}" for record in records)
-        if twice := sorted(name for name, count in names.items() if count > 1):
-            raise ValueError(f"expected one record for each agent and seed; there are several of {', '.join(twice)}")
-        first, *others = map(_shared, records)
-        for other in others:
-            if differing := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
-                raise ValueError(f"expected records of one comparison; their {', '.join(differing)} differ")
-        return cls(tuple(sorted(records, key=lambda record: (record["results"]["agent"], record["results"]["seed"]))))
-
-    @functools.cached_property
-    def _first(self) -> dict[str, Any]:
-        return self.records[0]["results"]
-
-    @functools.cached_property
-    def _runs(self) -> dict[str, tuple[list[dict[str, Any]], str]]:
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for record in self.records:
-            runs.setdefault(record["results"]["agent"], []).append(record["results"])
-        return {agent: distinct(of_agent, _outcome) for agent, of_agent in runs.items()}
-
-    @property
-    def agents(self) -> list[str]:
-        return list(self._runs)
-
-    @property
-    def components(self) -> list[str]:
-        return self._first["components"]
-
-    @property
-    def scenarios(self) -> list[tuple[str, float]]:
-        """(workload as text, budget ratio) of each row."""
-        return [(workload_name(row), round(row["budget_ratio"], 4)) for row in self._first["rows"]]
-
-    @property
-    def evaluators(self) -> list[str]:
-        """Names of the report's evaluators; the first is the main one."""
-        return self._first["evaluators"]
-
-    @property
-    def token_budget(self) -> int:
-        """Tokens that each search may forward."""
-        return self._first["search"]["token_budget"]
+    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
+        _check(records)
+        self.records = sorted(records, key=lambda record: (record["results"]["agent"], record["results"]["seed"]))
+        first = self.records[0]["results"]
+        self.components, self.evaluators, self._dense = first["components"], first["evaluators"], first["dense"]
+        self.scenarios = [(workload_name(row), round(row["budget_ratio"], 4)) for row in first["rows"]]
+        self.token_budget = first["search"]["token_budget"]
+        self._is_text = {name: has_loss(first["rows"][0]["reports"][name]) for name in self.evaluators}
+        self._runs = runs_by_agent(self.records)
+        self.agents = list(self._runs)
 
     def runs(self, agent: str) -> list[dict[str, Any]]:
         """Results of an agent's seeds."""
-        return self._runs[agent][0]
+        return self._runs[agent]
 
     def seeds(self, agent: str) -> str:
         """The number of an agent's seeds as a table shows it."""
-        return self._runs[agent][1]
+        n_records = sum(record["results"]["agent"] == agent for record in self.records)
+        return seeds_text(n_records, len(self.runs(agent)))
 
     def scores(self, agent: str, evaluator: str) -> np.ndarray:
         """An agent's scores [seeds, scenarios]; minus infinity where the mask does not fit."""
@@ -131,28 +92,52 @@ class Comparison:
 
     def best_after(self, agent: str, tokens: float) -> float:
         """Mean over the seeds of the search score after so many tokens; minus infinity before there is one."""
-        return float(
-            np.mean([max([s for n, s in curve if n <= tokens], default=-np.inf) for curve in self.curves(agent)])
-        )
+        curves = self.curves(agent)
+        return float(np.mean([max([s for n, s in curve if n <= tokens], default=-np.inf) for curve in curves]))
 
     def mean_search(self, agent: str, key: str) -> float:
         """Mean over the seeds of what a search took: `tokens`, `seconds`, `measured_seconds`."""
         return float(np.mean([run["search"][key] for run in self.runs(agent)]))
 
     def dense_score(self, evaluator: str) -> float:
-        return self._first["dense"][evaluator]
+        return self._dense[evaluator]
 
     def is_text(self, evaluator: str) -> bool:
-        """Whether an evaluator's score is minus a loss instead of an accuracy."""
-        row = self._first["rows"][0]
-        return has_loss(row["search"] if evaluator == SEARCH else row["reports"][evaluator])
+        """Whether a report evaluator's score is minus a loss instead of an accuracy."""
+        return self._is_text[evaluator]
 
 
-def distinct(runs: list, outcome: Callable) -> tuple[list, str]:
-    """An agent's runs with their number as text; equal outcomes of several seeds are one run."""
-    if len(runs) > 1 and all(outcome(run) == outcome(runs[0]) for run in runs[1:]):
-        return runs[:1], "1 (deterministic)"
-    return runs, str(len(runs))
+def _check(records: Sequence[dict[str, Any]]) -> None:
+    if not records:
+        raise ValueError("expected at least one record of a comparison; got none")
+    for record in records:
+        if missing := [key for key in _RESULTS if key not in record["results"]]:
+            raise ValueError(f"expected the results of a run: {', '.join(_RESULTS)}; missing {', '.join(missing)}")
+    names = Counter(f"{record['results']['agent']} {record['results']['seed']}" for record in records)
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        raise ValueError(f"expected one record for each agent and seed; there are several of {', '.join(twice)}")
+    first, *others = map(_shared, records)
+    for other in others:
+        if differing := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
+            raise ValueError(f"expected records of one comparison; their {', '.join(differing)} differ")
+
+
+def runs_by_agent(records: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results of each agent's seeds; a single one where all seeds are equal."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        runs.setdefault(record["results"]["agent"], []).append(record["results"])
+    return {agent: of_agent[: _n_distinct(of_agent)] for agent, of_agent in runs.items()}
+
+
+def _n_distinct(runs: Sequence[Mapping[str, Any]]) -> int:
+    outcomes = [(decided(run["rows"]), run["anytime"], run["search"]["tokens"]) for run in runs]
+    return 1 if all(outcome == outcomes[0] for outcome in outcomes) else len(runs)
+
+
+def seeds_text(n_seeds: int, n_distinct: int) -> str:
+    """The number of seeds as a table shows it."""
+    return "1 (deterministic)" if n_distinct < n_seeds else str(n_seeds)
 
 
 def decided(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -168,10 +153,6 @@ def has_loss(evaluated: Mapping[str, Any]) -> bool:
 def workload_name(row: Mapping[str, Any]) -> str:
     generated = f" + {row['generated_tokens']}" if row["generated_tokens"] else ""
     return f"{row['batch_size']} x {row['prompt_tokens']}{generated} tokens"
-
-
-def _outcome(run: Mapping[str, Any]) -> tuple:
-    return decided(run["rows"]), run["anytime"], run["search"]["tokens"]
 
 
 def _score(row: Mapping[str, Any], evaluator: str) -> float:

@@ -4,73 +4,22 @@ A table stands between two comments and names the files that it is made from and
 
     <!-- table: results/policies.jsonl metrics -->
     <!-- end -->
+
+The kinds are those of `table_lines`, and `benchmark`: what benchmarks printed.
 """
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.report import benchmark_lines
-from experiments.report.comparison import Comparison, read_records
-from experiments.report.tables import (
-    Table,
-    comparison_notes,
-    compact_table,
-    markdown,
-    metrics_table,
-    notes,
-    perplexity_table,
-    run_table,
-    spending_table,
-)
-from rap_env.errors import RapError, UnknownName
+from experiments.report.comparison import read_records
+from experiments.report.tables import table_lines
+from rap_env.errors import RapError
 
 _START, _END = "<!-- table:", "<!-- end -->"
 _MARKED = re.compile(rf"^({_START} *(.+?) *-->)\n(.*?)^{_END}$", re.MULTILINE | re.DOTALL)
-
-Named = Mapping[str, list[dict]]  # records by their file's name
-
-
-def _together(table: Callable[[Comparison], Table]) -> Callable[[Named], list[str]]:
-    """A table of one comparison, whose records may lie in several files."""
-
-    def lines(named: Named) -> list[str]:
-        comparison = Comparison.of([record for records in named.values() for record in records])
-        return markdown(table(comparison), comparison_notes(comparison))
-
-    return lines
-
-
-def _side_by_side(table: Callable[[Mapping[str, Comparison]], Table]) -> Callable[[Named], list[str]]:
-    """A table of several comparisons, each with a file of its own."""
-
-    def lines(named: Named) -> list[str]:
-        comparisons = {name: Comparison.of(records) for name, records in named.items()}
-        every_note = [note for comparison in comparisons.values() for note in comparison_notes(comparison)]
-        return markdown(table(comparisons), list(dict.fromkeys(every_note)))
-
-    return lines
-
-
-def _runs(named: Named) -> list[str]:
-    records = [record for of_file in named.values() for record in of_file]
-    return markdown(run_table(*records), notes(records))
-
-
-def _benchmarks(named: Named) -> list[str]:
-    printed = [line for name, records in named.items() for line in (*benchmark_lines(name, records[0]), "")]
-    return ["```text", *printed[:-1], "```"]
-
-
-KINDS: dict[str, Callable[[Named], list[str]]] = {
-    "metrics": _together(metrics_table),
-    "spending": _together(spending_table),
-    "compact": _side_by_side(compact_table),
-    "perplexity": _side_by_side(perplexity_table),
-    "run": _runs,
-    "benchmark": _benchmarks,
-}
 
 
 def rewritten(text: str, root: Path) -> str:
@@ -81,23 +30,27 @@ def rewritten(text: str, root: Path) -> str:
         root: Folder that the paths in the markers start at.
 
     Raises:
-        UnknownName: There is no such kind of table.
+        UnknownName: There is no such kind of table or benchmark.
         ValueError: A marker has no end, or names no file.
         OSError: A file can't be read.
     """
 
     def replace(found: re.Match) -> str:
         *paths, kind = found[2].split()
-        if kind not in KINDS:
-            raise UnknownName("kind of table", kind, KINDS)
-        if not paths or _START in found[3]:
-            raise ValueError(f"expected files, a kind and a line {_END!r} after them; got {found[1]!r}")
-        lines = KINDS[kind]({Path(path).stem: read_records(root / path) for path in paths})
+        if not paths:
+            raise ValueError(f"expected files and a kind of table; got {found[1]!r}")
+        named = {Path(path).stem: read_records(root / path) for path in paths}
+        lines = _benchmarks(named) if kind == "benchmark" else table_lines(kind, named)
         return "\n".join([found[1], *lines, _END])
 
     if text.count(_START) != len(_MARKED.findall(text)):
         raise ValueError(f"expected a line {_END!r} after each {_START!r}; there is one without")
     return _MARKED.sub(replace, text)
+
+
+def _benchmarks(named: Mapping[str, list[dict]]) -> list[str]:
+    printed = [line for part, records in named.items() for line in ("", *benchmark_lines(part, records[0]))]
+    return ["```text", *printed[1:], "```"]
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from experiments.report.drawing import (
     workloads,
 )
 from experiments.report.kept import attention_share, kept_figures
-from experiments.report.metrics import loss_over_dense, regret, scenario_means, spread_name, with_spread
+from experiments.report.metrics import SPREAD, loss_over_dense, regret, scenario_means, with_spread
 from experiments.report.tables import loss_name
 
 
@@ -32,11 +32,6 @@ def figures(comparison: Comparison) -> list[PageFigure]:
         _quality_against_tokens(comparison),
         *_learning(comparison),
     ]
-
-
-def _bars(comparison: Comparison) -> str:
-    """What a caption says of error bars."""
-    return f"bars {spread_name(comparison)}" if spread_name(comparison) else "one seed each"
 
 
 def _score_against_budget(comparison: Comparison, evaluator: str) -> PageFigure:
@@ -64,7 +59,7 @@ def _score_against_budget(comparison: Comparison, evaluator: str) -> PageFigure:
     figure.update_layout(height=460)
     caption = (
         "How much worse than the unpruned model each policy's masks are on the report half, lower is better. Points are"
-        f" means over seeds, {_bars(comparison)}. A gap is a budget that was violated."
+        f" means over seeds, bars {SPREAD}. A gap is a budget that was violated."
         " Click on a faint name to see an agent that is far off."
     )
     return PageFigure(f"score_{evaluator}", f"Report against budget: {evaluator}", caption, figure)
@@ -87,7 +82,7 @@ def _regret(comparison: Comparison) -> PageFigure:
     figure.update_layout(height=160 + 34 * len(comparison.agents))
     caption = (
         "Best known score of a scenario minus the score reached: interquartile mean over scenarios and seeds,"
-        f" {_bars(comparison)}. Best known is the best mask of any agent here that fits; on the search half"
+        f" bars {SPREAD}. Best known is the best mask of any agent here that fits; on the search half"
         " also any that a search only evaluated. Left out: who violates more than a quarter of the budgets, and who"
         " loses more than half as much again as the best; the table has them."
     )
@@ -102,7 +97,7 @@ def _anytime(comparison: Comparison) -> PageFigure:
         steps = [step for step in steps if np.isfinite(comparison.best_after(agent, step))]
         if not steps:
             continue  # its policy violates a budget
-        if not any(run["anytime"] for run in comparison.runs(agent)):
+        if not any(run["search"]["evaluations"] for run in comparison.runs(agent)):
             of_agent["line"] |= {"dash": "dash"}
             steps.append(comparison.token_budget)
         means = [comparison.best_after(agent, step) for step in steps]
@@ -111,9 +106,9 @@ def _anytime(comparison: Comparison) -> PageFigure:
     figure.update_yaxes(title="best search score so far")
     figure.update_layout(height=460)
     caption = (
-        "After so many forwarded tokens, the best mask evaluated so far that fits, mean over the scenarios and seeds; it"
-        " begins when every scenario has one. Dashed: agents that evaluate no mask, at their policy's score, from what"
-        " their ranking cost on."
+        "After so many forwarded tokens, the best mask evaluated so far that fits, mean over the scenarios and seeds;"
+        " it begins when every scenario has one. Dashed: agents that evaluate no mask, at their policy's score, from"
+        " what their ranking cost on."
     )
     return PageFigure("anytime", "Search score against tokens", caption, figure)
 
@@ -128,7 +123,7 @@ def _quality_against_tokens(comparison: Comparison) -> PageFigure:
     figure.update_xaxes(title="tokens spent", rangemode="nonnegative", zeroline=False)
     figure.update_yaxes(title=loss_name(comparison, main))
     figure.update_layout(height=420, showlegend=True)
-    caption = f"Interquartile mean over scenarios and seeds on {main}, lower is better; {_bars(comparison)}."
+    caption = f"Interquartile mean over scenarios and seeds on {main}, lower is better; bars {SPREAD}."
     return PageFigure("quality", "Quality against tokens spent", caption, figure)
 
 

@@ -13,6 +13,7 @@ from scipy.stats import trim_mean
 from experiments.report.comparison import SEARCH, Comparison
 
 FEWEST_FOR_INTERVAL = 5  # seeds; resampling fewer says nothing that their range does not say
+SPREAD = f"the range over seeds, from {FEWEST_FOR_INTERVAL} seeds on a 95% bootstrap interval"  # of brackets and bars
 _RESAMPLES = 2000
 _CONFIDENCE = 0.95
 
@@ -77,13 +78,3 @@ def with_spread(
     resampled = statistic(costs[chosen])
     low, high = np.percentile(resampled, [tail, 100 - tail], axis=0, method="nearest")  # infinities don't interpolate
     return statistic(costs), low, high
-
-
-def spread_name(comparison: Comparison) -> str:
-    """What brackets and bars are; empty where every agent has one seed."""
-    n_seeds = {len(comparison.runs(agent)) for agent in comparison.agents}
-    names = ["the range over seeds"] * any(1 < n < FEWEST_FOR_INTERVAL for n in n_seeds)
-    names += ["the 95% bootstrap interval over seeds"] * any(n >= FEWEST_FOR_INTERVAL for n in n_seeds)
-    if len(names) == 2:
-        return f"{names[0]} (fewer than {FEWEST_FOR_INTERVAL}) or {names[1]} ({FEWEST_FOR_INTERVAL} or more)"
-    return "".join(names)

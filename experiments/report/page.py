@@ -13,7 +13,8 @@ from plotly.offline import get_plotlyjs
 from experiments.report.comparison import Comparison
 from experiments.report.drawing import PageFigure
 from experiments.report.figures import figures
-from experiments.report.tables import Table, comparison_notes, metrics_table, spending_table
+from experiments.report.metrics import SPREAD
+from experiments.report.tables import Table, metrics_table, notes, spending_table
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _OPTIONS = {"displayModeBar": False, "responsive": True}
@@ -33,8 +34,9 @@ def page(comparison: Comparison) -> str:
         title="Comparison of pruning policies",
         plotly=get_plotlyjs(),
         summary=html.escape(_summary(comparison)),
+        spread=SPREAD,
         metrics=_table(metrics_table(comparison)),
-        notes=" ".join(html.escape(note) for note in comparison_notes(comparison)),
+        notes=" ".join(html.escape(note) for note in notes(comparison.records)),
         spending=_table(spending_table(comparison)),
         sections="\n".join(map(_section, figures(comparison))),
         origin=html.escape(_origin(comparison)),

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.report.comparison import SEARCH, Comparison, decided, distinct, has_loss
-from experiments.report.metrics import interquartile_mean, loss_over_dense, plain_mean, regret, spread_name, with_spread
+from experiments.report.comparison import SEARCH, Comparison, decided, has_loss, seeds_text
+from experiments.report.metrics import SPREAD, interquartile_mean, loss_over_dense, plain_mean, regret, with_spread
+from rap_env.errors import UnknownName
 
 GB = 1e9
 _SPENT_PARTS = (8, 4, 2, 1)  # of the token budget
+
+Named = Mapping[str, Sequence[dict[str, Any]]]  # records by the name of their comparison
 
 
 class Table(NamedTuple):
@@ -21,10 +24,25 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
-def markdown(table: Table, notes: Sequence[str] = ()) -> list[str]:
-    """Lines of a Markdown table with notes under it."""
+def table_lines(kind: str, named: Named) -> list[str]:
+    """Markdown lines of a table with the notes under it.
+
+    Args:
+        kind: `metrics`, `spending`, `run`: of all records together; `compact`, `perplexity`: each name's records are a
+            comparison of its own.
+        named: Records by name.
+
+    Raises:
+        UnknownName: There is no such kind.
+        ValueError: The records do not belong together.
+    """
+    if kind not in KINDS:
+        raise UnknownName("kind of table", kind, KINDS)
+    table = KINDS[kind](named)
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines] + [line for note in notes for line in ("", note)]
+    brackets = [f"In brackets {SPREAD}."] if any("[" in cell for cells in table.rows for cell in cells) else []
+    under = [line for note in (*brackets, *notes(_all(named))) for line in ("", note)]
+    return ["| " + " | ".join(cells) + " |" for cells in lines] + under
 
 
 def metrics_table(comparison: Comparison) -> Table:
@@ -71,36 +89,34 @@ def spending_table(comparison: Comparison) -> Table:
     return Table(["agent", *map(str, steps)], rows)
 
 
-def compact_table(comparisons: Mapping[str, Comparison]) -> Table:
+def compact_table(named: Named) -> Table:
     """Mean loss over dense on both halves, for agents of one or several comparisons."""
     rows = []
-    for name, comparison in comparisons.items():
-        for agent in sorted(
-            comparison.agents, key=lambda agent: plain_mean(loss_over_dense(comparison, agent, SEARCH))
-        ):
-            halves = (SEARCH, comparison.evaluators[0])
-            losses = [_number(*with_spread(loss_over_dense(comparison, agent, half), plain_mean)) for half in halves]
+    for name, records in named.items():
+        comparison = Comparison(records)
+        halves = (SEARCH, comparison.evaluators[0])
+        losses = {agent: [loss_over_dense(comparison, agent, half) for half in halves] for agent in comparison.agents}
+        for agent, of_halves in sorted(losses.items(), key=lambda item: plain_mean(item[1][0])):
+            cells = [_number(*with_spread(of_half, plain_mean)) for of_half in of_halves]
             tokens = f"{comparison.mean_search(agent, 'tokens'):.0f}"
-            rows.append([name, agent, comparison.seeds(agent), *losses, tokens])
+            rows.append([name, agent, comparison.seeds(agent), *cells, tokens])
     columns = ["comparison", "agent", "seeds", "mean loss over dense, search half", "report half", "tokens"]
-    several = len(comparisons) > 1
-    return Table(columns, rows) if several else Table(columns[1:], [row[1:] for row in rows])
+    return Table(columns, rows) if len(named) > 1 else Table(columns[1:], [row[1:] for row in rows])
 
 
-def perplexity_table(comparisons: Mapping[str, Comparison]) -> Table:
+def perplexity_table(named: Named) -> Table:
     """Perplexity of each seed on the main evaluator, for comparisons whose searches had different evaluators."""
-    found = {}
-    for comparison in comparisons.values():
+    rows = set()
+    for comparison in map(Comparison, named.values()):
         main = comparison.evaluators[0]
         if not comparison.is_text(main):
             raise ValueError(f"expected an evaluator by text for a table of perplexities; got {main!r}")
         for agent in comparison.agents:
-            found[agent, _searched_by(comparison.runs(agent)[0])] = np.exp(-comparison.scores(agent, main).mean(axis=1))
-    ordered = sorted(found.items(), key=lambda item: (np.mean(item[1]), item[0]))
-    return Table(
-        ["agent", "searched by", "perplexity of each seed", "mean"],
-        [[*names, ", ".join(f"{seed:.1f}" for seed in seeds), f"{np.mean(seeds):.1f}"] for names, seeds in ordered],
-    )
+            seeds = np.exp(-comparison.scores(agent, main).mean(axis=1))
+            cells = (", ".join(f"{seed:.1f}" for seed in seeds), f"{seeds.mean():.1f}")
+            rows.add((seeds.mean(), agent, _searched_by(comparison.runs(agent)[0]), *cells))
+    columns = ["agent", "searched by", "perplexity of each seed", "mean"]
+    return Table(columns, [list(cells) for _mean, *cells in sorted(rows)])
 
 
 def run_table(*records: Mapping[str, Any]) -> Table:
@@ -109,51 +125,46 @@ def run_table(*records: Mapping[str, Any]) -> Table:
     Args:
         records: A run's, or those of several agents and seeds.
     """
-    results = [record["results"] for record in records]
-    main = results[0]["evaluators"][0]
+    first = records[0]["results"]
+    main = first["evaluators"][0]
+    scores = {"minus the loss" if has_loss(first["rows"][0]["reports"][main]) else "accuracy": "score"}
+    if all("smooth_accuracy" in row["reports"][main]["reward_terms"] for row in first["rows"]):
+        scores["smooth accuracy"] = "smooth_accuracy"
     policies: dict[str, list[list[dict[str, Any]]]] = {}
-    for run in results:
-        policies.setdefault(run["agent"], []).append(run["rows"])
+    for record in records:
+        policies.setdefault(record["results"]["agent"], []).append(record["results"]["rows"])
     agents = set(policies)
-    for run in results:
-        for name in run["references"].keys() - agents:
-            policies.setdefault(name, []).append(run["references"][name])
-    order = ("dense", "random", "greedy_gsi")
-    names = [*sorted(agents), *(name for name in order if name in policies and name not in agents)]
-    by_text = has_loss(results[0]["rows"][0]["reports"][main])
-    scores = {"minus the loss": "score"} if by_text else {"accuracy": "score", "smooth accuracy": "smooth_accuracy"}
+    for record in records:
+        for name in sorted(record["results"]["references"].keys() - agents):
+            policies.setdefault(name, []).append(record["results"]["references"][name])
     columns = ["policy", "seeds", "budget GB", "footprint GB", *scores, "reward", "violations"]
-    rows = [_run_cells(name, policies[name], main, [*scores.values(), "reward"]) for name in names]
+    rows = [_run_cells(name, policies[name], main, [*scores.values(), "reward"]) for name in policies]
     return Table(columns, rows) if len(records) > 1 else Table(columns[:1] + columns[2:], [r[:1] + r[2:] for r in rows])
 
 
 def _run_cells(name: str, of_seeds: list[list[dict[str, Any]]], main: str, keys: Sequence[str]) -> list[str]:
-    of_seeds, seeds = distinct(of_seeds, decided)
+    n_seeds, first = len(of_seeds), decided(of_seeds[0])
+    if all(decided(rows) == first for rows in of_seeds):
+        of_seeds = of_seeds[:1]
     rows = [row for of_seed in of_seeds for row in of_seed]
 
     def value(row: Mapping[str, Any], key: str) -> float:
         report = row["reports"][main]
         return report[key] if key in report else report["reward_terms"][key]
 
-    means = [
-        with_spread(np.array([[value(row, key) for row in of_seed] for of_seed in of_seeds]), plain_mean)
-        for key in keys
+    values = [np.array([[value(row, key) for row in of_seed] for of_seed in of_seeds]) for key in keys]
+    n_bytes = [[row["budget_bytes"], row["footprint"]["peak_bytes"]] for row in rows]
+    return [
+        name,
+        seeds_text(n_seeds, len(of_seeds)),
+        *(f"{mean / GB:.3f}" for mean in np.mean(n_bytes, axis=0)),
+        *(_number(*with_spread(of_key, plain_mean)) for of_key in values),
+        f"{sum(row['violation'] for row in rows)} of {len(rows)}",
     ]
-    gigabytes = [np.mean([bytes_of(row) for row in rows]) / GB for bytes_of in (_budget_bytes, _peak_bytes)]
-    violations = f"{sum(row['violation'] for row in rows)} of {len(rows)}"
-    return [name, seeds, *(f"{number:.3f}" for number in gigabytes), *(_number(*mean) for mean in means), violations]
-
-
-def _budget_bytes(row: Mapping[str, Any]) -> int:
-    return row["budget_bytes"]
-
-
-def _peak_bytes(row: Mapping[str, Any]) -> int:
-    return row["footprint"]["peak_bytes"]
 
 
 def notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader must know of where a table's records come from: several commits, changed files, several machines."""
+    """Where records come from that are not all of one commit, one clean checkout and one kind of machine."""
     commits = Counter(_commit(record["provenance"].get("git")) for record in records)
     machines = {_platform(record["provenance"]): _machine(record["provenance"]) for record in records}
     found = []
@@ -166,18 +177,12 @@ def notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def comparison_notes(comparison: Comparison) -> list[str]:
-    """Notes on a comparison's records, and what its brackets are."""
-    spread = spread_name(comparison)
-    return [f"In brackets {spread}."] * bool(spread) + notes(comparison.records)
-
-
 def loss_name(comparison: Comparison, evaluator: str) -> str:
     return "log-perplexity over dense" if comparison.is_text(evaluator) else "accuracy below dense"
 
 
 def _searched_by(run: Mapping[str, Any]) -> str:
-    if not run["anytime"]:
+    if not run["search"]["evaluations"]:
         return ""
     metrics = set().union(*run["rows"][0]["search"]["tasks"].values())
     return next((name for name in ("divergence", "loss") if name in metrics), "accuracy")
@@ -203,3 +208,16 @@ def _number(value: float, low: float, high: float) -> str:
     if not np.isfinite(value):
         return "-"
     return f"{value:.3f}" if low == high else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _all(named: Named) -> list[dict[str, Any]]:
+    return [record for records in named.values() for record in records]
+
+
+KINDS = {
+    "metrics": lambda named: metrics_table(Comparison(_all(named))),
+    "spending": lambda named: spending_table(Comparison(_all(named))),
+    "run": lambda named: run_table(*Comparison(_all(named)).records),
+    "compact": compact_table,
+    "perplexity": perplexity_table,
+}
