@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.records import read_records
 from experiments.report import benchmark_lines, report_on
-from experiments.report.comparison import read_records
 from rap_env.errors import RapError
 
 

@@ -1,40 +1,15 @@
-"""The records of one comparison, read together, and record files."""
+"""The records of one comparison, read together."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from experiments.records import REQUIRED_KEYS, read_record
 
 SEARCH = "search"  # the search half's name among the evaluators
 _RESULTS = ("agent", "seed", "components", "evaluators", "dense", "search", "anytime", "rows", "references", "held_out")
 _MAY_DIFFER = ("agent", "seed", "decisions", "tracker", "store")  # of the configs of a comparison
 _DIGESTS = ("model_digest", "tokenizer_digest", "corpus_digest")
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Reads a JSON-lines table, a folder whose subfolders hold `record.json` files, or a single record.
-
-    Raises:
-        ValueError: A line is no record, or the folder holds none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        paths = sorted(path.rglob("record.json"))
-        if not paths:
-            raise ValueError(f"expected record.json files in {path} or its subfolders; there are none")
-        return [read_record(found) for found in paths]
-    if path.suffix != ".jsonl":
-        return [read_record(path)]
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for number, record in enumerate(records, 1):
-        if missing := [key for key in REQUIRED_KEYS if key not in record]:
-            raise ValueError(f"{path}, record {number}: expected {', '.join(REQUIRED_KEYS)}; missing {missing}")
-    return records
 
 
 class Comparison:

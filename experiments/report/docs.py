@@ -13,8 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from experiments.records import read_records
 from experiments.report import benchmark_lines
-from experiments.report.comparison import read_records
 from experiments.report.tables import table_lines
 from rap_env.errors import RapError
 

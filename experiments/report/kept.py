@@ -28,8 +28,8 @@ def kept_picture(record: Mapping[str, Any]) -> np.ndarray:
         positions, labels = _of_kind(names, kind)
         axes.imshow(kept[:, positions], aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(f"{_TITLES[kind]}: kept (light) or dropped (dark)", fontsize=10)
-        ticks = range(0, len(labels), max(1, len(labels) // 8))
-        axes.set_xticks(ticks, [labels[tick] for tick in ticks])
+        layers = _first_of_layers(labels)
+        axes.set_xticks([labels.index(label) for label in layers], layers.values())
         axes.set_xlabel("layer")
         axes.set_yticks([])
     scenarios = [f"{row['batch_size']} x {row['prompt_tokens']}, {row['budget_ratio']:.0%}" for row in rows]
@@ -74,6 +74,7 @@ def _kept_figure(comparison: Comparison, agent: str) -> PageFigure:
     figure = make_subplots(2, len(of_workload), subplot_titles=titles, horizontal_spacing=0.02, vertical_spacing=0.24)
     for row, kind in enumerate(KINDS, 1):
         positions, layers = _of_kind(comparison.components, kind)
+        ticks = _first_of_layers(layers)
         for column, chosen in enumerate(of_workload.values(), 1):
             budgets = [f"{comparison.scenarios[position][1]:.0%}" for position in chosen]
             share = keeping[np.ix_(chosen, positions)]
@@ -83,8 +84,9 @@ def _kept_figure(comparison: Comparison, agent: str) -> PageFigure:
             trace.customdata = [[label] * len(layers) for label in labels]
             trace.hovertemplate = "layer %{x}, budget %{customdata}<br>kept by %{z:.0%} of seeds<extra></extra>"
             figure.add_trace(trace, row, column)
+            figure.update_xaxes(tickvals=list(ticks), ticktext=list(ticks.values()), row=row, col=column)
             figure.update_yaxes(showticklabels=column == 1, autorange="reversed", row=row, col=column)
-    figure.update_xaxes(type="category", nticks=8)
+    figure.update_xaxes(type="category")
     figure.update_xaxes(title="layer", row=2)
     bar = {"title": "of seeds", "tickformat": ".0%"}
     figure.update_layout(height=400, coloraxis={"colorscale": _SHADES, "cmin": 0, "cmax": 1, "colorbar": bar})
@@ -97,6 +99,15 @@ def _of_kind(components: Sequence[str], kind: str) -> tuple[list[int], list[str]
     """Positions of a kind's components, and their names without the kind: `3`, or `3.5` for part 5 of layer 3."""
     positions = [position for position, name in enumerate(components) if name.split(".")[1] == kind]
     return positions, [components[position].replace(f".{kind}", "").removeprefix("layer") for position in positions]
+
+
+def _first_of_layers(labels: Sequence[str]) -> dict[str, str]:
+    """Where an axis over components has its ticks: the first component of about eight layers, and the layer's number."""
+    first: dict[str, str] = {}
+    for label in labels:
+        first.setdefault(label.partition(".")[0], label)
+    step = -(-len(first) // 8)
+    return {label: layer for layer, label in list(first.items())[::step]}
 
 
 def _kept(rows: Sequence[Mapping[str, Any]], components: Sequence[str]) -> np.ndarray:

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.report.comparison import Comparison, read_records
+from experiments.records import read_records
+from experiments.report.comparison import Comparison
 from experiments.report.metrics import (
     best_known,
     interquartile_mean,
@@ -153,5 +154,5 @@ def test_what_holds_no_records_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected record\.json files in .*; there are none"):
         read_records(tmp_path)
     (tmp_path / "a.jsonl").write_text(json.dumps(records()[0]) + '\n{"config": {}}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, record 2: .* missing"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: a record needs .* missing: provenance, results"):
         read_records(tmp_path / "a.jsonl")

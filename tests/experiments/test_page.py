@@ -93,6 +93,8 @@ def test_attention_share_compares_parts_of_each_kind():
     attention, mlp = shown["kept_greedy"].data
     assert (list(attention.x), list(mlp.x)) == (["0.0", "0.1"], ["0.0", "0.1", "0.2", "0.3"])
     assert (list(attention.z[0]), list(mlp.z[0])) == ([1, 0], [1, 1, 1, 0])
+    axis = shown["kept_greedy"].layout.xaxis
+    assert (axis.tickvals, axis.ticktext) == (("0.0",), ("0",)), "a tick at the first part of a layer"
 
 
 def test_agents_far_off_are_hidden_until_clicked():
