@@ -1,7 +1,7 @@
 """The records of one comparison, read together."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,17 +40,19 @@ class Comparison:
         self.scenarios = [(workload_name(row), round(row["budget_ratio"], 4)) for row in first["rows"]]
         self.token_budget = first["search"]["token_budget"]
         self._is_text = {name: has_loss(first["rows"][0]["reports"][name]) for name in self.evaluators}
-        self._runs = runs_by_agent(self.records)
-        self.agents = list(self._runs)
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records:
+            runs.setdefault(record["results"]["agent"], []).append(record["results"])
+        self.agents = list(runs)
+        self._runs = {agent: distinct(of_agent, _outcome) for agent, of_agent in runs.items()}
 
     def runs(self, agent: str) -> list[dict[str, Any]]:
         """Results of an agent's seeds."""
-        return self._runs[agent]
+        return self._runs[agent][0]
 
     def seeds(self, agent: str) -> str:
         """The number of an agent's seeds as a table shows it."""
-        n_records = sum(record["results"]["agent"] == agent for record in self.records)
-        return seeds_text(n_records, len(self.runs(agent)))
+        return self._runs[agent][1]
 
     def scores(self, agent: str, evaluator: str) -> np.ndarray:
         """An agent's scores [seeds, scenarios]; minus infinity where the mask does not fit."""
@@ -97,22 +99,11 @@ def _check(records: Sequence[dict[str, Any]]) -> None:
             raise ValueError(f"expected records of one comparison; their {', '.join(differing)} differ")
 
 
-def runs_by_agent(records: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Results of each agent's seeds; a single one where all seeds are equal."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        runs.setdefault(record["results"]["agent"], []).append(record["results"])
-    return {agent: of_agent[: _n_distinct(of_agent)] for agent, of_agent in runs.items()}
-
-
-def _n_distinct(runs: Sequence[Mapping[str, Any]]) -> int:
-    outcomes = [(decided(run["rows"]), run["anytime"], run["search"]["tokens"]) for run in runs]
-    return 1 if all(outcome == outcomes[0] for outcome in outcomes) else len(runs)
-
-
-def seeds_text(n_seeds: int, n_distinct: int) -> str:
-    """The number of seeds as a table shows it."""
-    return "1 (deterministic)" if n_distinct < n_seeds else str(n_seeds)
+def distinct(runs: list, outcome: Callable) -> tuple[list, str]:
+    """An agent's runs and their number as a table shows it; seeds with equal outcomes are one run."""
+    if len(runs) > 1 and all(outcome(run) == outcome(runs[0]) for run in runs[1:]):
+        return runs[:1], "1 (deterministic)"
+    return runs, str(len(runs))
 
 
 def decided(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -128,6 +119,10 @@ def has_loss(evaluated: Mapping[str, Any]) -> bool:
 def workload_name(row: Mapping[str, Any]) -> str:
     generated = f" + {row['generated_tokens']}" if row["generated_tokens"] else ""
     return f"{row['batch_size']} x {row['prompt_tokens']}{generated} tokens"
+
+
+def _outcome(run: Mapping[str, Any]) -> tuple:
+    return decided(run["rows"]), run["anytime"], run["search"]["tokens"]
 
 
 def _score(row: Mapping[str, Any], evaluator: str) -> float:

@@ -102,7 +102,7 @@ def _of_kind(components: Sequence[str], kind: str) -> tuple[list[int], list[str]
 
 
 def _first_of_layers(labels: Sequence[str]) -> dict[str, str]:
-    """Where an axis over components has its ticks: the first component of about eight layers, and the layer's number."""
+    """Where an axis over components has its ticks: the first component of about eight layers, with its layer."""
     first: dict[str, str] = {}
     for label in labels:
         first.setdefault(label.partition(".")[0], label)

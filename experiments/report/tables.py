@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.report.comparison import SEARCH, Comparison, decided, has_loss, seeds_text
+from experiments.report.comparison import SEARCH, Comparison, decided, distinct, has_loss
 from experiments.report.metrics import SPREAD, interquartile_mean, loss_over_dense, plain_mean, regret, with_spread
 from rap_env.errors import UnknownName
 
@@ -143,9 +143,7 @@ def run_table(*records: Mapping[str, Any]) -> Table:
 
 
 def _run_cells(name: str, of_seeds: list[list[dict[str, Any]]], main: str, keys: Sequence[str]) -> list[str]:
-    n_seeds, first = len(of_seeds), decided(of_seeds[0])
-    if all(decided(rows) == first for rows in of_seeds):
-        of_seeds = of_seeds[:1]
+    of_seeds, seeds = distinct(of_seeds, decided)
     rows = [row for of_seed in of_seeds for row in of_seed]
 
     def value(row: Mapping[str, Any], key: str) -> float:
@@ -156,7 +154,7 @@ def _run_cells(name: str, of_seeds: list[list[dict[str, Any]]], main: str, keys:
     n_bytes = [[row["budget_bytes"], row["footprint"]["peak_bytes"]] for row in rows]
     return [
         name,
-        seeds_text(n_seeds, len(of_seeds)),
+        seeds,
         *(f"{mean / GB:.3f}" for mean in np.mean(n_bytes, axis=0)),
         *(_number(*with_spread(of_key, plain_mean)) for of_key in values),
         f"{sum(row['violation'] for row in rows)} of {len(rows)}",
