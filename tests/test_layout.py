@@ -28,7 +28,7 @@ HOMES = {
     "omegaconf": ("train.py", "experiments/"),
     "wandb": ("experiments/tracking.py",),
     "plotly": ("experiments/report/",),
-    "sqlalchemy": ("rap_env/evaluation/store.py",),
+    "sqlalchemy": ("rap_env/evaluation/store.py", "rap_env/evaluation/database.py"),
     "sklearn": ("rap_env/calibration/clusters.py", "rap_env/evaluation/predictor.py"),
 }
 # Agents that learn through Stable-Baselines3; every other one must not need it.

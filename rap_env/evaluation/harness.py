@@ -1,6 +1,7 @@
 """lm-eval as the judge: it builds the requests and computes the metrics, our engine scores them."""
 
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -8,9 +9,10 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
 import datasets
 import numpy as np
@@ -113,6 +115,7 @@ class HarnessEvaluator(Evaluator):
             raise EvaluationFailed(f"evaluation.limit must be at least 1 or None; got {limit}")
         self._metric = metric
         self._batch_tokens = batch_tokens
+        self._rows: dict[str, list[int]] = {}
         self._planned: tuple | None = None  # the last tokenizer and its plan
         with isolated_rng(0):
             self._tasks = _load_tasks(list(tasks), include_path)
@@ -126,6 +129,7 @@ class HarnessEvaluator(Evaluator):
                 items = items_of(len(task.eval_docs), half, limit)
                 if not items:
                     raise EvaluationFailed(f"task {name!r} has no item to judge; it has {len(task.eval_docs)} in all")
+                self._rows[name] = items
                 _build_requests(task, items)
 
     @functools.cached_property
@@ -155,6 +159,19 @@ class HarnessEvaluator(Evaluator):
             ]
             for name, task in self._tasks.items()
         }
+
+    def without(self, texts: Collection[str]) -> Self:
+        """The same evaluator without the items that have one of these texts; see `item_texts`."""
+        other = copy.copy(self)
+        other.__dict__.pop("identity", None)
+        other._planned, other._tasks, other._rows = None, {}, {}
+        with isolated_rng(0):
+            for name, task in self._tasks.items():
+                rows = zip(self._rows[name], self.item_texts[name], strict=True)
+                other._tasks[name] = copy.copy(task)
+                other._rows[name] = [row for row, text in rows if text not in texts]
+                _build_requests(other._tasks[name], other._rows[name])
+        return other
 
     def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
         return self.plan(llm).peak_bytes(llm.shape, n_masks)
