@@ -27,7 +27,7 @@ HOMES = {
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
     "wandb": ("experiments/tracking.py",),
-    "plotly": ("experiments/figures.py", "experiments/page.py"),
+    "plotly": ("experiments/report/",),
     "sqlalchemy": ("rap_env/evaluation/store.py", "rap_env/evaluation/database.py"),
     "sklearn": ("rap_env/calibration/clusters.py", "rap_env/evaluation/predictor.py"),
 }
