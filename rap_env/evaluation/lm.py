@@ -47,6 +47,8 @@ class RapLM(HFLM):
             if name not in _ARGUMENTS:
                 raise UnknownName("model argument", name, _ARGUMENTS)
         loading = {name: options.pop(name) for name in _LOADING if name in options}
+        if loading.get("device") == "cuda:0":  # what lm-eval's command line says where no device was named
+            loading["device"] = "auto"
         llm = pretrained if isinstance(pretrained, SwitchableLLM) else load_llm(pretrained, **loading)
         # Given a model, HFLM ties its weights again, which would overwrite a head that differs from the embedding;
         # so it gets a stand-in. The tokenizer is copied because it may be given a padding token.
