@@ -31,6 +31,7 @@ from rap_env.rng import isolated_rng
 SMOOTH = "smooth_acc"
 _HALVES = ("search", "report")
 _UNLIKELY = -1000.0  # a log-likelihood
+_of_any_length = np.errstate(divide="ignore", invalid="ignore")  # lm-eval divides by the lengths of choices, perhaps 0
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,7 @@ def _items(task, rows: Sequence[int]) -> list[_Item]:
     return items
 
 
+@_of_any_length
 def _right_choices(task, requests: Sequence, n_choices: int) -> tuple[int, ...] | None:
     """The choices for which lm-eval gives a whole point when they are by far the likeliest."""
     right = []
@@ -267,6 +269,7 @@ def _metrics_of(task, items: Sequence[_Item]) -> list[str]:
     return [*task.aggregation(), *([SMOOTH] if items[0].right is not None else [])]
 
 
+@_of_any_length
 def _metrics(task, items: Sequence[_Item]) -> dict[str, float]:
     values = defaultdict(list)
     for item in items:
