@@ -1,6 +1,6 @@
 """lm-eval's command line with our model `rap`, for versions of lm-eval that look for no plug-ins.
 
-    python -m rap_env.lm_eval --model rap --model_args pretrained=smollm2-135m,mask=mask.json --tasks piqa
+python -m rap_env.lm_eval --model rap --model_args pretrained=smollm2-135m,mask=mask.json --tasks piqa
 """
 
 import sys

@@ -102,7 +102,8 @@ class HarnessEvaluator(Evaluator):
 
     def _build(self, tasks: Mapping, rows: Mapping[str, Sequence[int]]) -> None:
         """Takes some rows of each task, and builds their requests."""
-        self._tasks, self._items, self._planned = tasks, {}, None
+        self._tasks, self._items = tasks, {}
+        self._planned = None, None  # the last tokenizer and context length, and their plan
         self.__dict__.pop("identity", None)
         for name, task in tasks.items():
             if not rows[name]:
@@ -116,10 +117,9 @@ class HarnessEvaluator(Evaluator):
     @functools.cached_property
     def identity(self) -> dict:
         requests = [
-            [name, request.args, item.index, item.right]
+            [name, item.index, item.right, [request.args for request in item.requests]]
             for name, items in self._items.items()
             for item in items
-            for request in item.requests
         ]
         return {
             "kind": "lm-eval",
@@ -160,7 +160,7 @@ class HarnessEvaluator(Evaluator):
             EvaluationFailed: The named item has a context or a choice that can't be scored.
         """
         key = llm.tokenizer, llm.shape.context_tokens
-        if self._planned is None or self._planned[0] is not key[0] or self._planned[1] != key[1]:
+        if self._planned[0] != key:
             lm = _Encoder(llm)
             pairs = [
                 lm.pair(request, f"task {name!r}, item {item.index}, choice {number % item.n_choices}")
@@ -168,8 +168,8 @@ class HarnessEvaluator(Evaluator):
                 for item in items
                 for number, request in enumerate(item.requests)
             ]
-            self._planned = (*key, ScoringPlan(pairs, self._batch_tokens))
-        return self._planned[2]
+            self._planned = key, ScoringPlan(pairs, self._batch_tokens)
+        return self._planned[1]
 
     def evaluate_many(
         self, llm: SwitchableLLM, masks: Sequence[PruningMask], near: PruningMask | None = None

@@ -15,7 +15,9 @@ from tests.evaluation.lm_eval_cases import by_lm_eval, hf, write_task
 
 PROJECT = Path(__file__).parents[2]
 WORDS = ("red", "a lot", "seven", "Rome", "never", "x")
-ROWS = [{"question": f"{n} of {WORDS[n % 6]} is", "choices": WORDS[n % 4 : n % 4 + 3], "gold": n % 3} for n in range(24)]
+ROWS = [
+    {"question": f"{n} of {WORDS[n % 6]} is", "choices": WORDS[n % 4 : n % 4 + 3], "gold": n % 3} for n in range(24)
+]
 
 
 def start(folder: Path, name: str, model_args: str) -> subprocess.Popen:

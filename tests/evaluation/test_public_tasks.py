@@ -30,7 +30,10 @@ ARC = [
     science("Which planet is the largest?", "3", ["Mars", "Earth", "Jupiter", "Venus"], "1234"),
     science("What do plants need?", "A", ["light", "sound", "plastic"], "ABC"),
 ]
-BOOLQ = [("The moon goes round the earth.", "is the moon a satellite", 1), ("Fish have gills.", "do fish have lungs", 0)]
+BOOLQ = [
+    ("The moon goes round the earth.", "is the moon a satellite", 1),
+    ("Fish have gills.", "do fish have lungs", 0),
+]
 PIQA = [("To open a jar,", "twist the lid.", "shake the table.", 0), ("To dry hands,", "use water.", "use a towel.", 1)]
 WINOGRANDE = [
     ("Ann asked Mary since _ knew.", "Ann", "Mary", "2"),
