@@ -126,7 +126,7 @@ class HarnessEvaluator(Evaluator):
             "name": self.name,
             "metric": self._metric,
             "metrics": {name: _metrics_of(task, self._items[name]) for name, task in self._tasks.items()},
-            "tasks": {name: str(task.config.metadata.get("version")) for name, task in self._tasks.items()},
+            "tasks": {name: str((task.config.metadata or {}).get("version")) for name, task in self._tasks.items()},
             "requests": hashlib.sha256(json.dumps(requests, default=str).encode()).hexdigest(),
             "batch_tokens": self._batch_tokens,
             "versions": {library: version(library) for library in ("lm_eval", "torch", "transformers")},
