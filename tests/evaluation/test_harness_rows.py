@@ -116,3 +116,10 @@ def test_an_item_with_neither_context_nor_continuation_is_named(tiny_llm, tmp_pa
     folder = write_task(tmp_path, "toy", [SKY, {"question": "", "choices": ["a", ""], "gold": 0}], ["acc"], "")
     with pytest.raises(EvaluationFailed, match="task 'toy', item 1, choice 1: neither its context nor its contin"):
         HarnessEvaluator("toy", folder).tokens(tiny_llm)
+
+
+def test_a_task_needs_no_metadata(tiny_llm, tmp_path):
+    folder = write_task(tmp_path, "toy", [SKY, GRASS])
+    yaml = folder / "toy.yaml"
+    yaml.write_text(yaml.read_text().replace("metadata: {version: 1.0}\n", ""))
+    assert HarnessEvaluator("toy", folder).identity["tasks"] == {"toy": "None"}
