@@ -21,7 +21,12 @@ HOMES = {
     "transformers": ("rap_env/llm/",),
     "huggingface_hub": ("rap_env/llm/",),
     "tokenizers": ("rap_env/llm/",),
-    "lm_eval": ("rap_env/evaluation/harness.py", "experiments/benchmarks/scoring.py"),
+    "lm_eval": (
+        "rap_env/evaluation/harness.py",
+        "rap_env/evaluation/lm.py",
+        "rap_env/lm_eval.py",
+        "experiments/benchmarks/scoring.py",
+    ),
     "stable_baselines3": ("agents/",),
     "sb3_contrib": ("agents/",),
     "hydra": ("train.py", "experiments/"),
