@@ -233,7 +233,7 @@ def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:
     except OSError as error:  # of the hub or of a file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EvaluationFailed(
-            f"can't load the data of {', '.join(names)}: {reason}. Check the network, or use local tasks (evaluation=local)"
+            f"can't load the data of {', '.join(names)}: {reason}. Check the network, or use evaluation=local"
         ) from error
 
 

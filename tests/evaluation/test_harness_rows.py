@@ -103,10 +103,10 @@ def test_an_item_of_which_a_token_spans_the_join_is_named_before_anything_is_for
     llm = SwitchableLLM(tiny_llm.model, tokenizer, "merging")
     rows = [SKY, {"question": "Ab", "choices": [" x", "c"], "gold": 0}]
     folder = write_task(tmp_path, "toy", rows, delimiter="")
-    executions = llm.component_executions
+    executions = llm.site_executions
     with pytest.raises(EvaluationFailed, match="task 'toy', item 1, choice 1: its continuation has no tokens"):
         HarnessEvaluator("toy", folder).evaluate(llm)
-    assert llm.component_executions == executions
+    assert llm.site_executions == executions
 
 
 def test_a_choice_may_be_empty_where_the_delimiter_has_tokens(tiny_llm, tmp_path):
