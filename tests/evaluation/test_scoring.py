@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rap_env.evaluation import scoring
 from rap_env.evaluation.scoring import ScoringPlan, score_continuations
 from rap_env.llm.loading import build_tiny_llm
+from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
 SHARED = (7, 8, 9)
@@ -36,10 +37,11 @@ PAIRS = [
 
 
 def build_llm(family: str):
-    """A tiny model; a sliding window is read from the config at every forward, so it can be set afterwards."""
+    """A tiny model; upstream reads a sliding window from the config at every forward, so it can be set afterwards."""
     llm = build_tiny_llm("mistral" if family == "sliding window" else family)
     if family == "sliding window":
         llm.model.config.sliding_window = 5
+        llm = SwitchableLLM(llm.model, llm.tokenizer, "narrow")
     return llm
 
 
