@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from torch.nn.functional import log_softmax
 
 from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, speedup
