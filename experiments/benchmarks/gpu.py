@@ -57,11 +57,7 @@ def check(llm: SwitchableLLM, workload: Workload, repeats: int = 3) -> dict[str,
     results["speed"] = speed(llm, repeats)  # while the model is whole
     results["memory"] = memory(llm, workload)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
     return results | {"device": name, "versions": versions, "repeats": repeats}
 
 
