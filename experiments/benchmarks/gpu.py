@@ -6,6 +6,7 @@ Needs torch, transformers, safetensors and gymnasium, and no network: all weight
 import platform
 import random
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from statistics import median
 from typing import Any
 
