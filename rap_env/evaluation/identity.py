@@ -1,4 +1,5 @@
 """Stub."""
+
 ENGINE_VERSION = 2
 
 

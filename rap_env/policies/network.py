@@ -61,9 +61,7 @@ class ComponentNetwork(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         most_kv_bytes = max(c.kv_bytes_per_token for c in shape.components) or 1
-        static = [
-            [c.kv_bytes_per_token / most_kv_bytes, c.site.layer / shape.n_layers] for c in shape.components
-        ]
+        static = [[c.kv_bytes_per_token / most_kv_bytes, c.site.layer / shape.n_layers] for c in shape.components]
         self.register_buffer("static", torch.tensor(static), persistent=False)
 
     def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
