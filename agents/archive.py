@@ -11,6 +11,7 @@ from rap_env.policies import OrderPolicy
 from rap_env.policies.walk import fit_to_budget
 
 BATCH = 16  # proposals that are evaluated together, between two looks at the archive
+_MOST_DRAWN = 512  # scenarios for the first batch: an order has few masks
 
 
 class LocalSearchAgent(ArchiveAgent):
@@ -35,7 +36,7 @@ class LocalSearchAgent(ArchiveAgent):
             return self.propose()
         self._walked = True
         greedy = OrderPolicy(self.task.problem.shape, self.order)
-        scenarios = [*self.task.scenarios, *(self.draw() for _ in range(int(self.walk_part * n)))]
+        scenarios = [*self.task.scenarios, *(self.draw() for _ in range(min(_MOST_DRAWN, int(self.walk_part * n))))]
         return [Case(greedy.decide(case.workload, case.budget_bytes), case) for case in scenarios] or self.propose()
 
     def propose(self) -> list[Case]:

@@ -48,6 +48,18 @@ class Neighbours(LastIsLeast):
         return interacting(keep)
 
 
+class EachCosts(LastIsLeast):
+    """Every component costs something, in no order that anybody knows, and neighbours more together."""
+
+    identity = {"evaluator": "each costs"}
+
+    @staticmethod
+    def rule(keep: Sequence[bool]) -> float:
+        costs = np.random.default_rng(0).uniform(0.02, 0.2, len(keep))
+        dropped = ~np.array(keep, dtype=bool)
+        return float(1.0 - costs[dropped].sum() - 0.05 * (dropped[1:] & dropped[:-1]).sum())
+
+
 class Expensive(LastIsLeast):
     """320 tokens for each mask: twenty times those of a calibration window."""
 

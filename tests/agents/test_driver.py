@@ -14,11 +14,13 @@ import pytest
 from agents.base import ArchiveAgent, Case, Evaluated
 from agents.driver import evaluated_masks, run_search
 from rap_env.errors import SearchExhausted
+from rap_env.evaluation.meter import TokenBudget
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
 from rap_env.policies import load_policy, save_policy
+from rap_env.problem import PruningProblem
 from tests.agents.cases import (
     WITHOUT_LIMIT,
     Expensive,
@@ -211,6 +213,14 @@ def test_driver_logs_the_best_reward_over_the_scenarios_and_archives_what_fits(t
         (3, {"reward": pytest.approx(rewards, abs=1e-3), "best_reward": pytest.approx(1 / 36)}),
     ]
     assert progress == [(1, 9), (3, 9)]
+
+
+def test_archive_holds_rewards_not_scores(tiny_llm):
+    weights = {"accuracy": 0.5, "smooth_accuracy": 0.25}
+    problem = PruningProblem(tiny_llm, LastIsLeast(), reward_weights=weights, budget=TokenBudget(9))
+    task = replace(make_task(tiny_llm), problem=problem)
+    run_search(Scripted([7]), task)
+    assert list(task.archive.values()) == pytest.approx([0.75 / 36])
 
 
 def test_a_search_without_a_limit_or_without_batches_is_refused(tiny_llm, toy_problem):
