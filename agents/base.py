@@ -1,4 +1,4 @@
-"""What every agent is: it asks for masks to be evaluated, is told the outcomes, and ends as a policy."""
+"""What every agent is: it asks for masks to be evaluated, takes the outcomes, and ends as a policy."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -138,7 +138,7 @@ class Agent:
     def ask(self, n: int) -> list[Case]:
         """Proposes masks that are to be evaluated together, or nothing.
 
-        Nothing is for good where all outcomes were told; otherwise it means "not before I am told more".
+        Nothing ends the search, unless there are outcomes that it was not given yet: then it is asked again after them.
 
         Args:
             n: New masks that the token budget still pays for; of more proposals the last are left out.

@@ -44,7 +44,7 @@ def run_search(agent: Agent, task: Task, in_flight: int = 1) -> SearchResult:
     Args:
         agent: A fresh one.
         task: Its problem's budget has a limit.
-        in_flight: Batches that the agent is asked for before it is told the outcomes of the first.
+        in_flight: Batches that the agent is asked for before it gets the outcomes of the first.
 
     Raises:
         SearchExhausted: The token budget does not even cover what the search begins with, as a rule its ranking.
