@@ -25,8 +25,8 @@ class ComponentNetwork(nn.Module):
     """Scores every component by the same MLP, from its own features and the scenario's.
 
     What is learned about "an unimportant component that frees many bytes" holds for all of them at once, so a few
-    hundred evaluated masks are enough to learn from; a table of biases, linear in the scenario, learns what is particular
-    to one component.
+    hundred evaluated masks are enough to learn from; a table of biases, linear in the scenario, learns what is
+    particular to one component.
 
     Shapes: B observations, n components.
 

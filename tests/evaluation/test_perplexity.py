@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rap_env.errors import EvaluationFailed, InvalidWorkload
+from rap_env.errors import InvalidWorkload
 from rap_env.evaluation import perplexity
 from rap_env.evaluation.perplexity import PerplexityEvaluator, tokens_digest
 from rap_env.llm.loading import build_tiny_llm
@@ -151,15 +151,15 @@ def test_a_loss_beyond_the_range_of_exp_is_kept_without_a_perplexity(windows):
     assert evaluation.tasks["text"] == {"loss": -evaluation.score, "items": 5} and -evaluation.score > 710
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 1), (8,)])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 1)])
 def test_windows_with_nothing_to_predict_are_refused(shape):
-    with pytest.raises(EvaluationFailed, match="expected at least one window of at least 2 tokens of 'text'"):
+    with pytest.raises(InvalidWorkload, match="expected at least 1 window of at least 2 tokens"):
         PerplexityEvaluator(torch.zeros(shape, dtype=torch.long), "text")
 
 
 def test_windows_beyond_the_models_context_are_refused():
     llm = build_tiny_llm("opt")  # 512 tokens
-    with pytest.raises(InvalidWorkload, match="'text' has windows of 513 tokens; the model's context is 512"):
+    with pytest.raises(InvalidWorkload, match="windows of 513 tokens are beyond the model's context of 512"):
         PerplexityEvaluator(torch.zeros(1, 513, dtype=torch.long), "text").evaluate(llm)
 
 

@@ -134,24 +134,17 @@ def test_a_ranking_spends_the_token_budget_and_stops_where_it_ends(llm, ranking,
 
 
 @RULES
-@pytest.mark.parametrize(
-    ("windows", "message"),
-    [
-        (WINDOWS[:0], r"expected at least one window of at least 2 tokens of 'calibration'; got a shape of \[0, 16\]"),
-        (WINDOWS[:, :1], r"got a shape of \[(5|2), 1\]"),
-    ],
-)
-def test_windows_with_nothing_to_predict_are_refused(llm, exact, windows, message):
-    with pytest.raises(EvaluationFailed, match=message):
+@pytest.mark.parametrize("windows", [WINDOWS[:0], WINDOWS[:, :1]], ids=["none", "one token"])
+def test_windows_with_nothing_to_predict_are_refused(llm, exact, windows):
+    with pytest.raises(InvalidWorkload, match="expected at least 1 window of at least 2 tokens; got"):
         greedy_sequential_importance(llm, windows, exact=exact)
 
 
 @RULES
 def test_windows_beyond_the_models_context_are_refused(exact):
     llm = build_tiny_llm("opt")  # 512 tokens
-    windows = torch.zeros(2, 513, dtype=torch.long)
-    with pytest.raises(InvalidWorkload, match="windows of 513 tokens; the model's context is 512"):
-        greedy_sequential_importance(llm, windows, exact=exact)
+    with pytest.raises(InvalidWorkload, match="windows of 513 tokens are beyond the model's context of 512"):
+        greedy_sequential_importance(llm, torch.zeros(2, 513, dtype=torch.long), exact=exact)
 
 
 @RULES
