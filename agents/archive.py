@@ -1,61 +1,60 @@
-"""A Pareto archive from local search, as an agent: the greedy walk first, then swaps around the best masks known."""
+"""Local search: the greedy walk first, then swaps in the best masks known."""
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from agents.base import SearchResult, Task
-from agents.judging import Case, Judging
+from agents.base import ArchiveAgent, Case, Task
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario
-from rap_env.policies import ArchivePolicy, OrderPolicy
+from rap_env.policies import OrderPolicy
 from rap_env.policies.walk import fit_to_budget
 
-_WALK_PART = 0.25  # scenarios drawn for the greedy walk, as a part of the evaluations
-_BATCH = 16  # neighbours that are judged together, between two looks at the archive
+BATCH = 16  # proposals that are evaluated together, between two looks at the archive
+_MOST_DRAWN = 512  # scenarios for the first batch: an order has few masks
 
 
-class ArchiveAgent:
-    """What remembering alone achieves with the evaluations that a learned agent gets.
+class LocalSearchAgent(ArchiveAgent):
+    """What remembering alone achieves with the tokens that a learned agent gets.
 
-    First come the static order's masks for the grid, and for as many drawn scenarios as a quarter of the evaluations.
-    Then each round takes scenarios from the sampler and from the grid by turns, swaps a kept component for a dropped
-    one in the best judged mask that fits each, and judges these neighbours together.
+    First come the ranking's masks for the search scenarios, and for as many drawn ones as a quarter of the evaluations.
+    Then each batch takes scenarios from the sampler and from the search by turns, and swaps a kept component for a
+    dropped one in the best known mask that fits each.
 
-    Args:
-        evaluations: Distinct masks to judge at most; see `Judging`.
+    Attributes:
+        walk_part: Scenarios drawn for the first batch, as a part of the evaluations.
     """
 
-    def __init__(self, evaluations: int | None = None) -> None:
-        self._evaluations = evaluations
+    walk_part = 0.25
 
-    def search(self, task: Task) -> SearchResult:
-        started = time.perf_counter()
-        shape, generator = task.problem.shape, np.random.default_rng(task.seed)
-        judging = Judging(task, self._evaluations)
-        drawn = [task.sampler.sample(shape, generator) for _ in range(int(_WALK_PART * judging.allowed))]
-        greedy = OrderPolicy(shape, task.importance.static)
-        judging.judge([(greedy.decide(s.workload, s.budget_bytes), s) for s in (*task.grid, *drawn)])
-        judging.judge_until_used_up(lambda: neighbours(task, judging, generator))
-        return SearchResult(archive_of(task, judging), judging.spent, time.perf_counter() - started)
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        self._walked = False
 
+    def ask(self, n: int) -> list[Case]:
+        if self._walked:
+            return self.propose()
+        self._walked = True
+        greedy = OrderPolicy(self.task.problem.shape, self.order)
+        scenarios = [*self.task.scenarios, *(self.draw() for _ in range(min(_MOST_DRAWN, int(self.walk_part * n))))]
+        return [Case(greedy.decide(case.workload, case.budget_bytes), case) for case in scenarios] or self.propose()
 
-def archive_of(task: Task, judging: Judging) -> ArchivePolicy:
-    """The best of what a search has judged, for every budget."""
-    return ArchivePolicy(task.problem.shape, judging.rewards.items(), task.importance.static)
+    def propose(self) -> list[Case]:
+        """The next batch."""
+        best, scenarios = self.best(), self.task.scenarios
+        cases = []
+        for turn in range(BATCH):
+            scenario = self.draw()
+            if turn % 2 and scenarios:
+                scenario = scenarios[self.generator.integers(len(scenarios))]
+            parent = best.decide(scenario.workload, scenario.budget_bytes)
+            swapped = swap_one(parent, scenario, self.task.problem.shape, self.order, self.generator)
+            cases.append(Case(swapped, scenario))
+        return cases
 
-
-def neighbours(task: Task, judging: Judging, generator: np.random.Generator) -> list[Case]:
-    """A batch of swaps in the best judged masks, for scenarios from the sampler and from the grid by turns."""
-    best, cases = archive_of(task, judging), []
-    for turn in range(_BATCH):
-        scenario = task.sampler.sample(task.problem.shape, generator)
-        if turn % 2 and task.grid:
-            scenario = task.grid[generator.integers(len(task.grid))]
-        parent = best.decide(scenario.workload, scenario.budget_bytes)
-        cases.append((swap_one(parent, scenario, task.problem.shape, task.importance.static, generator), scenario))
-    return cases
+    def draw(self) -> Scenario:
+        """A scenario from the sampler."""
+        return self.task.sampler.sample(self.task.problem.shape, self.generator)
 
 
 def swap_one(

@@ -1,4 +1,4 @@
-"""What every agent is: it asks for masks to be evaluated, is told the outcomes, and ends as a policy."""
+"""What every agent is: it asks for masks to be evaluated, takes the outcomes, and ends as a policy."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.importance.gsi import CALIBRATION, ImportanceRanking, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
 from rap_env.mask import PruningMask
+from rap_env.memory.footprint import Footprint
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.memory.workload import Workload
 from rap_env.policies import ArchivePolicy, Policy
@@ -47,7 +49,7 @@ class Task:
         seed: Seed of everything random in the agent.
         removals: Rounds of the importance ranking; None for a full one.
         exact: Whether the ranking tries every component in every round.
-        archive: Rewards of all evaluated masks that fit their scenarios; the driver fills it.
+        archive: Rewards of all evaluated masks that fit their scenarios; the driver fills it, and `ranking`.
         progress: Called with (tokens spent, token budget).
         log: Called with (tokens spent, metrics).
     """
@@ -59,7 +61,7 @@ class Task:
     seed: int
     removals: int | None = None
     exact: bool = False
-    archive: dict[PruningMask, float] = field(default_factory=dict)
+    archive: dict[PruningMask, float] = field(default_factory=dict, init=False)
     progress: Callable[[int, int], None] = lambda done, total: None
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
 
@@ -73,22 +75,33 @@ class Task:
     def ranking(self) -> ImportanceRanking:
         """Greedy sequential importance, paid for by whoever asks first.
 
+        Where the calibration windows are what masks are searched on, the losses that it measured on all windows are
+        scores of the search half: they go into the archive, so that every agent that pays for the ranking has them.
+        The lazy rule measures them in two batches, which changes them by what the number format rounds (about 0.001 in
+        bfloat16).
+
         Raises:
             SearchExhausted: The token budget does not cover it.
         """
-        return self.rank()
+        ranking, searched = self.rank(), self.problem.evaluator
+        if _without_name(searched) == _without_name(self.calibration.evaluator):
+            for mask, loss in ranking.known.items():
+                evaluation = Evaluation(-loss, {}, searched.tokens(self.problem.llm), 0.0)
+                self.archive[mask] = self.problem.reward(Outcome(evaluation, Footprint(0, 0, 0), 1, True, 0.0))
+        return ranking
 
     def rank(self, workload: Workload | None = None) -> ImportanceRanking:
-        """The same for each byte that is freed at a workload."""
-        problem = self.problem
+        """The same for each byte that is freed at a workload; nothing goes into the archive."""
+        problem, budget = self.problem, self.problem.budget
         return greedy_sequential_importance(
             problem.llm,
             self.windows,
             self.removals,
             self.exact,
             problem.store,
-            workload=workload,
-            budget=problem.budget,
+            lambda _done, _total: self.progress(budget.spent, budget.limit or budget.spent),
+            workload,
+            budget,
         )
 
     @functools.cached_property
@@ -97,20 +110,22 @@ class Task:
         return ImportanceSource(self.ranking.order, self.calibration)
 
 
+def _without_name(evaluator: Evaluator) -> dict[str, Any]:
+    return {key: value for key, value in evaluator.identity.items() if key != "name"}
+
+
 class Agent:
-    """Chooses masks. One class and one YAML each; constructor arguments are the YAML's keys.
+    """Chooses masks. A YAML names its class; constructor arguments are the YAML's keys.
 
     Attributes:
         task: What it was given; set by `begin`.
         generator: Draws whatever is random in it.
-        details: Whatever else a record should keep.
+        details: Whatever else a record should keep, as JSON can hold it.
     """
 
     task: Task
     generator: np.random.Generator
-
-    def __init__(self) -> None:
-        self.details: dict[str, Any] = {}
+    details: dict[str, Any]
 
     def begin(self, task: Task) -> None:
         """Starts the search for one task; an agent searches once.
@@ -118,10 +133,12 @@ class Agent:
         Raises:
             SearchExhausted: The token budget does not cover what the search begins with.
         """
-        self.task, self.generator = task, np.random.default_rng(task.seed)
+        self.task, self.generator, self.details = task, np.random.default_rng(task.seed), {}
 
     def ask(self, n: int) -> list[Case]:
-        """Proposes masks that are to be evaluated together, or nothing when the search is over.
+        """Proposes masks that are to be evaluated together, or nothing.
+
+        Nothing ends the search, unless there are outcomes that it was not given yet: then it is asked again after them.
 
         Args:
             n: New masks that the token budget still pays for; of more proposals the last are left out.
@@ -137,14 +154,30 @@ class Agent:
 
 
 class ArchiveAgent(Agent):
-    """Ends as the best mask for each budget among all that were evaluated, whatever scenario it was proposed for."""
+    """Ends as the best mask for each budget among all that were evaluated, whatever scenario it was proposed for.
 
-    def policy(self) -> ArchivePolicy:
-        return ArchivePolicy(self.task.problem.shape, self.task.archive.items(), self.order())
+    Attributes:
+        ranked: Whether it pays for the importance ranking; otherwise its order is a random one.
+        order: All component names, the first to go first; serves budgets that no evaluated mask fits.
+    """
 
-    def order(self) -> Sequence[str]:
-        """All component names, the first to go first: serves budgets that no evaluated mask fits."""
-        return self.task.ranking.order
+    ranked = True
+    order: Sequence[str]
+
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        self.order = task.ranking.order if self.ranked else self.random_order()
+
+    def random_order(self) -> list[str]:
+        components = self.task.problem.shape.components
+        return [components[position].name for position in self.generator.permutation(len(components))]
+
+    def best(self) -> ArchivePolicy:
+        """The best of what is known so far."""
+        return ArchivePolicy(self.task.problem.shape, self.task.archive.items(), self.order)
+
+    def policy(self) -> Policy:
+        return self.best()
 
 
 class Learner(Agent):

@@ -3,6 +3,7 @@
 A search that was killed is resumed by running it again: it asks for the same masks, and the store answers.
 """
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from typing import Any
 from agents.base import Agent, Case, Evaluated, Learner, Task
 from rap_env.errors import SearchExhausted
 from rap_env.mask import PruningMask
+from rap_env.memory.footprint import footprint
+from rap_env.memory.scenario import Scenario
 from rap_env.policies import Policy
 
 _PATIENCE = 50  # proposals in a row that hold nothing new: a small model runs out of masks
@@ -41,7 +44,7 @@ def run_search(agent: Agent, task: Task, in_flight: int = 1) -> SearchResult:
     Args:
         agent: A fresh one.
         task: Its problem's budget has a limit.
-        in_flight: Batches that the agent is asked for before it is told the outcomes of the first.
+        in_flight: Batches that the agent is asked for before it gets the outcomes of the first.
 
     Raises:
         SearchExhausted: The token budget does not even cover what the search begins with, as a rule its ranking.
@@ -76,6 +79,8 @@ class _Driver:
         self._waiting: deque[list[Case]] = deque()
         self._evaluated: set[PruningMask] = set()
         self._without_news = 0
+        self._best: dict[Scenario, float] = {}
+        self._looked_at: set[PruningMask] = set()
 
     def run(self) -> None:
         """Asks, evaluates and tells until the search is over or the budget is used up."""
@@ -100,14 +105,25 @@ class _Driver:
         task, problem = self._task, self._task.problem
         paid = set(problem.meter.affordable([case.mask for case in cases]))
         cases = [case for case in cases if case.mask in paid]
-        self._without_news = 0 if paid - self._evaluated else self._without_news + 1
+        self._without_news = 0 if paid - self._evaluated else self._without_news + 1 if paid else _PATIENCE
         self._evaluated |= paid
         outcomes = problem.evaluate_many([(c.mask, c.scenario.workload, c.scenario.budget_bytes) for c in cases])
         rewards = [problem.reward(outcome) for outcome in outcomes]
         evaluated = [Evaluated(*case, *of_case) for case, *of_case in zip(cases, outcomes, rewards, strict=True)]
         task.archive.update((one.mask, one.reward) for one in evaluated if one.outcome.fits)
         if rewards:
-            spent, best = problem.budget.spent, max(task.archive.values(), default=min(rewards))
-            task.log(spent, {"reward": sum(rewards) / len(rewards), "best_reward": best})
+            spent, metrics = problem.budget.spent, {"reward": sum(rewards) / len(rewards)}
+            task.log(spent, metrics | self._best_reward())
             task.progress(spent, problem.budget.limit)
         return evaluated
+
+    def _best_reward(self) -> dict[str, float]:
+        """The best reward known for a search scenario, mean over all; nothing while there is one without a mask."""
+        shape, archive = self._task.problem.shape, self._task.archive
+        for mask in archive.keys() - self._looked_at:
+            for scenario in self._task.scenarios:
+                if footprint(shape, mask, scenario.workload).peak_bytes <= scenario.budget_bytes:
+                    self._best[scenario] = max(archive[mask], self._best.get(scenario, -math.inf))
+        self._looked_at |= archive.keys()
+        complete = self._best and len(self._best) == len(set(self._task.scenarios))
+        return {"best_reward": sum(self._best.values()) / len(self._best)} if complete else {}

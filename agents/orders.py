@@ -1,0 +1,131 @@
+"""Agents that search nothing: they rank components by what calibration text says, or not even that."""
+
+import itertools
+from collections.abc import Sequence
+
+from agents.base import Agent, Task
+from agents.granularity import check_known
+from rap_env.importance.block_influence import block_influence
+from rap_env.importance.single_drops import single_drop_increases
+from rap_env.mask import PruningMask, by_layer
+from rap_env.policies import DensePolicy, MilpPolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy
+
+
+class DenseAgent(Agent):
+    """Never drops anything."""
+
+    def policy(self) -> DensePolicy:
+        return DensePolicy(self.task.problem.shape)
+
+
+class RandomAgent(Agent):
+    """Drops components in random order until the model fits."""
+
+    def policy(self) -> RandomPolicy:
+        return RandomPolicy(self.task.problem.shape, self.task.seed)
+
+
+class OrderAgent(Agent):
+    """Measures one order of the components when it begins, and walks it until the model fits."""
+
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        self._order = self.rank()
+
+    def rank(self) -> Sequence[str]:
+        """All component names, the first to go first."""
+        raise NotImplementedError
+
+    def policy(self) -> OrderPolicy:
+        return OrderPolicy(self.task.problem.shape, self._order)
+
+
+class GreedyGsiAgent(OrderAgent):
+    """Greedy sequential importance without learning: RAP's order (arXiv 2505.17138)."""
+
+    def rank(self) -> Sequence[str]:
+        return self.task.ranking.order
+
+
+class OneShotAgent(OrderAgent):
+    """GSI's first round and no other: what re-measuring on the shrunk model gains shows in the difference."""
+
+    def rank(self) -> Sequence[str]:
+        increases = self.details["increases"] = single_drop_increases(self.task.calibration)
+        return sorted(increases, key=increases.__getitem__)
+
+
+class ShortGptAgent(OrderAgent):
+    """Drops first what turns the residual stream least (ShortGPT, arXiv 2403.03853).
+
+    All components of a layer follow each other in the order. The walk along it ends, and refills, by components as for
+    every order, so that the last layer may go by half: better for ShortGPT than whole layers would be.
+
+    Args:
+        granularity: `"layer"` as in the paper, or `"block"` for attentions and MLPs apart.
+
+    Raises:
+        UnknownName: No such granularity.
+    """
+
+    def __init__(self, granularity: str) -> None:
+        self._granularity = check_known("granularity", granularity, ("layer", "block"))
+
+    def rank(self) -> Sequence[str]:
+        shape = self.task.problem.shape
+        parts = [[site] for site in shape.sites]
+        if self._granularity == "layer":
+            parts = [list(layer) for _, layer in itertools.groupby(shape.sites, key=lambda site: site.layer)]
+        influences = self.details["block_influence"] = block_influence(self.task.calibration, parts)
+        ranked = [site for _, part in sorted(zip(influences, parts, strict=True)) for site in part]
+        return [component.name for site in ranked for component in shape.components if component.site == site]
+
+
+class GreedyLayersAgent(OrderAgent):
+    """SLEB (arXiv 2402.09025): each round drops the layer whose absence gives the lowest calibration loss.
+
+    l (l + 1) / 2 evaluations for l layers.
+    """
+
+    def rank(self) -> Sequence[str]:
+        mask = PruningMask.all_kept(self.task.problem.shape)
+        left, order, losses = by_layer(mask.components), [], []
+        while left:
+            without = [mask.drop(*layer) for layer in left]
+            scores = [evaluation.score for evaluation in self.task.calibration.evaluate(without, near=mask)]
+            least = scores.index(max(scores))
+            mask = without[least]
+            order += [component.name for component in left.pop(least)]
+            losses.append(-scores[least])
+        self.details["losses"] = losses
+        return order
+
+
+class GreedyPerByteAgent(Agent):
+    """Greedy sequential importance for each byte that is freed: an order for each search scenario's workload.
+
+    Bytes depend on a workload through the tokens in its KV cache alone, so workloads of equally many share an order.
+    What an earlier order evaluated is not paid for again. Other workloads get the nearest order.
+    """
+
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        window = task.problem.shape.attention_window
+        workloads = {scenario.workload.cached_tokens(window): scenario.workload for scenario in task.scenarios}
+        rankings = {tokens: task.rank(workload) for tokens, workload in workloads.items()}
+        self._orders = {tokens: ranking.order for tokens, ranking in rankings.items()}
+        self.details["losses"] = {str(tokens): list(ranking.losses) for tokens, ranking in rankings.items()}
+
+    def policy(self) -> NearestOrderPolicy:
+        return NearestOrderPolicy(self.task.problem.shape, self._orders)
+
+
+class MilpAgent(Agent):
+    """Measures what each component costs on its own; the policy solves for the best sum when it is asked (Puzzle)."""
+
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        self._increases = self.details["increases"] = single_drop_increases(task.calibration)
+
+    def policy(self) -> MilpPolicy:
+        return MilpPolicy(self.task.problem.shape, self._increases)

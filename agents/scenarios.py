@@ -1,0 +1,76 @@
+"""What searches for one scenario after another share: equal parts of the tokens, and an archive at the end."""
+
+from collections import deque
+from collections.abc import Generator, Sequence
+
+from agents.base import ArchiveAgent, Case, Evaluated, Task
+from agents.granularity import GRANULARITIES, Granularity, check_known, distinct_searches
+from rap_env.mask import PruningMask
+
+STARTS = ("random", "greedy")
+Evolution = Generator[list[PruningMask], list[float], None]
+
+
+class ScenarioAgent(ArchiveAgent):
+    """Searches for one scenario after another, each with an equal share of the tokens that are left.
+
+    Every mask that it proposes fits, so that its reward does not depend on the scenario; what the archive knows is
+    neither proposed nor paid for again.
+
+    Args:
+        granularity: `"component"` (a bit for each, masks that fit the bytes), `"layer"` (whole layers, as many as it
+            takes) or `"equal_counts"` (as many attentions as MLPs).
+        start: `"random"` masks, which need no ranking, or `"greedy"`, the ranking's.
+
+    Raises:
+        UnknownName: No such granularity or start.
+    """
+
+    def __init__(self, granularity: str, start: str) -> None:
+        self._granularity = check_known("granularity", granularity, GRANULARITIES)
+        self.ranked = check_known("start", start, STARTS) == "greedy"
+
+    def evolve(self, space: Granularity) -> Evolution:
+        """One search: yields masks and receives their rewards; it is closed where its share does not pay for all."""
+        raise NotImplementedError
+
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        self._spaces = deque(distinct_searches(self._granularity, task.problem.shape, task.scenarios))
+        self._evolution: Evolution | None = None
+        self._members: list[PruningMask] = []
+        self._waiting = False
+        self.details["searches"] = len(self._spaces)
+
+    @property
+    def share_left(self) -> float:
+        """Tokens that the present search may still spend."""
+        return self._share_ends - self.task.problem.budget.spent
+
+    def ask(self, n: int) -> list[Case]:
+        while not self._waiting and (self._evolution or self._spaces):
+            if self._evolution is None:
+                budget, self._space = self.task.problem.budget, self._spaces.popleft()
+                self._share_ends = budget.spent + budget.left / (1 + len(self._spaces))
+                self._evolution = self.evolve(self._space)
+                self._go_on(None)
+                continue
+            new = [mask for mask in dict.fromkeys(self._members) if mask not in self.task.archive]
+            paid = new[: max(0, int(self.share_left // self.task.problem.meter.tokens_each))]
+            if paid:
+                self._waiting = True
+                return [Case(mask, self._space.scenario) for mask in paid]
+            if new:
+                self._evolution = None
+            else:
+                self._go_on([self.task.archive[mask] for mask in self._members])
+        return []
+
+    def tell(self, evaluated: Sequence[Evaluated]) -> None:
+        self._waiting = False
+
+    def _go_on(self, rewards: list[float] | None) -> None:
+        try:
+            self._members = self._evolution.send(rewards)
+        except StopIteration:
+            self._evolution = None
