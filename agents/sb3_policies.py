@@ -9,7 +9,6 @@ from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPoli
 from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
-from rap_env.envs.observation import valid_actions
 from rap_env.policies.network import ComponentNetwork
 
 
@@ -36,6 +35,17 @@ class _Slice(nn.Module):
         return features[..., self._range]
 
 
+class _Duel(nn.Module):
+    """Action values from scores and the state's value: a state is worth less for what was dropped on the way to it.
+
+    A score sees its own component and the footprint, so without the value (arXiv 1511.06581, whose advantages are
+    centred; here scores need not be) one-step bootstrapping would forget the cost of earlier drops.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features[..., :-1] + features[..., -1:]
+
+
 class _ComponentHeads:
     """Lets the extractor's outputs stand as logits and value, without further layers."""
 
@@ -60,25 +70,44 @@ class MaskableComponentActorCriticPolicy(_ComponentHeads, MaskableMultiInputActo
 
 
 class ComponentQNetwork(QNetwork):
-    """Q-values are the network's action scores; the greedy action is taken among the valid ones."""
+    """Q-values are the network's action scores.
+
+    The greedy action is taken among the valid ones, and so is the best next value: dropping what is dropped changes
+    nothing, and a maximum over such actions too would only add their errors.
+
+    Attributes:
+        only_valid: Whether the values of actions that make no sense are minus infinity.
+    """
+
+    only_valid = False
+
+    def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
+        values = super().forward(observation)
+        return values.masked_fill(~_valid_actions(observation), -torch.inf) if self.only_valid else values
 
     def _predict(self, observation: dict[str, torch.Tensor], deterministic: bool = True) -> torch.Tensor:
-        values = self(observation)
-        for row, (kept, footprint, budget) in enumerate(
-            zip(observation["kept"], observation["footprint"], observation["memory_budget"], strict=True)
-        ):
-            valid = valid_actions(kept.cpu().numpy(), bool(footprint <= budget))
-            values[row, torch.from_numpy(~valid).to(values.device)] = -torch.inf
-        return values.argmax(dim=1).reshape(-1)
+        values = super().forward(observation)
+        return values.masked_fill(~_valid_actions(observation), -torch.inf).argmax(dim=1)
+
+
+def _valid_actions(observation: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`rap_env.envs.observation.valid_actions` of a batch, [B, n + 1]."""
+    kept = observation["kept"].bool()
+    done = (observation["footprint"] <= observation["memory_budget"]) | ~kept.any(dim=1, keepdim=True)
+    return torch.cat([kept & ~done, done], dim=1)
 
 
 class ComponentDQNPolicy(DQNMultiInputPolicy):
     """For DQN."""
 
+    def _build(self, lr_schedule) -> None:
+        super()._build(lr_schedule)
+        self.q_net_target.only_valid = True
+
     def make_q_net(self) -> QNetwork:
         arguments = self._update_features_extractor(self.net_args, features_extractor=None)
         network = ComponentQNetwork(**arguments).to(self.device)
-        network.q_net = _Slice(0, int(self.action_space.n))
+        network.q_net = _Duel()
         return network
 
     @property
