@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sb3_contrib import MaskablePPO
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -15,6 +15,7 @@ from agents.sb3_policies import (
     ComponentDQNPolicy,
     ComponentExtractor,
     MaskableComponentActorCriticPolicy,
+    MaskableDQN,
 )
 from agents.training_problem import TrainingProblem
 from agents.vec_env import TrainingVecEnv
@@ -27,16 +28,19 @@ from rap_env.rng import isolated_rng
 _ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], type]] = {
     "ppo": (PPO, ComponentActorCriticPolicy),
     "a2c": (A2C, ComponentActorCriticPolicy),
-    "dqn": (DQN, ComponentDQNPolicy),
+    "dqn": (MaskableDQN, ComponentDQNPolicy),
     "maskable_ppo": (MaskablePPO, MaskableComponentActorCriticPolicy),
 }
 _ONE_STEP, _SEQUENTIAL = "rap/Pruning-v0", "rap/SequentialPruning-v0"
-_VECTOR_ENVS = {_ONE_STEP: PruningVectorEnv, _SEQUENTIAL: SequentialPruningVectorEnv}
+_ENVIRONMENTS = {
+    _ONE_STEP: (PruningVectorEnv, OneStepPolicy),
+    _SEQUENTIAL: (SequentialPruningVectorEnv, SequentialPolicy),
+}
 _N_ENVS = 16
 
 
 class _Watch(BaseCallback):
-    """Reports progress, and the means over the episodes that end in a step."""
+    """Reports progress, and means over the episodes that end in a step."""
 
     def __init__(self, task: Task, total_steps: int) -> None:
         super().__init__()
@@ -50,9 +54,8 @@ class _Watch(BaseCallback):
             columns = {
                 "reward": rewards,
                 "gain_over_greedy": [r - o.greedy_reward for r, o in zip(rewards, outcomes, strict=True)],
-                "evaluated": [float(outcome.evaluated) for outcome in outcomes],
+                "evaluated": [outcome.evaluated for outcome in outcomes],
             }
-            columns |= {name: [o.reward_terms[name] for o in outcomes] for name in task.problem.reward_weights}
             means = {name: sum(column) / len(column) for name, column in columns.items()}
             task.log(self.num_timesteps, means | {"tokens": task.problem.budget.spent})
         task.progress(min(self.num_timesteps, self._total_steps), self._total_steps)
@@ -91,14 +94,15 @@ class Sb3Agent(Learner):
         super().__init__()
         if algorithm not in _ALGORITHMS:
             raise UnknownName("algorithm", algorithm, _ALGORITHMS)
-        if environment not in _VECTOR_ENVS:
-            raise UnknownName("environment", environment, _VECTOR_ENVS)
+        if environment not in _ENVIRONMENTS:
+            raise UnknownName("environment", environment, _ENVIRONMENTS)
         if environment == _ONE_STEP and algorithm in ("dqn", "maskable_ppo"):
             raise ValueError(f"{algorithm} acts one component at a time: use environment={_SEQUENTIAL}")
         if algorithm == "dqn" and warm_start:
             raise ValueError("dqn learns rewards, and imitation gives it preferences: use warm_start=false")
-        self._algorithm, self._environment, self._total_steps = algorithm, environment, total_steps
-        self._warm_start, self._network = warm_start, dict(network or {})
+        self._envs, self._policy = _ENVIRONMENTS[environment]
+        self._algorithm, self._total_steps, self._warm_start = algorithm, total_steps, warm_start
+        self._network = dict(network or {})
         self._hyperparameters = dict(hyperparameters or {})
 
     def begin(self, task: Task) -> None:
@@ -108,7 +112,7 @@ class Sb3Agent(Learner):
             raise SearchExhausted(f"{task.problem.budget.spent:,} tokens are spent; none is left to evaluate a mask")
 
     def learn(self) -> None:
-        task, problem = self.task, TrainingProblem(self.task)
+        task, problem = self.task, TrainingProblem(self.task, project=self._policy is OneStepPolicy)
         with isolated_rng(task.seed):
             model = self._build(problem)
             self._trained = model.policy.component_network
@@ -122,26 +126,17 @@ class Sb3Agent(Learner):
         }
 
     def policy(self) -> OneStepPolicy | SequentialPolicy:
-        kind = OneStepPolicy if self._environment == _ONE_STEP else SequentialPolicy
-        return kind(self.task.problem.shape, self._trained, self._order)
+        return self._policy(self.task.problem.shape, self._trained, self._order)
 
     def _build(self, problem: TrainingProblem) -> BaseAlgorithm:
-        algorithm, policy = _ALGORITHMS[self._algorithm]
-        parts = {"problem": problem, "importance": self.task.importance, "sampler": self.task.sampler}
-        envs = _VECTOR_ENVS[self._environment](_N_ENVS, **parts)
-        sequential = self._environment == _SEQUENTIAL
-        policy_arguments = {
-            "net_arch": [],
-            "features_extractor_class": ComponentExtractor,
-            "features_extractor_kwargs": {"shape": problem.shape, "sequential": sequential, **self._network},
-        }
-        if self._algorithm != "dqn":
-            policy_arguments["ortho_init"] = False
+        algorithm, network_policy = _ALGORITHMS[self._algorithm]
+        envs = self._envs(_N_ENVS, problem=problem, importance=self.task.importance, sampler=self.task.sampler)
+        network = {"shape": problem.shape, "sequential": self._policy.sequential, **self._network}
         return algorithm(
-            policy,
-            TrainingVecEnv(envs, self._order),
+            network_policy,
+            TrainingVecEnv(envs),
             seed=self.task.seed,
             device="cpu",
-            policy_kwargs=policy_arguments,
+            policy_kwargs={"features_extractor_class": ComponentExtractor, "features_extractor_kwargs": network},
             **self._hyperparameters,
         )

@@ -1,8 +1,10 @@
-"""Stable-Baselines3 policies whose network is our `ComponentNetwork`."""
+"""Stable-Baselines3 policies whose network is our `ComponentNetwork`, and a DQN that keeps to valid actions."""
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableMultiInputActorCriticPolicy
+from stable_baselines3 import DQN
 from stable_baselines3.common.policies import MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
@@ -35,19 +37,11 @@ class _Slice(nn.Module):
         return features[..., self._range]
 
 
-class _Duel(nn.Module):
-    """Action values from scores and the state's value: a state is worth less for what was dropped on the way to it.
-
-    A score sees its own component and the footprint, so without the value (arXiv 1511.06581, whose advantages are
-    centred; here scores need not be) one-step bootstrapping would forget the cost of earlier drops.
-    """
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features[..., :-1] + features[..., -1:]
-
-
 class _ComponentHeads:
     """Lets the extractor's outputs stand as logits and value, without further layers."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, net_arch=[], ortho_init=False, **options)
 
     def _build(self, lr_schedule) -> None:
         super()._build(lr_schedule)
@@ -70,46 +64,43 @@ class MaskableComponentActorCriticPolicy(_ComponentHeads, MaskableMultiInputActo
 
 
 class ComponentQNetwork(QNetwork):
-    """Q-values are the network's action scores.
+    """Action scores plus the state's value (arXiv 1511.06581); minus infinity for actions that are not valid.
 
-    The greedy action is taken among the valid ones, and so is the best next value: dropping what is dropped changes
-    nothing, and a maximum over such actions too would only add their errors.
-
-    Attributes:
-        only_valid: Whether the values of actions that make no sense are minus infinity.
+    A score sees its own component and the footprint; without the value, which sees all of them, bootstrapping from the
+    next state forgets what the components that were dropped on the way there were worth.
     """
 
-    only_valid = False
-
     def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
-        values = super().forward(observation)
-        return values.masked_fill(~_valid_actions(observation), -torch.inf) if self.only_valid else values
-
-    def _predict(self, observation: dict[str, torch.Tensor], deterministic: bool = True) -> torch.Tensor:
-        values = super().forward(observation)
-        return values.masked_fill(~_valid_actions(observation), -torch.inf).argmax(dim=1)
-
-
-def _valid_actions(observation: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`rap_env.envs.observation.valid_actions` of a batch, [B, n + 1]."""
-    kept = observation["kept"].bool()
-    done = (observation["footprint"] <= observation["memory_budget"]) | ~kept.any(dim=1, keepdim=True)
-    return torch.cat([kept & ~done, done], dim=1)
+        features = self.extract_features(observation, self.features_extractor)
+        kept = observation["kept"].bool()
+        done = (observation["footprint"] <= observation["memory_budget"]) | ~kept.any(dim=1, keepdim=True)
+        valid = torch.cat([kept & ~done, done], dim=1)  # `valid_actions` of a batch
+        return (features[..., :-1] + features[..., -1:]).masked_fill(~valid, -torch.inf)
 
 
 class ComponentDQNPolicy(DQNMultiInputPolicy):
     """For DQN."""
 
-    def _build(self, lr_schedule) -> None:
-        super()._build(lr_schedule)
-        self.q_net_target.only_valid = True
-
     def make_q_net(self) -> QNetwork:
         arguments = self._update_features_extractor(self.net_args, features_extractor=None)
-        network = ComponentQNetwork(**arguments).to(self.device)
-        network.q_net = _Duel()
+        network = ComponentQNetwork(**arguments | {"net_arch": []}).to(self.device)
+        network.q_net = nn.Identity()  # its linear layer; the extractor's outputs are enough
         return network
 
     @property
     def component_network(self) -> ComponentNetwork:
         return self.q_net.features_extractor.network
+
+
+class MaskableDQN(DQN):
+    """A DQN that explores among the valid actions only, each environment for itself; so the others are never learned."""
+
+    def _sample_action(self, learning_starts: int, action_noise=None, n_envs: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        generator = self.action_space.np_random
+        rate = 1.0 if self.num_timesteps < learning_starts else self.exploration_rate
+        with torch.no_grad():
+            values = self.q_net(self.policy.obs_to_tensor(self._last_obs)[0]).numpy()
+        actions = values.argmax(axis=1)
+        for index in np.flatnonzero(generator.random(n_envs) < rate):
+            actions[index] = generator.choice(np.flatnonzero(np.isfinite(values[index])))
+        return actions, actions
