@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from agents.base import Task
-from experiments.judges import Judges
+from experiments.evaluators import Halves
 from experiments.tracking import Tracker
 from rap_env.calibration import Corpus, refuse_contamination
 from rap_env.errors import RapError, UnknownName
@@ -26,6 +26,7 @@ from rap_env.importance.source import ImportanceSource
 from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.embedded import cache_folder
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.llm.windows import check_windows
 from rap_env.memory.scenario import Scenario, ScenarioSampler, scenario_grid
 from rap_env.problem import EvaluationBudget, PruningProblem
 
@@ -93,34 +94,34 @@ def build(
     sampler.check(llm.shape)
     scenarios = (config.workload.get("told", config.workload.report), config.workload.report)
     told, grid = (scenario_grid(llm.shape, each.workloads, each.budget_ratios) for each in scenarios)
-    judges = build_judges(config.evaluation, llm)
-    others = {name: build_judges(evaluation, llm) for name, evaluation in (further or {}).items()}
-    corpus = build_corpus(config, llm, judges.search_text)
-    refuse_contamination(corpus, judges.held_out)
+    halves = build_halves(config.evaluation, llm)
+    others = {name: build_halves(evaluation, llm) for name, evaluation in (further or {}).items()}
+    corpus = build_corpus(config, halves.search_text)
+    refuse_contamination(corpus, halves.held_out)
     for other in others.values():
-        refuse_contamination(judges.search_text, other.reported)
+        refuse_contamination(halves.search_text, other.reported)
         refuse_contamination(corpus, other.reported)
     store = ResultStore(config.store or cache_folder() / "results.db")
     calibration = config.calibration
     windows = build_windows(config, corpus, llm, calibration.seed)
     weights = plain(config.reward)
-    search = PruningProblem(llm, judges.search, store, weights)
-    report = PruningProblem(llm, judges.report, store, weights)
+    search = PruningProblem(llm, halves.search, store, weights)
+    report = PruningProblem(llm, halves.report, store, weights)
     reports = {name: PruningProblem(llm, other.report, store, weights) for name, other in others.items()}
     ranking = greedy_sequential_importance(llm, windows, calibration.removals, calibration.exact, store, progress)
     importance = ImportanceSource(ranking.order, RemovalMeter(llm, windows, store), ranking.known)
     return Parts(search, report, reports, sampler, told, grid, corpus, windows, ranking, importance)
 
 
-def build_judges(evaluation: DictConfig, llm: SwitchableLLM) -> Judges:
-    """The search and the report half that an evaluation's YAML describes; some of them need the model, or a folder."""
-    return call_with(instantiate(evaluation, _partial_=True), llm=llm, folder=cache_folder() / "calibration")
+def build_halves(evaluation: DictConfig, llm: SwitchableLLM) -> Halves:
+    """The search and the report half that an evaluation's YAML describes; some of them need the model."""
+    return call_with(instantiate(evaluation, _partial_=True), llm=llm)
 
 
-def build_corpus(config: DictConfig, llm: SwitchableLLM, search_text: Corpus) -> Corpus:
-    """Calibration text; some sources also take the model and a folder, or the text that is searched on."""
+def build_corpus(config: DictConfig, search_text: Corpus) -> Corpus:
+    """Calibration text; one source takes the text that is searched on."""
     source = instantiate(config.calibration.corpus, _partial_=True)
-    return call_with(source, llm=llm, folder=cache_folder() / "calibration", search_text=search_text)
+    return call_with(source, search_text=search_text)
 
 
 def build_tracker(config: DictConfig, folder: Path) -> Tracker:
@@ -167,8 +168,9 @@ def refusing_in_one_line() -> Iterator[None]:
 
 def build_windows(config: DictConfig, corpus: Corpus, llm: SwitchableLLM, seed: int) -> torch.Tensor:
     """Calibration tokens [N, T], drawn from the corpus as the config says."""
-    draw = instantiate(config.calibration.sampling, _partial_=True)
-    return draw(corpus, llm.tokenizer, config.calibration.n_samples, config.calibration.tokens_per_sample, seed)
+    draw, size = instantiate(config.calibration.sampling, _partial_=True), config.calibration
+    check_windows(size.n_samples, size.tokens_per_sample, llm.shape.context_tokens)
+    return draw(corpus, llm.tokenizer, size.n_samples, size.tokens_per_sample, seed)
 
 
 def call_with(partial: functools.partial, **offered: Any) -> Any:

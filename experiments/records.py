@@ -178,3 +178,23 @@ def read_record(path: str | Path) -> dict[str, Any]:
     record = json.loads(path.read_text(encoding="utf-8"))
     _check_keys(path, record)
     return record
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Reads the records of a JSON-lines table, of a folder whose subfolders hold `record.json` files, or a single one.
+
+    Raises:
+        ValueError: A line is no record, or the folder holds none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        paths = sorted(path.rglob("record.json"))
+        if not paths:
+            raise ValueError(f"expected record.json files in {path} or its subfolders; there are none")
+        return [read_record(found) for found in paths]
+    if path.suffix != ".jsonl":
+        return [read_record(path)]
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for record in records:
+        _check_keys(path, record)
+    return records

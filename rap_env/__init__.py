@@ -1,19 +1,25 @@
 """Runtime-adaptive pruning of large language models with reinforcement learning."""
 
+import importlib
+
 import gymnasium
 
 from rap_env.errors import InfeasibleBudget, RapError
-from rap_env.evaluation.store import ResultStore
-from rap_env.importance.gsi import greedy_sequential_importance
-from rap_env.llm.shape import ModelShape
-from rap_env.llm.loading import load_llm
 from rap_env.mask import Component, PruningMask
 from rap_env.memory.footprint import Footprint, footprint
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
-from rap_env.policies import load_policy
-from rap_env.problem import Outcome, PruningProblem
 
+# Public names that need PyTorch, transformers or SQLAlchemy, by their modules: imported when they are first used.
+_ON_FIRST_USE = {
+    "ModelShape": "rap_env.llm.shape",
+    "Outcome": "rap_env.problem",
+    "PruningProblem": "rap_env.problem",
+    "ResultStore": "rap_env.evaluation.store",
+    "greedy_sequential_importance": "rap_env.importance.gsi",
+    "load_llm": "rap_env.llm.loading",
+    "load_policy": "rap_env.policies",
+}
 __all__ = [
     "Component",
     "Footprint",
@@ -31,6 +37,19 @@ __all__ = [
     "load_llm",
     "load_policy",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_ON_FIRST_USE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_ON_FIRST_USE))
+
 
 gymnasium.register(
     "rap/Pruning-v0",

@@ -15,12 +15,13 @@ class UnknownName(RapError, KeyError):
         kind: What was looked up, as a user would call it ("component", "model", ...).
         name: The name that was given.
         known: The names that would have worked.
+        suggest: Whether a close name may be what was meant; otherwise the known ones are listed.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], suggest: bool = True) -> None:
         known = sorted(known)
-        self._arguments = kind, name, known
-        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        self._arguments = kind, name, known, suggest
+        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5) if suggest else []
         hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known[:12])}"
         more = f" (and {len(known) - 12} more)" if not close and len(known) > 12 else ""
         super().__init__(f"unknown {kind} {name!r}; {hint}{more}")

@@ -23,7 +23,7 @@ class Architecture:
         attention_norm: From a layer to the norm in front of the attention.
         mlp_norm: From a layer to the norm in front of the MLP.
         mlp_modules: From a layer to the modules that hold the MLP's weights.
-        final_norm: From the decoder to the norm behind the last layer.
+        final_norm: From the decoder to the norm after the last layer.
         mlp: Runs the MLP of a layer on normed hidden states [batch, tokens, hidden].
     """
 
@@ -36,7 +36,7 @@ class Architecture:
 
 
 def _opt_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    flat = hidden.reshape(-1, hidden.shape[-1])  # as upstream does, so that results are equal to the bit
+    flat = hidden.reshape(-1, hidden.shape[-1])  # as upstream does, so that results are exactly equal
     return layer.fc2(layer.activation_fn(layer.fc1(flat))).view(hidden.shape)
 
 
@@ -56,6 +56,7 @@ _OPT = Architecture(
     final_norm="final_layer_norm",
     mlp=_opt_mlp,
 )
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # others are recomputed for the longest sequence of each batch
 ARCHITECTURES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT}
 
 
@@ -64,14 +65,31 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
     Raises:
         UnknownName: The family is not in the table.
-        UnsupportedArchitecture: The family is, but this member is not a plain pre-norm stack of equal layers.
+        UnsupportedArchitecture: The family is, but this member is not a plain pre-norm stack of equal layers, its
+            weights are quantised, or what it computes for a sequence depends on the others of its batch.
     """
-    if config.model_type not in ARCHITECTURES:
-        raise UnknownName("model architecture", config.model_type, ARCHITECTURES)
+    if config.model_type not in ARCHITECTURES:  # no close name: `model_type` is nothing to correct by hand
+        raise UnknownName("model architecture", config.model_type, ARCHITECTURES, suggest=False)
     if not getattr(config, "do_layer_norm_before", True) or getattr(config, "_remove_final_layer_norm", False):
-        raise UnsupportedArchitecture("expected norms before the sub-blocks; this OPT model has them behind")
+        raise UnsupportedArchitecture("expected norms before the sub-blocks; this OPT model has them after")
+    embedding_size = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    if embedding_size != config.hidden_size:
+        raise UnsupportedArchitecture(
+            f"expected embeddings of the hidden size {config.hidden_size}; this OPT model projects them from"
+            f" {embedding_size}"
+        )
     if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
         raise UnsupportedArchitecture("expected one type of attention in all layers; got a mix of full and sliding")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedArchitecture(
+            "expected plain weights; got quantised ones (quantization_config): dequantise them"
+        )
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type not in _FIXED_ROPE:
+        raise UnsupportedArchitecture(
+            f"expected rotary frequencies that do not depend on the input ({', '.join(_FIXED_ROPE)}); got rope_type"
+            f" {rope_type!r}"
+        )
     return ARCHITECTURES[config.model_type]
 
 
@@ -101,8 +119,8 @@ class DecoderLayer:
         self._mlp_norm = submodule(layer, architecture.mlp_norm)
         self._mlp = architecture.mlp
         self._mlp_modules = [submodule(layer, path) for path in architecture.mlp_modules]
-        # The same weights under a config of its own: upstream chooses the attention function by the config, and one that
-        # is changed for the whole model while a packed stream runs would change what another thread generates.
+        # The same weights under a config of its own: upstream chooses the attention function by the config, and if the
+        # model's own were changed while a packed stream runs, another thread would generate with it.
         self._packed_attention = copy.copy(layer.self_attn)
         self._packed_attention.config = copy.copy(layer.self_attn.config)
         self._packed_attention.config._attn_implementation = PACKED_ATTENTION

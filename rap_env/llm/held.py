@@ -9,8 +9,8 @@ from rap_env.mask import PruningMask, kept_sites, parting
 class HeldStreams:
     """The residual streams in front of every kept site of one mask, run no further than asked.
 
-    A mask that differs from it in one late site costs only what lies behind that site: half of the work on average over
-    single removals, and the result is the same to the bit.
+    A mask that differs from it in one late site costs only what follows that site: half of the work on average over
+    single removals. The result is exactly that of running the mask from the start.
 
     Args:
         llm: The model.
@@ -28,12 +28,20 @@ class HeldStreams:
         self._streams = [hidden]  # in front of site 0, 1, ... as far as it was run
 
     def move_to(self, mask: PruningMask) -> None:
-        """Turns to another mask and keeps the streams in front of the first site that differs."""
+        """Turns to another mask and keeps the streams as far as the first site that differs.
+
+        Raises:
+            InvalidMask: The mask's components are not the model's.
+        """
+        self._llm.check(mask)
         del self._streams[parting([self._mask, mask], 0) + 1 :]
         self._mask = mask
 
     def in_front_of_parting(self, mask: PruningMask) -> tuple[int, torch.Tensor]:
-        """The first site at which a mask parts from the held one, and the stream in front of it."""
+        """The first site at which a mask parts from the held one, and the stream in front of it.
+
+        For the held mask itself that is the number of sites, and the stream after the last one.
+        """
         first = parting([self._mask, mask], 0)
         while len(self._streams) <= first:
             site = len(self._streams) - 1

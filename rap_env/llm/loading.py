@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from rap_env.errors import ModelUnavailable, UnknownName
+from rap_env.errors import ModelUnavailable, RapError, UnknownName
+from rap_env.llm.architecture import architecture_of
+from rap_env.llm.checkpoint import check_weights, forget_quantisation, weights_in
 from rap_env.llm.embedded import EMBEDDED_NAME, embedded_folder
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
@@ -42,7 +44,9 @@ def load_llm(
 
     Raises:
         UnknownName: The name or dtype is none of the above, or the model's family is not supported.
-        ModelUnavailable: No network, no such repository, access not granted, or no weights in a safe format.
+        UnsupportedArchitecture: The family is supported, but not this member of it.
+        ModelUnavailable: No network, no such repository, access not granted, no weights in a safe format, or files and
+            config that disagree.
     """
     if dtype not in _DTYPES:
         raise UnknownName("dtype", dtype, _DTYPES)
@@ -62,19 +66,31 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trus
     folder = Path(source).expanduser()
     if folder.is_dir():
         source = str(folder)
-        options |= _weights_of(folder)
+        options |= weights_in(folder)
     try:
         if not folder.is_dir():
             _check_hub(source, revision)
+        architecture_of(_read_config(source, options))  # before any weights are fetched or read
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        # Mismatched sizes are refused below, in one line.
+        options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    except RapError:
+        raise
     except Exception as error:
         raise _explain(error, source) from error
-    if missing := sorted(report["missing_keys"]):  # upstream would only log it and go on with random weights
-        raise ModelUnavailable(f"can't load {source!r}: its files lack {len(missing)} weights, first {missing[0]!r}")
+    check_weights(source, model, report)
+    if "gguf_file" in options:
+        forget_quantisation(model)
     return model, tokenizer
+
+
+def _read_config(source: str, options: Mapping[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source, **options)
+    except (AttributeError, KeyError, StrictDataclassError, TypeError) as error:  # upstream stumbles over what it reads
+        reason = " ".join(str(error).split())
+        raise ModelUnavailable(f"can't load {source!r}: its config is not valid: {reason[:200]}") from error
 
 
 def _check_hub(source: str, revision: str | None) -> None:
@@ -87,19 +103,6 @@ def _check_hub(source: str, revision: str | None) -> None:
         raise
     except Exception as error:
         raise ConnectionError(str(error)) from error
-
-
-def _weights_of(folder: Path) -> dict[str, str]:
-    if list(folder.glob("*.safetensors")):
-        return {}
-    ggufs = sorted(folder.glob("*.gguf"))
-    if len(ggufs) != 1:
-        raise ModelUnavailable(
-            f"{folder}: expected *.safetensors or exactly one *.gguf; found"
-            f" {', '.join(sorted(path.name for path in folder.iterdir())[:8]) or 'nothing'}."
-            " Pickled weights (*.bin, *.pt) are not loaded: convert them to safetensors first"
-        )
-    return {"gguf_file": ggufs[0].name}
 
 
 def _explain(error: Exception, source: str) -> Exception:
@@ -115,7 +118,7 @@ def _explain(error: Exception, source: str) -> Exception:
         advice = "no such model on the hub, or a private one: check the name, or run `hf auth login`"
     elif any(isinstance(cause, RevisionNotFoundError) for cause in causes):
         advice = "the repository has no such revision: check model.revision"
-    elif "safetensors" in str(error):
+    elif "a file named model.safetensors" in str(error):
         advice = "the repository has no safetensors weights; pickled ones are not loaded: convert them first"
     elif "trust_remote_code" in str(error):
         advice = "the repository wants to run its own code: read it, then set model.trust_remote_code=true"

@@ -1,4 +1,4 @@
-"""Token trees laid one behind the other: many requests in one stream, no padding, contexts shared by branches."""
+"""Token trees laid end to end: many requests in one stream, no padding, contexts shared by branches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ PACKED_ATTENTION = "rap_packed"
 
 @dataclass(frozen=True)
 class TokenTree:
-    """A context and the continuations that are read behind it, each as if it stood there alone.
+    """A context and the continuations that follow it, each read as if it were the only one.
 
     Attributes:
         context: Tokens of the trunk, at least one.

@@ -1,5 +1,6 @@
-"""The sizes of a model, and what each of its components costs: counted on real tensors, or on a config's without weights."""
+"""The sizes of a model and what each component costs: counted on its tensors, or on a config's, without weights."""
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rap_env.llm.architecture import architecture_of, attention_window, decoder_layers
-from rap_env.mask import ATTENTION, KINDS, Component, Site
+from rap_env.mask import ATTENTION, KINDS, Component, Site, shared
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class ModelShape:
     fixed_bytes: int
     components: tuple[Component, ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "components", shared(self.components))
+
     @classmethod
     def from_config(cls, config: PretrainedConfig, dtype: torch.dtype | None = None) -> "ModelShape":
         """Reads the sizes off a transformers config: those of a model that is built on the meta device.
@@ -58,7 +62,8 @@ class ModelShape:
         architecture_of(config)  # before a model is built from a config that we don't support
         with torch.device("meta"):
             dtype = dtype or getattr(config, "dtype", None) or torch.float16
-            return cls.from_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
+            # A copy, because upstream writes the type into the config that it builds from.
+            return cls.from_model(AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype))
 
     @classmethod
     def from_model(cls, model: nn.Module) -> "ModelShape":

@@ -35,6 +35,7 @@ class SwitchableLLM:
 
     A dropped site is skipped together with its norm, so it costs no compute; the attentions that stay are
     renumbered, so that the KV cache holds them only and transformers still finds the past length in its layer 0.
+    Threads may generate, open streams and run them at once; a mask that is applied holds for what all of them generate.
 
     Shapes: B sequences, T tokens, H hidden size, V vocabulary.
 
@@ -156,7 +157,9 @@ class SwitchableLLM:
         """
         first, caller = self._layers[0].module, threading.get_ident()
 
-        def capture(module, args, kwargs):
+        # `kwargs` may be left out: a thread that comes between the two steps in which torch adds or removes a hook with
+        # keyword arguments calls it without them.
+        def capture(module, args, kwargs=None):
             if threading.get_ident() != caller:
                 return  # another thread generates meanwhile
             raise _StreamCaptured(args[0] if args else kwargs.pop("hidden_states"), kwargs)
@@ -211,8 +214,8 @@ class SwitchableLLM:
         """Runs several masks over one stream; what masks have in common in front is run once.
 
         Goes down the trie over the kept parts of each site. Where masks part, the stream is held for the larger group
-        while the smaller one is run, so at most log2(number of masks) streams are held. Each result is equal to the bit
-        to that of running its mask alone.
+        while the smaller one is run, so at most log2(number of masks) streams are held. Each result is exactly that of
+        running its mask alone.
 
         Args:
             masks: Distinct masks over this model's components.
@@ -224,7 +227,7 @@ class SwitchableLLM:
             InvalidMask: A mask's components are not this model's.
 
         Yields:
-            Each mask with the residual stream behind its last site, as soon as it is known.
+            Each mask with the residual stream after its last site, as soon as it is known.
         """
         masks = list(masks)
         for mask in masks:

@@ -23,12 +23,12 @@ class Scenario:
         """A budget as a fraction of the dense footprint for the same workload.
 
         Raises:
-            InfeasibleBudget: No mask can meet it.
+            InfeasibleBudget: No mask can meet it, or it is NaN.
             InvalidWorkload: The workload is beyond the model's context.
         """
-        budget_bytes = int(budget_ratio * dense_bytes(shape, workload))
+        budget_bytes = budget_ratio * dense_bytes(shape, workload) // 1  # whole bytes; NaN stays NaN, and is refused
         check_feasible(shape, workload, budget_bytes)
-        return cls(workload, budget_bytes)
+        return cls(workload, int(budget_bytes))
 
 
 class ScenarioSampler:
@@ -56,7 +56,7 @@ class ScenarioSampler:
             "prompt_tokens": prompt_tokens,
             "budget_ratio": budget_ratio,
         }.items():
-            if not 0 < low <= high:
+            if not 0 < low <= high < math.inf:
                 raise InvalidWorkload(f"{name}: expected 0 < smallest <= largest; got {low} and {high}")
         self._batch_size, self._prompt_tokens = tuple(batch_size), tuple(prompt_tokens)
         self._budget_ratio = tuple(budget_ratio)

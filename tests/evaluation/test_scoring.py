@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rap_env.evaluation import scoring
 from rap_env.evaluation.scoring import ScoringPlan, score_continuations
 from rap_env.llm.loading import build_tiny_llm
+from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
 SHARED = (7, 8, 9)
@@ -36,10 +37,11 @@ PAIRS = [
 
 
 def build_llm(family: str):
-    """A tiny model; a sliding window is read from the config at every forward, so it can be set afterwards."""
+    """A tiny model; upstream reads a sliding window from the config at every forward, so it can be set afterwards."""
     llm = build_tiny_llm("mistral" if family == "sliding window" else family)
     if family == "sliding window":
         llm.model.config.sliding_window = 5
+        llm = SwitchableLLM(llm.model, llm.tokenizer, "narrow")
     return llm
 
 
@@ -150,6 +152,13 @@ def test_scores_do_not_depend_on_the_order_of_requests(llm):
 def test_scores_do_not_depend_on_how_the_head_is_cut(llm, monkeypatch, rows):
     expected = score_continuations(llm, PAIRS)
     monkeypatch.setattr(scoring, "_HEAD_ROWS", rows)
+    assert [s[0] for s in score_continuations(llm, PAIRS)] == pytest.approx([e[0] for e in expected], abs=1e-5)
+
+
+def test_there_may_be_more_lanes_than_rows_of_logits_that_are_alive_at_once(llm, monkeypatch):
+    expected = score_continuations(llm, PAIRS)
+    monkeypatch.setattr(scoring, "n_lanes", lambda *_: scoring._HEAD_ROWS + 1)
+    monkeypatch.setattr(scoring, "in_lanes", lambda work, parts: [work(part) for part in parts])
     assert [s[0] for s in score_continuations(llm, PAIRS)] == pytest.approx([e[0] for e in expected], abs=1e-5)
 
 

@@ -21,7 +21,7 @@ from rap_env.policies import DensePolicy, OrderPolicy
 PROJECT = Path(__file__).parents[2]
 TINY = (
     *("model=tiny", "max_evaluations=40", "decisions=20", "calibration.tokens_per_sample=24"),
-    *("evaluation.documents=[4,120]", "evaluation.search_windows=[2,24]", "evaluation.report_windows=[2,24]"),
+    *("evaluation.search_windows=[2,24]", "evaluation.report_windows=[2,24]"),
     *("+evaluation@report.tasks=embedded", "report.tasks.limit=2"),
     *(f"~agents.{name}" for name in ("dense", "greedy_per_byte", "milp", "archive", "evopress")),
     *("agents.random=2", "agents.ppo=1", "agents.surrogate=1"),
@@ -58,7 +58,7 @@ def test_every_agent_and_seed_has_a_record(records):
         assert record["config"]["seed"] == results["seed"] and "_target_" in record["config"]["agent"]
         assert len(results["rows"]) == 4 * 3 and results["unseen"] == {"decisions": 20, "violations": 0}
         for row in results["rows"]:
-            assert row["reports"].keys() == {"self_text", "tasks"} and not row["violation"]
+            assert row["reports"].keys() == {"packaged_text", "tasks"} and not row["violation"]
             assert row["footprint"]["peak_bytes"] <= row["budget_bytes"]
             assert row["decision_milliseconds"] > 0
             assert row["score"] == pytest.approx(-next(iter(row["tasks"].values()))["loss"])

@@ -170,7 +170,7 @@ def test_killed_run_goes_on_and_repeats_no_finished_evaluation(tmp_path):
     ("override", "message"),
     [
         ("evaluation.tasks=[rap_serch]", "unknown task 'rap_serch'; did you mean rap_search"),
-        ("evaluation.report_tasks=[rap_search]", "would report on an item that"),
+        ("evaluation.report_tasks=[rap_search]", "are reported on as well"),
         ("model.name=tinny", "unknown model or folder 'tinny'; did you mean tiny?"),
         ("agent.algorithm=pppo", "unknown algorithm 'pppo'; did you mean ppo?"),
         ("agent.environment=rap/Prunning-v0", "unknown environment 'rap/Prunning-v0'; did you mean rap/Pruning-v0"),

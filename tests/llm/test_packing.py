@@ -1,4 +1,4 @@
-"""Packed token trees are attended to as if every branch stood alone behind its context, and leave no trace."""
+"""Packed token trees are attended to as if every branch alone followed its context, and leave no trace."""
 
 import random
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rap_env.llm.loading import build_tiny_llm
+from rap_env.llm.loading import build_random_llm, build_tiny_llm
 from rap_env.llm.packing import PACKED_ATTENTION, Packing, TokenTree
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import Component
+from rap_env.mask import Site
 from rap_env.rng import isolated_rng
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_a_tree_without_branches_is_a_plain_sequence():
     assert (len(tree), tree.tokens, tree.positions, tree.segments) == (3, [5, 6, 7], [0, 1, 2], [0, 0, 0])
 
 
-def test_packed_trees_lie_one_behind_the_other():
+def test_packed_trees_lie_end_to_end():
     packing = Packing([TokenTree((1, 2)), TokenTree((3,), ((4,),)), SMALL], CPU)
     assert packing.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert packing.positions.tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 2]
@@ -126,9 +126,10 @@ def test_packed_attention_equals_attention_of_each_sequence(window, scale, key_h
 def llm(request):
     if request.param != "sliding window":
         return build_tiny_llm(request.param)
-    sliding = build_tiny_llm("mistral")
-    sliding.model.config.sliding_window = 4  # read at every forward
-    return sliding
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return build_random_llm(
+        "mistral", {**sizes, "num_hidden_layers": 4, "vocab_size": 257, "sliding_window": 4, "initializer_range": 0.2}
+    )
 
 
 def random_trees() -> list[TokenTree]:
@@ -146,7 +147,7 @@ def test_a_packed_stream_has_the_logits_of_each_sequence(llm):
     trees = random_trees()
     hidden, context, packing = llm.open_packed(trees)
     assert hidden.shape == (1, sum(map(len, trees)), 32)
-    logits = llm.logits(llm.run(llm.shape.components, hidden, context))[0]
+    logits = llm.logits(llm.run(llm.shape.sites, hidden, context))[0]
     for tree, start in zip(trees, packing.starts, strict=True):
         for path in paths_of(tree):
             plain = llm.model(torch.tensor([[tree.tokens[index] for index in path]])).logits[0]
@@ -178,7 +179,7 @@ def test_a_window_counts_only_where_the_layers_slide(max_window_layers):
     with isolated_rng(0):
         llm = SwitchableLLM(AutoModelForCausalLM.from_config(config), None, "qwen2")
     hidden, context, _ = llm.open_packed([TokenTree(tuple(range(20)))])
-    packed = llm.logits(llm.run(llm.shape.components, hidden, context))
+    packed = llm.logits(llm.run(llm.shape.sites, hidden, context))
     torch.testing.assert_close(packed, llm.model(torch.arange(20)[None]).logits, rtol=0, atol=2e-5)
 
 
@@ -186,52 +187,64 @@ def test_a_window_counts_only_where_the_layers_slide(max_window_layers):
 def test_trees_do_not_feel_what_they_are_packed_with(llm):
     trees = random_trees()
     hidden, context, packing = llm.open_packed(trees)
-    together = llm.run(llm.shape.components, hidden, context)[0]
+    together = llm.run(llm.shape.sites, hidden, context)[0]
     for tree, start in zip(trees, packing.starts, strict=True):
         hidden, context, _ = llm.open_packed([tree])
-        alone = llm.run(llm.shape.components, hidden, context)[0]
+        alone = llm.run(llm.shape.sites, hidden, context)[0]
         torch.testing.assert_close(together[start : start + len(tree)], alone, rtol=0, atol=2e-5)
 
 
-def test_packed_attention_is_chosen_only_while_a_packed_stream_runs(llm):
+def test_the_models_own_attention_and_config_are_never_changed_by_a_packed_stream(llm):
     config, seen = llm.model.config, []
     layer = (llm.model.model.decoder if llm.shape.model_type == "opt" else llm.model.model).layers[0]
-    probe = layer.self_attn.register_forward_hook(lambda *_: seen.append(config._attn_implementation))
+    before, state = layer.self_attn, dict(vars(layer.self_attn))
+    probe = layer.self_attn.register_forward_hook(
+        lambda module, *_: seen.append((module is before, config._attn_implementation))
+    )
     usual = config._attn_implementation
-    hidden, context, _ = llm.open_packed([SMALL])
-    assert config._attn_implementation == usual
-    llm.run([Component(0, "attention")], hidden, context)
-    assert config._attn_implementation == usual
-    llm.run([Component(0, "attention")], *llm.open_stream(torch.tensor([[1, 2, 3]])))
+    llm.run([Site(0, "attention")], *llm.open_packed([SMALL])[:2])
+    llm.run([Site(0, "attention")], *llm.open_stream(torch.tensor([[1, 2, 3]])))
     probe.remove()
-    assert usual != PACKED_ATTENTION and seen == [PACKED_ATTENTION, usual]
+    assert usual != PACKED_ATTENTION and seen == [(False, usual), (True, usual)]
+    assert layer.self_attn is before and vars(before) == state
 
 
-def test_the_usual_attention_comes_back_after_an_exception(llm):
+@pytest.mark.parametrize("name", ["q_proj", "v_proj"])
+@torch.inference_mode()
+def test_packed_attention_reads_the_models_own_weights(name):
+    llm = build_tiny_llm()
+    attention, stream = llm.model.model.layers[0].self_attn, llm.open_packed([SMALL])[:2]
+    before = llm.run([Site(0, "attention")], *stream)
+    getattr(attention, name).weight.data.mul_(2)  # in place,
+    changed = llm.run([Site(0, "attention")], *stream)
+    weight = getattr(attention, name).weight
+    setattr(attention, name, torch.nn.Linear(*reversed(weight.shape), bias=False).requires_grad_(False))  # or replaced
+    replaced = llm.run([Site(0, "attention")], *stream)
+    assert not torch.equal(before, changed) and not torch.equal(changed, replaced)
+
+
+def test_the_model_is_as_before_after_an_exception_in_a_packed_stream(llm):
     def fail(*_):
-        seen.append(llm.model.config._attn_implementation)
         raise ZeroDivisionError("in the middle of a packed forward")
 
-    seen, usual = [], llm.model.config._attn_implementation
     tokens = torch.arange(24).reshape(2, 12)
     before = llm.model(tokens).logits
     hidden, context, _ = llm.open_packed([SMALL])
     layer = (llm.model.model.decoder if llm.shape.model_type == "opt" else llm.model.model).layers[1]
     handle = layer.self_attn.register_forward_hook(fail)
     with pytest.raises(ZeroDivisionError):
-        llm.run(llm.shape.components, hidden, context)
+        llm.run(llm.shape.sites, hidden, context)
     handle.remove()
-    assert seen == [PACKED_ATTENTION] and llm.model.config._attn_implementation == usual
     assert torch.equal(llm.model(tokens).logits, before)
 
 
-def test_upstreams_forward_is_to_the_bit_the_same_before_and_after_packed_runs(llm):
+def test_upstreams_forward_is_exactly_the_same_before_and_after_packed_runs(llm):
     tokens = torch.arange(24).reshape(2, 12)
     padding = torch.ones_like(tokens)
     padding[0, 9:] = 0
     before = [llm.model(tokens).logits, llm.model(tokens, attention_mask=padding).logits]
     hidden, context, _ = llm.open_packed(random_trees())
-    first = llm.run(llm.shape.components, hidden, context)
+    first = llm.run(llm.shape.sites, hidden, context)
     after = [llm.model(tokens).logits, llm.model(tokens, attention_mask=padding).logits]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
-    assert torch.equal(llm.run(llm.shape.components, hidden, context), first)
+    assert torch.equal(llm.run(llm.shape.sites, hidden, context), first)

@@ -11,7 +11,7 @@ from rap_env.errors import InvalidMask, UnknownName
 from rap_env.llm.architecture import ARCHITECTURES
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, kept_sites
 from rap_env.rng import isolated_rng
 
 ATTENTIONS, MLPS = ([f"layer{layer}.{kind}" for layer in range(4)] for kind in ("attention", "mlp"))
@@ -88,7 +88,7 @@ def logits_of(model, tokens, **inputs) -> torch.Tensor:
     return model(tokens, **inputs).logits
 
 
-def test_with_everything_kept_the_logits_are_upstreams_to_the_bit(llm, untouched, tokens):
+def test_with_everything_kept_the_logits_are_exactly_upstreams(llm, untouched, tokens):
     with llm.pruned(PruningMask.all_kept(llm.shape)):
         assert torch.equal(logits_of(llm.model, tokens), logits_of(untouched, tokens))
 
@@ -249,14 +249,14 @@ def test_a_mask_of_another_model_is_refused_and_changes_nothing(llm, untouched, 
 
 
 @pytest.mark.parametrize("names", DROPPED[::3], ids=len)
-def test_a_stream_run_component_by_component_equals_the_forward(llm, untouched, tokens, names):
+def test_a_stream_run_site_by_site_equals_the_forward(llm, untouched, tokens, names):
     padding = torch.ones_like(tokens)
     padding[1, :5] = 0
     with torch.inference_mode(), removed_by_hand(untouched, names):
         for inputs in ({}, {"attention_mask": padding}):
             hidden, context = llm.open_stream(tokens, **inputs)
             assert hidden.shape == (2, 12, 32)
-            hidden = llm.run(mask_without(llm, names).kept, hidden, context)
+            hidden = llm.run(kept_sites(mask_without(llm, names)), hidden, context)
             assert torch.equal(llm.logits(hidden), logits_of(untouched, tokens, **inputs))
 
 
@@ -264,7 +264,7 @@ def test_a_stream_ignores_the_applied_mask_and_leaves_no_hook(llm, untouched, to
     before = traces(llm)
     with llm.pruned(mask_without(llm, ["layer0.attention", "layer0.mlp"])), torch.inference_mode():
         hidden, context = llm.open_stream(tokens)
-        hidden = llm.run(llm.shape.components, hidden, context)
+        hidden = llm.run(llm.shape.sites, hidden, context)
         assert torch.equal(llm.logits(hidden), logits_of(untouched, tokens))
     with pytest.raises(IndexError):  # no such token
         llm.open_stream(tokens + 1000)

@@ -7,13 +7,20 @@ import torch
 from transformers import LlamaConfig
 
 from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidWorkload
-from rap_env.evaluation.evaluator import Evaluator
-from rap_env.llm.architecture import ARCHITECTURES, ModelShape
-from rap_env.llm.loading import build_tiny_llm
-from rap_env.mask import PruningMask
-from rap_env.memory.footprint import Footprint, component_bytes, dense_bytes, footprint, smallest_bytes
+from rap_env.llm.architecture import ARCHITECTURES
+from rap_env.llm.loading import build_random_llm, build_tiny_llm
+from rap_env.llm.shape import ModelShape
+from rap_env.mask import Component, PruningMask, Site
+from rap_env.memory.footprint import (
+    Footprint,
+    bytes_by_name,
+    check_feasible,
+    component_bytes,
+    dense_bytes,
+    footprint,
+    smallest_bytes,
+)
 from rap_env.memory.workload import Workload
-from rap_env.problem import PruningProblem
 
 # RAP (arXiv 2505.17138): peak GB of Llama-2-7B at 8 x 2048 tokens, and the attentions and MLPs its masks drop.
 PUBLISHED = {
@@ -47,10 +54,11 @@ def llama3() -> ModelShape:
 
 
 def test_sizes_of_llama2_are_counted_from_its_config_alone(llama2):
-    assert llama2.attention_parameters == 4 * 4096**2
-    assert llama2.mlp_parameters == 3 * 4096 * 11008
-    assert llama2.fixed_parameters == 2 * 32000 * 4096 + 65 * 4096  # embedding and head, two norms a layer and the last
-    assert llama2.n_parameters == 6_738_415_616
+    assert [c.weight_bytes for c in llama2.components] == [2 * 4 * 4096**2, 2 * 3 * 4096 * 11008] * 32
+    assert [c.kv_bytes_per_token for c in llama2.components] == [2 * 2 * 4096, 0] * 32
+    # The embedding and the head, two norms a layer and the last.
+    assert llama2.fixed_bytes == 2 * (2 * 32000 * 4096 + 65 * 4096)
+    assert llama2.weight_bytes == 2 * 6_738_415_616
 
 
 @pytest.mark.parametrize("setting", PUBLISHED)
@@ -79,22 +87,23 @@ def test_every_part_of_a_tiny_model_by_hand(tiny_llm):
     attention = 2 * 32 * 32 + 2 * 32 * 16
     mlp = 3 * 32 * 64
     fixed = 2 * 257 * 32 + 9 * 32
-    kv_cache = 2 * 4 * 16 * 2 * (5 + 3)  # of one attention
+    kv_cache = 2 * 16 * 2 * (5 + 3)  # numbers of one attention
     logits = 4 * 2 * 257
     assert footprint(shape, dense, workload) == Footprint(
         weights_bytes=4 * (fixed + 4 * attention + 4 * mlp),
-        kv_cache_bytes=4 * kv_cache,
+        kv_cache_bytes=4 * 4 * kv_cache,
         activation_bytes=4 * 2 * 5 * (2 * 32 + 3 * 64) + logits,  # an MLP is the widest
     )
     no_mlps = dense.drop(*(f"layer{i}.mlp" for i in range(4)), "layer2.attention")
     assert footprint(shape, no_mlps, workload) == Footprint(
         weights_bytes=4 * (fixed + 3 * attention),
-        kv_cache_bytes=3 * kv_cache,
+        kv_cache_bytes=4 * 3 * kv_cache,
         activation_bytes=4 * 2 * 5 * (2 * 32 + 2 * 32 + 2 * 16) + logits,
     )
     nothing = PruningMask.from_bits(shape, [0] * 8)
     assert footprint(shape, nothing, workload) == Footprint(4 * fixed, 0, 4 * 2 * 5 * 2 * 32 + logits)
-    assert component_bytes(shape, workload) == (4 * attention + kv_cache, 4 * mlp) * 4
+    assert component_bytes(shape, workload) == (4 * attention + 4 * kv_cache, 4 * mlp) * 4
+    assert list(bytes_by_name(shape, workload).items())[1] == ("layer0.mlp", 4 * mlp)
 
 
 def test_the_peak_is_weights_and_kv_cache_and_the_total_adds_activations():
@@ -131,7 +140,7 @@ def test_a_config_that_names_its_type_is_counted_in_it():
 
 def real_bytes(llm, mask: PruningMask, workload: Workload) -> tuple[int, int]:
     """Bytes of the model's parameters without the dropped ones, and of the KV cache after serving a workload."""
-    dropped = {id(p) for component in mask.dropped for p in llm.parameters_of(component)}
+    dropped = {id(p) for component in mask.dropped for p in llm.parameters_of(component.site)}
     weights = sum(p.nbytes for p in llm.model.parameters() if id(p) not in dropped)
     prompt = torch.ones(workload.batch_size, workload.prompt_tokens, dtype=torch.long)
     with llm.pruned(mask), torch.inference_mode():
@@ -151,6 +160,59 @@ def test_predictions_equal_real_tensors_in_every_family(family, dropped):
     assert (needed.weights_bytes, needed.kv_cache_bytes) == real_bytes(llm, mask, workload)
 
 
+WINDOWED = [
+    ("mistral", {"sliding_window": 64}),
+    ("mistral", {"sliding_window": 2}),
+    ("mistral", {"sliding_window": 1}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 0}),
+]
+
+
+@pytest.mark.parametrize(("family", "window"), WINDOWED, ids=str)
+@pytest.mark.parametrize("generated_tokens", [0, 1, 3])
+def test_the_kv_cache_of_a_sliding_window_equals_the_one_that_transformers_makes(family, window, generated_tokens):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llm = build_random_llm(family, {**sizes, "head_dim": 8, "num_hidden_layers": 2, "vocab_size": 257, **window})
+    dense, width = PruningMask.all_kept(llm.shape), window["sliding_window"]
+    for prompt_tokens in sorted({1, max(1, width - 2), max(1, width - 1), width, width + 1, 100}):
+        workload = Workload(2, prompt_tokens, generated_tokens)
+        predicted = footprint(llm.shape, dense, workload).kv_cache_bytes
+        assert predicted == real_bytes(llm, dense, workload)[1], str(workload)
+
+
+def test_a_window_of_64_keeps_63_of_512_tokens():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    llm = build_random_llm("mistral", {**sizes, "head_dim": 8, "vocab_size": 257, "sliding_window": 64})
+    workload = Workload(2, 512)
+    assert workload.cached_tokens(llm.shape.attention_window) == 2 * 63
+    needed = footprint(llm.shape, PruningMask.all_kept(llm.shape), workload)
+    assert needed.kv_cache_bytes == 4 * 2 * 63 * 2 * 16 * 4 == 64_512  # layers, sequences, tokens, keys + values, bytes
+    assert component_bytes(llm.shape, workload)[0] == llm.shape.components[0].weight_bytes + 64_512 // 4
+
+
+def test_windows_that_no_layer_uses_are_passed_over():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    unused = [{"use_sliding_window": False}, {"use_sliding_window": True, "max_window_layers": 2}]
+    for options in unused:  # in the second, layers from 2 on would slide, and there are 2
+        llm = build_random_llm("qwen2", {**sizes, "vocab_size": 257, "sliding_window": 4, **options})
+        mask, workload = PruningMask.all_kept(llm.shape), Workload(1, 9, 2)
+        assert footprint(llm.shape, mask, workload).kv_cache_bytes == real_bytes(llm, mask, workload)[1] > 0
+        assert llm.shape.attention_window is None
+
+
+def test_parts_of_sites_are_rows_like_any_other(tiny_llm):
+    attention, mlp = Site(0, "attention"), Site(0, "mlp")
+    rows = tuple(Component(f"layer0.attention.{part}", attention, part, 1000, 16) for part in range(2))
+    rows += tuple(Component(f"layer0.mlp.{part}", mlp, part, 300 + part, 0) for part in range(3))
+    shape = dataclasses.replace(tiny_llm.shape, components=rows, fixed_bytes=50_000)
+    mask, workload = PruningMask.all_kept(shape).drop("layer0.attention.0", "layer0.mlp.2"), Workload(2, 10)
+    needed = footprint(shape, mask, workload)
+    assert (needed.weights_bytes, needed.kv_cache_bytes) == (50_000 + 1000 + 300 + 301, 16 * 20)
+    assert component_bytes(shape, workload) == (1320, 1320, 300, 301, 302)
+    assert dense_bytes(shape, workload) - smallest_bytes(shape, workload) == 1320 + 1320 + 300 + 301 + 302
+
+
 @pytest.mark.llm
 @pytest.mark.parametrize("workload", [Workload(1, 7), Workload(3, 16, 2)], ids=str)
 @pytest.mark.parametrize("every", [31, 7, 2, 1])
@@ -167,6 +229,10 @@ def test_the_embedded_model_flips_above_4600_tokens(embedded_llm):
     assert (2_654_208 - 884_736) / (2 * 192) == 4_608
     attention, mlp = component_bytes(embedded_llm.shape, Workload(2, 2304))[:2]
     assert attention == mlp == 2 * 2_654_208
+    assert embedded_llm.shape.weight_bytes == sum(p.nbytes for p in embedded_llm.model.parameters()) == 2 * 134_515_008
+    for row in embedded_llm.shape.components:
+        assert row.weight_bytes == sum(p.nbytes for p in embedded_llm.parameters_of(row.site))
+        assert row.kv_bytes_per_token == (2 * 2 * 192 if row.site.kind == "attention" else 0)
 
 
 def test_a_workload_beyond_the_context_is_refused(llama2):
@@ -181,17 +247,11 @@ def test_a_mask_of_another_model_is_refused(llama2, tiny_llm):
         footprint(llama2, PruningMask.all_kept(tiny_llm.shape), Workload(1, 1))
 
 
-class NeverCalled(Evaluator):
-    identity = {"evaluator": "never"}
-
-    def evaluate_many(self, llm, masks):
-        raise AssertionError("an infeasible budget must be refused before the model is judged")
-
-
 def test_an_infeasible_budget_names_the_smallest_feasible_bytes(tiny_llm):
-    problem, workload = PruningProblem(tiny_llm, NeverCalled()), Workload(2, 10)
-    smallest = 4 * (2 * 257 * 32 + 9 * 32)
-    problem.check_budget(workload, smallest)
+    shape, workload, smallest = tiny_llm.shape, Workload(2, 10), 4 * (2 * 257 * 32 + 9 * 32)
+    check_feasible(shape, workload, smallest)
     with pytest.raises(InfeasibleBudget, match=r"no pruning mask fits 66,943 bytes .* needs 66,944 bytes") as refusal:
-        problem.evaluate(PruningMask.all_kept(tiny_llm.shape), workload, smallest - 1)
+        check_feasible(shape, workload, smallest - 1)
     assert refusal.value.smallest_bytes == smallest == 66_944
+    with pytest.raises(InfeasibleBudget):
+        check_feasible(shape, workload, float("nan"))

@@ -1,9 +1,7 @@
-"""The predicted memory of judging masks follows its formula by hand, and bounds closely what real forwards take."""
+"""The predicted memory of evaluating masks follows its formula by hand, and bounds closely what real forwards take."""
 
 import dataclasses
-import math
 import multiprocessing
-import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -12,15 +10,15 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from rap_env.errors import MemoryBoundTooSmall
-from rap_env.llm.architecture import ARCHITECTURES, ModelShape
+from rap_env.llm.architecture import ARCHITECTURES
 from rap_env.llm.embedded import EMBEDDED_NAME
 from rap_env.llm.loading import build_tiny_llm, load_llm
 from rap_env.llm.packing import TokenTree
+from rap_env.llm.shape import ModelShape
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.memory.measured import measured_peak, return_freed_memory
-from rap_env.memory.working import streams_within, working_bytes
+from rap_env.memory.working import working_bytes
 
 SCRATCH = 16_777_216
 HEAD_ROWS = 128
@@ -101,35 +99,8 @@ def test_no_argument_makes_it_smaller_when_it_grows(shape):
         assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
-@pytest.mark.parametrize("tokens", [1, 100, 4096])
-@pytest.mark.parametrize("head_rows", [1, 128])
-@pytest.mark.parametrize("spare_bytes", [0, 1, 12_799, 12_800, 1_000_000])
-def test_as_many_streams_are_held_as_the_bound_allows(shape, tokens, head_rows, spare_bytes):
-    memory_bytes = working_bytes(shape, tokens, 0, head_rows) + spare_bytes
-    held = streams_within(shape, tokens, memory_bytes, head_rows)
-    assert held == spare_bytes // (tokens * 128)
-    assert working_bytes(shape, tokens, held, head_rows) <= memory_bytes
-    assert working_bytes(shape, tokens, held + 1, head_rows) > memory_bytes
-
-
-def test_a_bound_below_one_mask_at_a_time_names_the_smallest_that_works(shape):
-    smallest = 100 * (128 + 160) + 89_600 + SCRATCH
-    assert streams_within(shape, 100, smallest, head_rows=10) == 0
-    message = r"on 100 tokens at once needs at least 16,895,616 bytes beside the weights; the bound is 16,895,615 bytes"
-    with pytest.raises(MemoryBoundTooSmall, match=message) as refusal:
-        streams_within(shape, 100, smallest - 1, head_rows=10)
-    assert (refusal.value.memory_bytes, refusal.value.smallest_bytes) == (smallest - 1, smallest)
-    assert str(pickle.loads(pickle.dumps(refusal.value))) == str(refusal.value)
-
-
-@pytest.mark.parametrize("memory_bytes", [0, -1, math.nan])
-def test_bounds_of_nothing_are_refused(shape, memory_bytes):
-    with pytest.raises(MemoryBoundTooSmall, match="beside the weights"):
-        streams_within(shape, 100, memory_bytes)
-
-
 @dataclasses.dataclass(frozen=True)
-class Judging:
+class Measured:
     """What is measured: masks over equal windows, forwarded by a model that a fresh process builds."""
 
     name: str
@@ -144,7 +115,7 @@ class Judging:
         return 1 + self.forks  # the one that was opened, and one at each fork
 
     def run(self, llm: SwitchableLLM) -> None:
-        """Judges masks over one stream as evaluators do."""
+        """Runs masks over one stream as evaluators do."""
         if self.packed:
             hidden, context, _ = llm.open_packed([TokenTree(tuple(range(self.length)))] * self.n_windows)
         else:
@@ -198,16 +169,16 @@ def fresh_process() -> Iterator[ProcessPoolExecutor]:
 def test_a_real_forward_takes_between_half_and_all_of_the_prediction(
     embedded_folder, fresh_process, dtype, n_windows, length, packed, forks
 ):
-    judging = Judging(EMBEDDED_NAME, dtype, n_windows, length, packed, forks)
-    measured, predicted = fresh_process.submit(judging.measure).result()
-    print(f"{judging}: measured {measured:,}, predicted {predicted:,}, {measured / predicted:.3f}")
+    case = Measured(EMBEDDED_NAME, dtype, n_windows, length, packed, forks)
+    measured, predicted = fresh_process.submit(case.measure).result()
+    print(f"{case}: measured {measured:,}, predicted {predicted:,}, {measured / predicted:.3f}")
     assert predicted / 2 < measured <= predicted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_no_family_takes_more_than_predicted(fresh_process, family, dtype):
-    judging = Judging(family, dtype, n_windows=512, length=64, packed=True, forks=1)
-    measured, predicted = fresh_process.submit(judging.measure).result()
-    print(f"{judging}: measured {measured:,}, predicted {predicted:,}, {measured / predicted:.3f}")
+    case = Measured(family, dtype, n_windows=512, length=64, packed=True, forks=1)
+    measured, predicted = fresh_process.submit(case.measure).result()
+    print(f"{case}: measured {measured:,}, predicted {predicted:,}, {measured / predicted:.3f}")
     assert predicted / 3 < measured <= predicted

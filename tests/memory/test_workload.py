@@ -34,6 +34,13 @@ def test_whole_numbers_of_any_type_become_plain_integers():
     assert {type(v) for v in (workload.batch_size, workload.prompt_tokens, workload.generated_tokens)} == {int}
 
 
+@pytest.mark.parametrize(
+    ("window", "tokens"), [(None, 14), (100, 14), (15, 14), (14, 13), (5, 4), (2, 1), (1, 14)], ids=str
+)
+def test_a_window_leaves_one_token_less_than_it_spans(window, tokens):
+    assert Workload(3, 10, 4).cached_tokens(window) == 3 * tokens
+
+
 NOT_WHOLE = [True, False, np.True_, 1.5, math.nan, math.inf, -math.inf, "8", None, [8]]
 
 
@@ -83,6 +90,11 @@ def test_ratios_of_nothing_are_infeasible(shape, ratio):
         Scenario.from_ratio(shape, Workload(1, 1), ratio)
 
 
+def test_a_ratio_that_is_no_number_is_infeasible(shape):
+    with pytest.raises(InfeasibleBudget, match="no pruning mask fits nan bytes"):
+        Scenario.from_ratio(shape, Workload(1, 1), math.nan)
+
+
 def test_samples_stay_within_their_ranges_and_reach_both_ends(shape):
     sampler = ScenarioSampler((2, 8), (100, 200), (0.5, 0.9), generated_tokens=7)
     generator = np.random.default_rng(0)
@@ -109,7 +121,7 @@ def test_the_same_generator_state_draws_the_same_scenarios(shape):
 
 
 @pytest.mark.parametrize("name", ["batch_size", "prompt_tokens", "budget_ratio"])
-@pytest.mark.parametrize("bounds", [(0, 4), (-1, 4), (4, 2), (math.nan, 4)])
+@pytest.mark.parametrize("bounds", [(0, 4), (-1, 4), (4, 2), (math.nan, 4), (4, math.inf)])
 def test_empty_ranges_are_refused_by_name(name, bounds):
     with pytest.raises(InvalidWorkload, match=rf"^{name}: expected 0 < smallest <= largest; got {bounds[0]} and "):
         ScenarioSampler(**{name: bounds})
