@@ -1,4 +1,4 @@
-"""Warm start: before any mask is judged, a policy network learns to do what the greedy order does."""
+"""Warm start: before any mask is evaluated, a policy network learns to do what the greedy order does."""
 
 import numpy as np
 import torch
@@ -68,8 +68,9 @@ def _one_step_examples(shape, scenario: Scenario, order: tuple[str, ...]) -> lis
 def _sequential_examples(shape, scenario: Scenario, order: tuple[str, ...]) -> list:
     last = OrderPolicy(shape, order).decide(scenario.workload, scenario.budget_bytes)
     mask, examples = PruningMask.all_kept(shape), []
+    position = {component.name: index for index, component in enumerate(shape.components)}
     for name in (name for name in order if not last.keeps(name)):
-        examples.append((observe(shape, scenario, mask, order), np.int64(mask.position(name))))
+        examples.append((observe(shape, scenario, mask, order), np.int64(position[name])))
         mask = mask.drop(name)
     examples.append((observe(shape, scenario, mask, order), np.int64(len(shape.components))))
     return examples

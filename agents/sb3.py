@@ -1,75 +1,85 @@
 """Stable-Baselines3 algorithms as agents."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
-import gymnasium
 from sb3_contrib import MaskablePPO
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.callbacks import BaseCallback
 
-from agents.base import SearchResult, Task
-from agents.checkpoint import CheckpointCallback, restore_checkpoint
+from agents.base import Learner, Task
 from agents.imitation import imitate_order
-from agents.projection import ProjectToBudget
-from agents.relative_reward import RelativeReward
 from agents.sb3_policies import (
     ComponentActorCriticPolicy,
     ComponentDQNPolicy,
     ComponentExtractor,
     MaskableComponentActorCriticPolicy,
+    MaskableDQN,
 )
+from agents.training_problem import TrainingProblem
+from agents.vec_env import TrainingVecEnv
+from rap_env.envs.vector import PruningVectorEnv, SequentialPruningVectorEnv
 from rap_env.errors import SearchExhausted, UnknownName
+from rap_env.mask import PruningMask
 from rap_env.policies import OneStepPolicy, SequentialPolicy
-from rap_env.rng import seed_everything
+from rap_env.rng import isolated_rng
 
 _ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], type]] = {
     "ppo": (PPO, ComponentActorCriticPolicy),
     "a2c": (A2C, ComponentActorCriticPolicy),
-    "dqn": (DQN, ComponentDQNPolicy),
+    "dqn": (MaskableDQN, ComponentDQNPolicy),
     "maskable_ppo": (MaskablePPO, MaskableComponentActorCriticPolicy),
 }
 _ONE_STEP, _SEQUENTIAL = "rap/Pruning-v0", "rap/SequentialPruning-v0"
+_ENVIRONMENTS = {
+    _ONE_STEP: (PruningVectorEnv, OneStepPolicy),
+    _SEQUENTIAL: (SequentialPruningVectorEnv, SequentialPolicy),
+}
+_N_ENVS = 16
 
 
 class _Watch(BaseCallback):
-    """Reports progress and each episode's reward terms; stops when the evaluation budget is used up."""
+    """Reports progress, and means over the episodes that end in a step."""
 
-    def __init__(self, task: Task, history: dict[str, list[float]], total_steps: int) -> None:
+    def __init__(self, task: Task, total_steps: int) -> None:
         super().__init__()
-        self._history = history
         self._search_task, self._total_steps = task, total_steps
 
     def _on_step(self) -> bool:
-        for info in self.locals["infos"]:
-            if "episode" in info:
-                episode = {"reward": float(info["absolute_reward"]), "gain_over_greedy": float(info["episode"]["r"])}
-                for name, value in episode.items():
-                    self._history.setdefault(name, []).append(value)
-                spent = {"evaluations": self._search_task.problem.budget.spent}
-                self._search_task.log(self.num_timesteps, episode | spent | info["reward_terms"])
-        self._search_task.progress(min(self.num_timesteps, self._total_steps), self._total_steps)
-        return not self._search_task.problem.budget.exhausted
+        task = self._search_task
+        outcomes = [info["outcome"] for info in self.locals["infos"] if "outcome" in info]
+        if outcomes:
+            rewards = [task.problem.reward(outcome) for outcome in outcomes]
+            columns = {
+                "reward": rewards,
+                "gain_over_greedy": [r - o.greedy_reward for r, o in zip(rewards, outcomes, strict=True)],
+                "evaluated": [outcome.evaluated for outcome in outcomes],
+            }
+            means = {name: sum(column) / len(column) for name, column in columns.items()}
+            task.log(self.num_timesteps, means | {"tokens": task.problem.budget.spent})
+        task.progress(min(self.num_timesteps, self._total_steps), self._total_steps)
+        return True
 
 
-class Sb3Agent:
-    """Trains one algorithm on one environment, and ends as a network policy for all scenarios of the sampler.
+class Sb3Agent(Learner):
+    """Trains one algorithm in 16 environments at once, and ends as a network policy for all scenarios of the sampler.
+
+    Training that was killed is repeated from its seed: the store answers, so that nothing is measured twice and the
+    weights are the same to the bit.
 
     Args:
         algorithm: `"ppo"`, `"a2c"`, `"dqn"` or `"maskable_ppo"`.
         environment: `"rap/Pruning-v0"` or `"rap/SequentialPruning-v0"`.
-        total_steps: Environment steps to train for; PPO and A2C finish the rollout that reaches them.
+        total_steps: Environment steps to train for, whether or not the token budget still pays for them (see
+            `TrainingProblem`); PPO and A2C finish the rollout that reaches them.
         warm_start: Whether the network first learns the greedy order by imitation, which costs no evaluation.
         network: Arguments of `ComponentNetwork`: `width`, `blind_to`.
         hyperparameters: Further arguments of the algorithm's constructor.
 
     Raises:
         UnknownName: No such algorithm or environment.
-        ValueError: The algorithm can't act in the environment.
+        ValueError: The algorithm can't act in the environment, or can't start from imitated preferences.
     """
 
     def __init__(
@@ -77,67 +87,56 @@ class Sb3Agent:
         algorithm: str,
         environment: str,
         total_steps: int,
-        warm_start: bool = True,
+        warm_start: bool = False,
         network: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__()
         if algorithm not in _ALGORITHMS:
             raise UnknownName("algorithm", algorithm, _ALGORITHMS)
-        if environment not in (_ONE_STEP, _SEQUENTIAL):
-            raise UnknownName("environment", environment, (_ONE_STEP, _SEQUENTIAL))
+        if environment not in _ENVIRONMENTS:
+            raise UnknownName("environment", environment, _ENVIRONMENTS)
         if environment == _ONE_STEP and algorithm in ("dqn", "maskable_ppo"):
             raise ValueError(f"{algorithm} acts one component at a time: use environment={_SEQUENTIAL}")
-        self._algorithm, self._environment, self._total_steps = algorithm, environment, total_steps
-        self._warm_start, self._network = warm_start, dict(network or {})
+        if algorithm == "dqn" and warm_start:
+            raise ValueError("dqn learns rewards, and imitation gives it preferences: use warm_start=false")
+        self._envs, self._policy = _ENVIRONMENTS[environment]
+        self._algorithm, self._total_steps, self._warm_start = algorithm, total_steps, warm_start
+        self._network = dict(network or {})
         self._hyperparameters = dict(hyperparameters or {})
 
-    def search(self, task: Task) -> SearchResult:
-        """Trains, going on from the checkpoint in `task.folder` if there is one."""
-        started = time.perf_counter()
-        model = self._build(task)
-        task.folder.mkdir(parents=True, exist_ok=True)
-        history: dict[str, list[float]] = {}
-        budget = task.problem.budget
-        resumed = restore_checkpoint(model, budget, history, task.folder)
-        network = model.policy.component_network
-        if self._warm_start and not resumed:
-            imitate_order(network, task.problem.shape, task.importance.static, task.sampler, task.seed)
-        watch = _Watch(task, history, self._total_steps)
-        checkpoints = CheckpointCallback(budget, history, task.folder, every_steps=max(1, self._total_steps // 20))
-        try:
-            remaining = max(0, self._total_steps - model.num_timesteps)
-            model.learn(remaining, callback=CallbackList([watch, checkpoints]), reset_num_timesteps=False)
-        except SearchExhausted:
-            pass  # the last rollout stays unfinished; the policy is what it was before it
-        kind = OneStepPolicy if self._environment == _ONE_STEP else SequentialPolicy
-        policy = kind(task.problem.shape, network.cpu(), task.importance.static)
-        details = {"steps": model.num_timesteps, "resumed": resumed, "episodes": history}
-        return SearchResult(policy, budget.spent, time.perf_counter() - started, details)
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        self._order = task.importance.static  # pays for the ranking
+        if not task.problem.meter.affordable([PruningMask.all_kept(task.problem.shape)]):
+            raise SearchExhausted(f"{task.problem.budget.spent:,} tokens are spent; none is left to evaluate a mask")
 
-    def _build(self, task: Task) -> BaseAlgorithm:
-        seed_everything(task.seed)
-        algorithm, policy = _ALGORITHMS[self._algorithm]
-        sequential = self._environment == _SEQUENTIAL
-        env = gymnasium.make(self._environment, problem=task.problem, importance=task.importance, sampler=task.sampler)
-        if not sequential:
-            env = ProjectToBudget(env, task.importance)
-        env = Monitor(RelativeReward(env, task.problem, task.importance))
-        shape = task.problem.shape
-        extractor = {"shape": shape, "sequential": sequential, **self._network}
-        policy_arguments = {
-            "net_arch": [],
-            "features_extractor_class": ComponentExtractor,
-            "features_extractor_kwargs": extractor,
+    def learn(self) -> None:
+        task, problem = self.task, TrainingProblem(self.task, project=self._policy is OneStepPolicy)
+        with isolated_rng(task.seed):
+            model = self._build(problem)
+            self._trained = model.policy.component_network
+            if self._warm_start:
+                imitate_order(self._trained, problem.shape, self._order, task.sampler, task.seed)
+            model.learn(self._total_steps, callback=_Watch(task, self._total_steps))
+        self.details |= {
+            "steps": model.num_timesteps,
+            "evaluated_steps": problem.evaluated_steps,
+            "approximated_steps": problem.approximated_steps,
         }
-        if self._algorithm != "dqn":
-            policy_arguments["ortho_init"] = False
-        model = algorithm(
-            policy,
-            DummyVecEnv([lambda: env]),
-            seed=task.seed,
+
+    def policy(self) -> OneStepPolicy | SequentialPolicy:
+        return self._policy(self.task.problem.shape, self._trained, self._order)
+
+    def _build(self, problem: TrainingProblem) -> BaseAlgorithm:
+        algorithm, network_policy = _ALGORITHMS[self._algorithm]
+        envs = self._envs(_N_ENVS, problem=problem, importance=self.task.importance, sampler=self.task.sampler)
+        network = {"shape": problem.shape, "sequential": self._policy.sequential, **self._network}
+        return algorithm(
+            network_policy,
+            TrainingVecEnv(envs),
+            seed=self.task.seed,
             device="cpu",
-            policy_kwargs=policy_arguments,
+            policy_kwargs={"features_extractor_class": ComponentExtractor, "features_extractor_kwargs": network},
             **self._hyperparameters,
         )
-        model.env.envs[0].reset(seed=task.seed)
-        return model

@@ -1,15 +1,16 @@
-"""Stable-Baselines3 policies whose network is our `ComponentNetwork`."""
+"""Stable-Baselines3 policies whose network is our `ComponentNetwork`, and a DQN that keeps to valid actions."""
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from sb3_contrib.common.maskable.policies import MaskableMultiInputActorCriticPolicy
+from stable_baselines3 import DQN
 from stable_baselines3.common.policies import MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.dqn.policies import MultiInputPolicy as DQNMultiInputPolicy
 from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
-from rap_env.envs.observation import valid_actions
 from rap_env.policies.network import ComponentNetwork
 
 
@@ -39,6 +40,9 @@ class _Slice(nn.Module):
 class _ComponentHeads:
     """Lets the extractor's outputs stand as logits and value, without further layers."""
 
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, net_arch=[], ortho_init=False, **options)
+
     def _build(self, lr_schedule) -> None:
         super()._build(lr_schedule)
         n_actions = self.features_dim - 1
@@ -60,16 +64,18 @@ class MaskableComponentActorCriticPolicy(_ComponentHeads, MaskableMultiInputActo
 
 
 class ComponentQNetwork(QNetwork):
-    """Q-values are the network's action scores; the greedy action is taken among the valid ones."""
+    """Action scores plus the state's value (arXiv 1511.06581); minus infinity for actions that are not valid.
 
-    def _predict(self, observation: dict[str, torch.Tensor], deterministic: bool = True) -> torch.Tensor:
-        values = self(observation)
-        for row, (kept, footprint, budget) in enumerate(
-            zip(observation["kept"], observation["footprint"], observation["memory_budget"], strict=True)
-        ):
-            valid = valid_actions(kept.cpu().numpy(), bool(footprint <= budget))
-            values[row, torch.from_numpy(~valid).to(values.device)] = -torch.inf
-        return values.argmax(dim=1).reshape(-1)
+    A score sees its own component and the footprint; without the value, which sees all of them, bootstrapping from the
+    next state forgets what the components that were dropped on the way there were worth.
+    """
+
+    def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
+        features = self.extract_features(observation, self.features_extractor)
+        kept = observation["kept"].bool()
+        done = (observation["footprint"] <= observation["memory_budget"]) | ~kept.any(dim=1, keepdim=True)
+        valid = torch.cat([kept & ~done, done], dim=1)  # `valid_actions` of a batch
+        return (features[..., :-1] + features[..., -1:]).masked_fill(~valid, -torch.inf)
 
 
 class ComponentDQNPolicy(DQNMultiInputPolicy):
@@ -77,10 +83,24 @@ class ComponentDQNPolicy(DQNMultiInputPolicy):
 
     def make_q_net(self) -> QNetwork:
         arguments = self._update_features_extractor(self.net_args, features_extractor=None)
-        network = ComponentQNetwork(**arguments).to(self.device)
-        network.q_net = _Slice(0, int(self.action_space.n))
+        network = ComponentQNetwork(**arguments | {"net_arch": []}).to(self.device)
+        network.q_net = nn.Identity()  # its linear layer; the extractor's outputs are enough
         return network
 
     @property
     def component_network(self) -> ComponentNetwork:
         return self.q_net.features_extractor.network
+
+
+class MaskableDQN(DQN):
+    """A DQN that explores among the valid actions only, each environment for itself; so the others are never learned."""
+
+    def _sample_action(self, learning_starts: int, action_noise=None, n_envs: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        generator = self.action_space.np_random
+        rate = 1.0 if self.num_timesteps < learning_starts else self.exploration_rate
+        with torch.no_grad():
+            values = self.q_net(self.policy.obs_to_tensor(self._last_obs)[0]).numpy()
+        actions = values.argmax(axis=1)
+        for index in np.flatnonzero(generator.random(n_envs) < rate):
+            actions[index] = generator.choice(np.flatnonzero(np.isfinite(values[index])))
+        return actions, actions

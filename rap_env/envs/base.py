@@ -8,7 +8,7 @@ from gymnasium.error import ResetNeeded
 
 from rap_env.envs.defaults import embedded_defaults
 from rap_env.envs.observation import observation_space, observe
-from rap_env.envs.render import Scene, render_ansi, render_rgb
+from rap_env.envs.render import Scene, render_ansi
 from rap_env.errors import UnknownName
 from rap_env.importance.source import ImportanceSource
 from rap_env.mask import PruningMask, full_order
@@ -76,21 +76,17 @@ class MaskEnv(gymnasium.Env):
         return self._observe(), self._info()
 
     def step(self, action):
-        self.check_running()
+        if not self._is_running:
+            raise ResetNeeded("there is no running episode: call reset before the next step")
         move = self.act(action)
         return self.finish(move, self.problem.evaluate(*self.case) if move.ends_episode else None)
 
-    def check_running(self) -> None:
-        """Refuses a step before the first reset, or after the episode's end.
+    def act(self, action) -> Move:
+        """Changes the mask as the action says.
 
         Raises:
-            ResetNeeded: There is no running episode.
+            InvalidMask: The action is not in the space; the mask stays as it was.
         """
-        if not self._is_running:
-            raise ResetNeeded("there is no running episode: call reset before the next step")
-
-    def act(self, action) -> Move:
-        """Changes the mask as the action says."""
         raise NotImplementedError
 
     @property
@@ -155,4 +151,8 @@ class MaskEnv(gymnasium.Env):
             if outcome
             else {},
         )
-        return render_ansi(scene) if self.render_mode == "ansi" else render_rgb(scene)
+        if self.render_mode == "ansi":
+            return render_ansi(scene)
+        from rap_env.envs.render_pixels import render_rgb  # here, so that only pictures need matplotlib
+
+        return render_rgb(scene)

@@ -76,9 +76,10 @@ class SequentialPruningEnv(MaskEnv):
         return valid_actions(np.array(self._mask.keep), fits)
 
     def act(self, action: int) -> Move:
-        components, action = self.shape.components, int(action)
-        if not 0 <= action <= len(components):  # -1 would name the last component
-            raise InvalidMask(f"expected an action from 0 to {len(components)}; got {action}")
+        components = self.shape.components
+        action = action.item() if isinstance(action, np.generic | np.ndarray) else action
+        if not isinstance(action, int) or not 0 <= action <= len(components):  # -1 would name the last component
+            raise InvalidMask(f"expected an action from 0 to {len(components)}; got {action!r}")
         self._steps += 1
         if action < len(components):
             self._mask = self._mask.drop(components[action])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
@@ -28,7 +29,7 @@ class PruningVectorEnv(VectorEnv):
 
     **Evaluations.** `step` calls `PruningProblem.evaluate_many` once, with the masks of all episodes that end in it.
     Equal masks are measured once, known ones not at all. If the token budget does not cover the new ones,
-    `SearchExhausted` is raised before anything is measured; the step is lost, so reset before going on.
+    `SearchExhausted` is raised before anything is measured. A step that raises is lost: reset before going on.
 
     **Autoreset** is `AutoresetMode.SAME_STEP`: where an episode ends, `step` returns its reward and flags together with
     the next episode's first observation. With `NEXT_STEP` every second step of these one-step episodes would only
@@ -61,6 +62,7 @@ class PruningVectorEnv(VectorEnv):
         first = self.envs[0]
         self.problem = first.problem
         self.render_mode = first.render_mode
+        self._is_running = False
         self.metadata = first.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space = first.observation_space
         self.single_action_space = first.action_space
@@ -81,12 +83,14 @@ class PruningVectorEnv(VectorEnv):
         if seed is None or isinstance(seed, int | np.integer):
             seed = [None if seed is None else int(seed) + index for index in range(self.num_envs)]
         self._check_length("seeds", seed)
+        self._is_running = False  # until every environment is reset
         infos: dict[str, Any] = {}
         observations = []
         for index, env in enumerate(self.envs):
             observation, info = env.reset(seed=seed[index], options=options)
             observations.append(observation)
             infos = self._add_info(infos, info, index)
+        self._is_running = True
         return self._stack(observations), infos
 
     def step(self, actions: np.ndarray):
@@ -99,13 +103,15 @@ class PruningVectorEnv(VectorEnv):
             Observations, rewards [N] float64, terminations [N] bool, truncations [N] bool, infos.
 
         Raises:
-            ResetNeeded: There was no reset yet, or an earlier step was cut off.
+            ResetNeeded: There was no reset yet, or an earlier step raised an error.
             ValueError: There are not N actions.
+            InvalidMask: An action is not in the space.
             SearchExhausted: The token budget does not cover the masks; none was measured.
         """
         self._check_length("actions", actions)
-        for env in self.envs:
-            env.check_running()
+        if not self._is_running:
+            raise ResetNeeded("there are no running episodes: call reset before the next step")
+        self._is_running = False  # until the whole step is taken: an error leaves some environments in the middle of it
         moves = [env.act(action) for env, action in zip(self.envs, actions, strict=True)]
         ended = [env for env, move in zip(self.envs, moves, strict=True) if move.ends_episode]
         outcomes = iter(self.problem.evaluate_many([env.case for env in ended]))
@@ -121,6 +127,7 @@ class PruningVectorEnv(VectorEnv):
             infos = self._add_info(infos, info, index)
         terminations = np.array([move.terminated for move in moves])
         truncations = np.array([move.truncated for move in moves])
+        self._is_running = True
         return self._stack(observations), rewards, terminations, truncations, infos
 
     def render(self) -> tuple[str | np.ndarray | None, ...]:

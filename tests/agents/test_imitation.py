@@ -1,4 +1,4 @@
-"""A network that imitates an importance order decides as the walk along it does, before any mask is judged."""
+"""A network that imitates an importance order decides as the walk along it does, before any mask is evaluated."""
 
 import random
 from unittest.mock import patch
@@ -9,11 +9,11 @@ import torch
 
 from agents.imitation import imitate_order
 from rap_env.envs.observation import observe
+from rap_env.evaluation.meter import Meter
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.policies import OneStepPolicy, OrderPolicy, SequentialPolicy
 from rap_env.policies.network import ComponentNetwork
-from rap_env.problem import PruningProblem
 
 FORMS = [OneStepPolicy, SequentialPolicy]
 
@@ -73,19 +73,19 @@ def test_one_step_network_itself_drops_the_least_and_keeps_the_most_important(
     shape = tiny_llm.shape
     network = ComponentNetwork(shape, sequential=False)
     imitate_order(network, shape, order, sampler, seed=0)
-    dense = PruningMask.all_kept(shape)
+    dense, names = PruningMask.all_kept(shape), [component.name for component in shape.components]
     kept = []
     for scenario in fresh_scenarios:
         entries = observe(shape, scenario, dense, order)
         scores = network({name: torch.from_numpy(entry)[None] for name, entry in entries.items()})[0, : len(order)]
-        kept.append((scores.detach().numpy() > 0)[[dense.position(order[0]), dense.position(order[-1])]])
+        kept.append((scores.detach().numpy() > 0)[[names.index(order[0]), names.index(order[-1])]])
     least, most = np.mean(kept, axis=0)
     assert least < 0.1 and most > 0.9
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_imitation_judges_no_mask(form, tiny_llm, order, sampler):
-    with patch.object(PruningProblem, "evaluate", side_effect=AssertionError("judged a mask")):
+def test_imitation_evaluates_no_mask(form, tiny_llm, order, sampler):
+    with patch.object(Meter, "ensure_known", side_effect=AssertionError("evaluated a mask")):
         imitated(form, tiny_llm.shape, order, sampler)
 
 

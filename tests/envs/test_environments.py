@@ -1,12 +1,18 @@
 """Every registered environment is a well-behaved Gymnasium environment, and does what its docstring says."""
 
+import copy
 import inspect
+import os
 import re
+import subprocess
+import sys
+import time
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from numpy.testing import assert_equal
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
@@ -15,8 +21,10 @@ import rap_env.envs.base
 from rap_env.envs.base import MaskEnv
 from rap_env.envs.defaults import Defaults
 from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidWorkload, UnknownName
+from rap_env.evaluation.meter import Meter
+from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
-from rap_env.importance.gsi import RemovalMeter
+from rap_env.importance.gsi import CALIBRATION
 from rap_env.importance.source import ImportanceSource
 from rap_env.memory.footprint import dense_bytes
 from rap_env.memory.scenario import Scenario, ScenarioSampler
@@ -69,6 +77,10 @@ def arguments_of(cls: type) -> list[str]:
     raise AssertionError(f"{cls} never names its arguments")
 
 
+def test_there_are_two_environments():
+    assert IDS == ["rap/Pruning-v0", "rap/SequentialPruning-v0"]
+
+
 @pytest.mark.parametrize("name", IDS)
 def test_both_libraries_checkers_find_nothing_to_complain_about(make, name):
     check_env(make(name).unwrapped)
@@ -91,6 +103,41 @@ def test_twins_with_one_seed_live_the_same_life(make, name):
         if left[2] or left[3]:
             left, right = (twin.reset() for twin in twins)
             assert_equal(left, right)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_step_without_a_running_episode_is_refused(make, name):
+    env = make(name)
+    action = env.action_space.sample() * 0
+    for refuses in (env, env.unwrapped):  # Gymnasium's wrapper and the environment itself
+        with pytest.raises(ResetNeeded, match=r"reset"):
+            refuses.step(action)
+    env.reset(seed=0)
+    while True:
+        _, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            break
+    calls = env.unwrapped.problem.evaluator.calls
+    for refuses in (env, env.unwrapped):
+        with pytest.raises(ResetNeeded, match="there is no running episode: call reset before the next step"):
+            refuses.step(action)
+    assert env.unwrapped.problem.evaluator.calls == calls
+    env.reset()
+    env.step(action)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_specs_hold_the_live_parts_themselves(make, name, toy_problem, toy_importance):
+    env = make(name, problem=toy_problem, importance=toy_importance)
+    wrapped = gymnasium.wrappers.TimeLimit(gymnasium.wrappers.FlattenObservation(env), 100)
+    vector = gymnasium.make_vec(name, num_envs=2, problem=toy_problem, importance=toy_importance)
+    for spec in (env.spec, env.unwrapped.spec, wrapped.spec, copy.deepcopy(env.spec), vector.spec):
+        assert spec.kwargs["problem"] is toy_problem and spec.kwargs["importance"] is toy_importance
+    assert gymnasium.make(env.spec).unwrapped.problem is toy_problem
+    started = time.perf_counter()
+    for _ in range(100):
+        _ = wrapped.spec
+    assert time.perf_counter() - started < 1.0
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -148,7 +195,7 @@ def test_bad_arguments_are_refused_before_any_work(make, name, toy_problem):
 @pytest.mark.parametrize("name", IDS)
 def test_current_ranking_needs_a_meter(make, name, toy_importance):
     env = make(name, gsi="current", importance=ImportanceSource(toy_importance.static))
-    with pytest.raises(ValueError, match="give the ImportanceSource a RemovalMeter"):
+    with pytest.raises(ValueError, match="give the ImportanceSource a Meter"):
         env.reset(seed=0)
 
 
@@ -209,6 +256,20 @@ def sequential(make, scenario):
     return start
 
 
+@pytest.mark.parametrize("action", [-1, 9, np.int64(-1), np.int32(9), np.array(-1), 2**70, 1.0, np.float32(2.0), None])
+def test_an_action_that_names_nothing_is_refused_and_changes_nothing(sequential, action):
+    env = sequential()
+    with pytest.raises(InvalidMask, match="expected an action from 0 to 8; got"):
+        env.step(action)
+    assert not env.step(0)[4]["mask"].keeps("layer0.attention")
+    assert env.case[0].keep.count(False) == 1
+
+
+@pytest.mark.parametrize("action", [3, np.int64(3), np.int32(3), np.uint8(3), np.array(3)])
+def test_any_kind_of_integer_is_an_action(sequential, action):
+    assert [component.name for component in sequential().step(action)[4]["mask"].dropped] == ["layer1.mlp"]
+
+
 def test_what_is_kept_may_be_dropped_and_stopping_waits_for_the_budget(sequential):
     env = sequential()
     assert env.action_masks().tolist() == [True] * 8 + [False]
@@ -237,7 +298,7 @@ def test_dropping_pays_nothing_until_the_agent_stops(sequential):
 
 
 def test_dropping_what_is_dropped_changes_nothing(sequential):
-    env = sequential(shaping=1.0)
+    env = sequential()
     before = env.step(1)
     after = env.step(1)
     assert_equal(after[0], before[0])
@@ -245,7 +306,7 @@ def test_dropping_what_is_dropped_changes_nothing(sequential):
     assert after[4]["mask"] == before[4]["mask"]
 
 
-def test_episode_is_cut_and_judged_after_twice_as_many_steps_as_components(sequential):
+def test_episode_is_cut_and_evaluated_after_twice_as_many_steps_as_components(sequential):
     env = sequential()
     steps = [env.step(0) for _ in range(16)]
     assert [step[2] for step in steps] == [False] * 16
@@ -261,17 +322,6 @@ def test_episode_ends_when_nothing_is_left_to_drop(sequential):
     assert steps[-1][1] == pytest.approx(0.0, abs=1e-9)  # the toy score of nothing
 
 
-def test_shaping_pays_for_the_rise_in_calibration_loss_of_each_drop(sequential, toy_importance):
-    env = sequential(shaping=0.5)
-    dense = env.reset()[1]["mask"]
-    rewards = [env.step(action)[1] for action in (5, 2, 5, 0)]
-    final = dense.drop("layer2.mlp", "layer1.attention", "layer0.attention")
-    rise = toy_importance.loss(final) - toy_importance.loss(dense)
-    assert rise != pytest.approx(0.0, abs=1e-3)
-    assert sum(rewards) == pytest.approx(-0.5 * rise, abs=1e-6)
-    assert rewards[2] == 0.0, "dropping a dropped component is free"
-
-
 def brute_force_order(llm, mask, windows: torch.Tensor, static: tuple[str, ...]) -> list[str]:
     """Dropped components, then kept ones by the loss of transformers' own forward without them."""
     losses = {}
@@ -285,7 +335,7 @@ def test_current_ranking_is_the_brute_force_one_and_is_stored(sequential, tiny_l
     windows = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(1))
     names = [component.name for component in tiny_llm.shape.components]
     with ResultStore(tmp_path / "results.db") as store:
-        source = ImportanceSource(names, RemovalMeter(tiny_llm, windows, store))
+        source = ImportanceSource(names, Meter(tiny_llm, PerplexityEvaluator(windows, CALIBRATION), store))
         env = sequential(gsi="current", importance=source)
         rankings = [env.step(action)[0]["gsi_ranking"] for action in (6, 1, 3)]
         mask = env.reset(seed=0)[1]["mask"].drop(names[6])
@@ -295,5 +345,32 @@ def test_current_ranking_is_the_brute_force_one_and_is_stored(sequential, tiny_l
             mask = mask if action is None else mask.drop(names[action])
         assert len(store) > 0
         monkeypatch.setattr(tiny_llm, "run", lambda *_: pytest.fail("the ranking was measured again"))
-        again = ImportanceSource(names, RemovalMeter(tiny_llm, windows, store))
+        again = ImportanceSource(names, Meter(tiny_llm, PerplexityEvaluator(windows, CALIBRATION), store))
         assert again.current(mask) == source.current(mask)
+
+
+@pytest.mark.llm
+def test_the_default_environment_is_made_and_stepped_with_nothing_given(embedded_folder, tmp_path):
+    """In a process and a cache folder of its own; the ranking of 60 components is measured here."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / embedded_folder.name).symlink_to(embedded_folder)
+    code = """
+import gymnasium, rap_env
+env = gymnasium.make("rap/Pruning-v0")
+observation, info = env.reset(seed=0)
+assert env.action_space.n == 60 and env.observation_space.contains(observation)
+assert sorted(observation["gsi_ranking"]) != list(observation["gsi_ranking"]), "an order that was measured"
+dense = [1] * 60
+_, reward, terminated, _, info = env.step(__import__("numpy").array(dense))
+outcome = info["outcome"]
+assert terminated and list(info["tasks"]) and not outcome.from_store
+assert 0.3 < outcome.score <= 1.0, outcome.score
+assert reward == outcome.score - 5 * info["reward_terms"]["overshoot"]
+print("stepped")
+"""
+    environment = os.environ | {"RAP_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "stepped\n", done.stderr
+    assert (tmp_path / "results.db").is_file()

@@ -6,33 +6,37 @@ import numpy as np
 import pytest
 
 from rap_env.envs.observation import observation_space, observe, valid_actions
-from rap_env.llm.architecture import ModelShape
-from rap_env.mask import PruningMask
+from rap_env.llm.shape import ModelShape
+from rap_env.mask import ATTENTION, MLP, Component, PruningMask, Site
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
 
 
 @pytest.fixture
 def shape() -> ModelShape:
-    """Two layers; 1 byte a parameter, so that bytes and parameters are the same number."""
+    """Two layers; an attention weighs 200 bytes and caches 8 for each token, an MLP weighs 400, 1000 bytes stay."""
+    components = tuple(
+        Component(f"layer{layer}.{kind}", Site(layer, kind), None, weight_bytes, kv_bytes)
+        for layer in range(2)
+        for kind, weight_bytes, kv_bytes in ((ATTENTION, 200, 8), (MLP, 400, 0))
+    )
     return ModelShape(
         model_type="llama",
-        n_layers=2,
         hidden_size=8,
         intermediate_size=16,
         query_channels=8,
         kv_channels=4,
         vocab_size=16,
         context_tokens=1024,
-        attention_parameters=200,
-        mlp_parameters=400,
-        fixed_parameters=1000,
+        attention_window=None,
         bytes_per_parameter=1,
+        fixed_bytes=1000,
+        components=components,
     )
 
 
 ORDER = ("layer1.mlp", "layer0.attention", "layer1.attention", "layer0.mlp")
-# 2 sequences of 25 tokens: each attention holds 2 (K and V) * 4 channels * 50 tokens = 400 bytes of cache.
+# 2 sequences of 25 tokens: each attention holds 8 bytes * 50 tokens = 400 bytes of cache.
 # Dense: 1000 + 2 * (200 + 400) weights and 2 * 400 cache = 3000. Freed: attention 200 + 400 = 600, MLP 400.
 SCENARIO = Scenario(Workload(2, 20, 5), budget_bytes=2400)
 

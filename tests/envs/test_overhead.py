@@ -1,4 +1,4 @@
-"""What an environment costs when the judging is free: far less than a network's forward and backward pass."""
+"""What an environment costs when evaluating is free: far less than a network's forward and backward pass."""
 
 import statistics
 import time

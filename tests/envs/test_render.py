@@ -8,8 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from rap_env.envs.render import HEIGHT_PIXELS, WIDTH_PIXELS, Scene, format_bytes, kept_shares, render_ansi, render_rgb
-from rap_env.mask import KINDS, Component, PruningMask
+from rap_env.envs.render import Scene, format_bytes, kept_shares, render_ansi
+from rap_env.envs.render_pixels import HEIGHT_PIXELS, WIDTH_PIXELS, render_rgb
+from rap_env.mask import KINDS, Component, PruningMask, Site
 from rap_env.memory.footprint import Footprint
 from rap_env.memory.workload import Workload
 
@@ -19,8 +20,12 @@ _CELL_WIDTH = 0.88 * WIDTH_PIXELS / 30
 _ROW_PIXELS = {"attention": 140, "mlp": 200}
 
 
+def whole_site(layer: int, kind: str) -> Component:
+    return Component(f"layer{layer}.{kind}", Site(layer, kind), None, weight_bytes=1, kv_bytes_per_token=0)
+
+
 def dense_mask(n_layers: int) -> PruningMask:
-    components = tuple(Component(layer, kind) for layer in range(n_layers) for kind in KINDS)
+    components = tuple(whole_site(layer, kind) for layer in range(n_layers) for kind in KINDS)
     return PruningMask(components, (True,) * len(components))
 
 
@@ -64,7 +69,7 @@ def test_text_numbers_the_columns(scene):
 
 
 def test_text_marks_a_layer_that_is_kept_in_part(scene):
-    components = tuple(Component(0, kind, index) for kind in KINDS for index in range(2))
+    components = tuple(Component(f"layer0.{kind}.{i}", Site(0, kind), i, 1, 0) for kind in KINDS for i in range(2))
     mask = PruningMask(components, (True, False, True, True))
     text = render_ansi(dataclasses.replace(scene, mask=mask))
     assert (row(text, "attention"), row(text, "MLP")) == ("+", "#")
@@ -171,5 +176,27 @@ def test_picture_takes_a_fraction_of_a_second(scene):
 
 
 def test_rendering_never_loads_pyplot():
-    code = "import sys, rap_env.envs.render; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, rap_env.envs.render_pixels; assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_pictures_need_matplotlib():
+    code = """
+import sys
+import gymnasium
+from rap_env.importance.source import ImportanceSource
+from rap_env.llm.loading import build_tiny_llm
+from rap_env.problem import PruningProblem
+from tests.conftest import CountingEvaluator
+
+llm = build_tiny_llm()
+importance = ImportanceSource([component.name for component in llm.shape.components])
+parts = {"problem": PruningProblem(llm, CountingEvaluator()), "importance": importance}
+for mode in ("ansi", "rgb_array"):
+    env = gymnasium.make("rap/Pruning-v0", render_mode=mode, **parts)
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    env.render()
+    assert ("matplotlib" in sys.modules) == (mode == "rgb_array"), mode
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

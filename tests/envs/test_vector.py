@@ -11,32 +11,27 @@ from numpy.testing import assert_equal
 import rap_env.envs.base
 from rap_env.envs.defaults import Defaults
 from rap_env.envs.vector import PruningVectorEnv, SequentialPruningVectorEnv
-from rap_env.errors import SearchExhausted
+from rap_env.errors import InfeasibleBudget, InvalidMask, SearchExhausted
+from rap_env.evaluation.meter import TokenBudget
 from rap_env.importance.source import ImportanceSource
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
-from rap_env.problem import EvaluationBudget, PruningProblem
+from rap_env.problem import PruningProblem
 
 ONE_STEP, SEQUENTIAL = "rap/Pruning-v0", "rap/SequentialPruning-v0"
 CLASSES = {ONE_STEP: PruningVectorEnv, SEQUENTIAL: SequentialPruningVectorEnv}
 N_ENVS = 5
 # every way in which an environment can differ: name, its own arguments
-VARIANTS = [(ONE_STEP, {}), (SEQUENTIAL, {}), (SEQUENTIAL, {"shaping": 0.5}), (SEQUENTIAL, {"gsi": "current"})]
+VARIANTS = [(ONE_STEP, {}), (SEQUENTIAL, {}), (SEQUENTIAL, {"gsi": "current"})]
 
 
 class RuleImportance(ImportanceSource):
-    """Measures nothing: with k components dropped the order is turned by k places, and the loss is the root of k."""
+    """Measures nothing: with k components dropped the order is turned by k places."""
 
     def current(self, mask: PruningMask) -> tuple[str, ...]:
         k = len(mask.dropped)
         return self.static[k:] + self.static[:k]
-
-    def loss(self, mask: PruningMask) -> float:
-        return len(mask.dropped) ** 0.5
-
-    def loss_after(self, mask: PruningMask, name: str) -> float:
-        return self.loss(mask.drop(name))
 
 
 @pytest.fixture
@@ -44,7 +39,7 @@ def parts(tiny_llm, toy_problem, toy_sampler):
     """Makes an environment's arguments, with a problem of its own."""
     importance = RuleImportance([component.name for component in tiny_llm.shape.components])
 
-    def make_parts(budget: EvaluationBudget | None = None) -> dict:
+    def make_parts(budget: TokenBudget | None = None) -> dict:
         problem = PruningProblem(tiny_llm, type(toy_problem.evaluator)(), budget=budget)
         return {"problem": problem, "importance": importance, "sampler": toy_sampler}
 
@@ -89,10 +84,10 @@ def test_rollouts_are_those_of_single_environments_one_after_the_other(make, par
         assert together.observation_space.contains(step[0])
         ends += np.sum(step[2] | step[3])
     assert ends > 2 * N_ENVS, "autoreset was hardly tried"
-    assert together.problem.budget.asked == alone.envs[0].unwrapped.problem.budget.asked
+    assert together.problem.budget.history == alone.envs[0].unwrapped.problem.budget.history
 
 
-def test_episodes_that_are_cut_are_judged_and_reset_like_the_others(make, parts):
+def test_episodes_that_are_cut_are_evaluated_and_reset_like_the_others(make, parts):
     together, alone = make(SEQUENTIAL), serial(SEQUENTIAL, **parts())
     for envs in (together, alone):
         envs.reset(seed=0)
@@ -145,14 +140,16 @@ def test_equal_masks_of_different_environments_are_measured_once(make):
     assert envs.problem.evaluator.calls == 2
 
 
-def test_an_exhausted_evaluation_budget_is_refused_before_anything_is_measured(make, parts):
-    problem = parts(EvaluationBudget(limit=N_ENVS - 1))["problem"]
+def test_an_exhausted_token_budget_is_refused_before_anything_is_measured(make, parts):
+    problem = parts(TokenBudget(limit=N_ENVS - 1))["problem"]
     envs = make(ONE_STEP, problem=problem)
     envs.reset(seed=0)
     actions = 1 - np.eye(N_ENVS, 8, dtype=np.int8)
-    with pytest.raises(SearchExhausted, match="0 of 4 evaluations are used up; 5 more were asked for"):
+    with pytest.raises(SearchExhausted, match="0 of 4 tokens are spent; 5 more were asked for"):
         envs.step(actions)
     assert problem.evaluator.calls == problem.budget.spent == 0
+    with pytest.raises(ResetNeeded, match="call reset before the next step"):
+        envs.step(actions)
     actions[0] = actions[1]
     envs.reset(seed=0)
     envs.step(actions)
@@ -246,13 +243,38 @@ def test_nothing_given_means_the_embedded_parts_once_for_all(monkeypatch, toy_pr
     assert all(env.problem is toy_problem and env.importance is toy_importance for env in envs.envs)
 
 
-def test_calls_that_make_no_sense_are_refused(make):
+@pytest.mark.parametrize("action", [-1, 9, np.int64(-1)])
+def test_an_action_that_names_nothing_costs_the_step(make, action):
+    envs = make(SEQUENTIAL)
+    envs.reset(seed=0)
+    actions = np.array([0, 0, action, 8, 8])
+    with pytest.raises(InvalidMask, match="expected an action from 0 to 8; got"):
+        envs.step(actions)
+    assert envs.problem.evaluator.calls == 0
+    with pytest.raises(ResetNeeded, match="call reset before the next step"):  # the first two have acted already
+        envs.step(np.zeros(N_ENVS, dtype=int))
+    observations, _ = envs.reset(seed=0)
+    assert observations["kept"].all()
+    envs.step(np.zeros(N_ENVS, dtype=int))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_step_before_the_first_reset_is_refused(make, name):
+    envs = make(name)
+    with pytest.raises(ResetNeeded, match="there are no running episodes: call reset before the next step"):
+        envs.step(envs.action_space.sample())
+    with pytest.raises(InfeasibleBudget):
+        envs.reset(options={"scenario": Scenario(Workload(2, 512), 1000)})
+    with pytest.raises(ResetNeeded):
+        envs.step(envs.action_space.sample())
+
+
+def test_wrong_numbers_of_environments_and_actions_are_refused(make):
     with pytest.raises(ValueError, match="expected at least 1 environment; got num_envs=0"):
         make(ONE_STEP, num_envs=0)
     envs = make(ONE_STEP)
-    with pytest.raises(ResetNeeded, match="call reset before the first step"):
-        envs.step(envs.action_space.sample())
     envs.reset(seed=0)
     with pytest.raises(ValueError, match="expected 5 actions, one for each environment; got 4"):
         envs.step(np.ones((4, 8), dtype=np.int8))
     assert envs.problem.evaluator.calls == 0
+    envs.step(np.ones((5, 8), dtype=np.int8))
