@@ -1,4 +1,4 @@
-"""Lets an agent search masks for a language model: `python train.py agent=ppo model=llama2-7b`; see conf/config.yaml."""
+"""Lets an agent search a language model's masks: `python train.py agent=ppo model=llama2-7b`."""
 
 import hydra
 from omegaconf import DictConfig

@@ -1,4 +1,4 @@
-"""One table of a sweep's records, one record a line: `python -m experiments.collect outputs/compare/NAME results/NAME.jsonl`."""
+"""A table of records, one a line: `python -m experiments.collect outputs/compare/NAME results/NAME.jsonl`."""
 
 import argparse
 import json

@@ -35,14 +35,12 @@ def measure(result: SearchResult, task: Task, parts: Parts, decisions: int) -> d
     """
     policy, problem, main = result.policy, task.problem, next(iter(parts.reports))
     best = best_so_far([mask for mask, _spent in evaluated_masks(task)], problem, parts.reported)
-    dense = PruningMask.all_kept(problem.shape)
+    dense, problems = PruningMask.all_kept(problem.shape), {"search": parts.search, **parts.reports}
     return {
         "objective": objective(policy, parts.search, parts.searched),
         "components": [component.name for component in problem.shape.components],
         "evaluators": list(parts.reports),
-        "dense": {
-            name: each.meter.evaluate([dense])[0].score for name, each in {"search": parts.search, **parts.reports}.items()
-        },
+        "dense": {name: each.meter.evaluate([dense])[0].score for name, each in problems.items()},
         "search": _cost(result, task),
         "anytime": anytime(best, [spent for _mask, spent in evaluated_masks(task)]),
         "rows": rows(policy, parts.search, parts.reports, parts.reported, best),
@@ -70,21 +68,20 @@ def _decided(
 
 def _cost(result: SearchResult, task: Task) -> dict[str, Any]:
     """What the search took: tokens as it was charged, seconds as they were measured, whoever measured them."""
-    meter, paid = task.problem.meter, evaluated_masks(task)
-    budget, before = task.problem.budget, 0
-    ranking_tokens = 0
-    for entry in budget.history:
-        ranking_tokens += (entry.spent_tokens - before) * (entry.owner != meter.owner)
-        before = entry.spent_tokens
-    ranking = vars(task).get("ranking")  # without asking for one
+    meter, history = task.problem.meter, task.problem.budget.history
+    seconds = [meter.known[mask].seconds for mask, _spent in evaluated_masks(task)]
+    if "ranking" in vars(task):  # without asking for one
+        seconds.append(task.ranking.seconds)
+    before = [0, *(entry.spent_tokens for entry in history)]
+    spent = [(entry.owner, entry.spent_tokens - earlier) for entry, earlier in zip(history, before, strict=False)]
     return {
-        "token_budget": budget.limit,
+        "token_budget": task.problem.budget.limit,
         "tokens": result.tokens,
         "evaluations": result.evaluations,
         "fresh_evaluations": meter.fresh_evaluations,
         "seconds": result.seconds,
-        "measured_seconds": sum(meter.known[mask].seconds for mask, _spent in paid) + (ranking.seconds if ranking else 0),
-        "ranking_tokens": ranking_tokens,
+        "measured_seconds": sum(seconds),
+        "ranking_tokens": sum(tokens for owner, tokens in spent if owner != meter.owner),
         "details": result.details,
     }
 
