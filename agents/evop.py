@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from agents.base import SearchResult, Task
-from agents.by_cluster import search_by_cluster
 from agents.grains import GRAINS, STARTS, Grain, check_known
 from agents.scenario_judge import ScenarioJudge
 
@@ -27,16 +26,13 @@ class EvopAgent:
         generations: Generations behind the first, at most.
         tournament: Members that a parent is the best of; the paper does not say how many.
         mutation: Probability that a bit of a child flips.
-        n_clusters: With more than 1, the windows of the search text are clustered, each cluster gets a search of its
-            own, and the policy retrieves the nearest cluster's masks by text; see `search_by_cluster`. The paper's
-            number is 5.
 
     Raises:
         UnknownName: No such grain or start.
-        ValueError: A tournament draws no member, or more than there are; or there is no cluster.
+        ValueError: A tournament draws no member, or more than there are.
     """
 
-    def __init__(  # noqa: PLR0913 - its arguments are the keys of a YAML
+    def __init__(
         self,
         grain: str = "block",
         start: str = "random",
@@ -44,24 +40,15 @@ class EvopAgent:
         generations: int = 100,
         tournament: int = 3,
         mutation: float = 0.001,
-        n_clusters: int = 1,
     ) -> None:
-        if n_clusters < 1:
-            raise ValueError(f"expected at least 1 cluster; got {n_clusters}")
         if not 1 <= tournament <= population:
             raise ValueError(f"expected a tournament of 1 to {population} members, the population; got {tournament}")
         self._grain = check_known("grain", grain, GRAINS)
         self._start = check_known("start", start, STARTS)
         self._population, self._generations = population, generations
         self._tournament, self._mutation = tournament, mutation
-        self._n_clusters = n_clusters
 
     def search(self, task: Task) -> SearchResult:
-        if self._n_clusters > 1:
-            return search_by_cluster(self._search, task, self._n_clusters)
-        return self._search(task)
-
-    def _search(self, task: Task) -> SearchResult:
         judge, generator = ScenarioJudge(task), np.random.default_rng(task.seed)
         for grain in judge.turns(self._grain):
             if self._start == "greedy":

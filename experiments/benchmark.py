@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.benchmarks import env, gsi, memory, population, scaling, scoring
-from experiments.build import build_corpus, build_judges, build_windows, plain, refusing_in_one_line
-from experiments.judges import Judges
+from experiments.build import build_corpus, build_halves, build_windows, plain, refusing_in_one_line
+from experiments.evaluators import Halves
 from experiments.progress import Phases
 from experiments.records import provenance, write_record
 from rap_env.errors import UnknownName
@@ -57,13 +57,13 @@ class Bench:
         return provenance() | {"model_digest": self._llm.digest}
 
     def _judge(self):
-        return self._judges().search
+        return self._halves().search
 
-    def _judges(self) -> Judges:
-        return build_judges(self._config.evaluation, self._llm)
+    def _halves(self) -> Halves:
+        return build_halves(self._config.evaluation, self._llm)
 
     def _windows(self, seed: int):
-        corpus = build_corpus(self._config, self._llm, self._judges().search_text)
+        corpus = build_corpus(self._config, self._halves().search_text)
         return build_windows(self._config, corpus, self._llm, seed)
 
     def _ranking(self) -> tuple[str, ...]:

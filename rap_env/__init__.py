@@ -5,8 +5,8 @@ import gymnasium
 from rap_env.errors import InfeasibleBudget, RapError
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.gsi import greedy_sequential_importance
-from rap_env.llm.shape import ModelShape
 from rap_env.llm.loading import load_llm
+from rap_env.llm.shape import ModelShape
 from rap_env.mask import Component, PruningMask
 from rap_env.memory.footprint import Footprint, footprint
 from rap_env.memory.scenario import Scenario

@@ -1,4 +1,4 @@
-"""The problem that environments, searches and reports all stand on: what a mask is worth for a workload and a budget."""
+"""What environments, searches and reports all stand on: what a mask is worth for a workload and a budget."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -21,14 +21,19 @@ HOMES = {
     "transformers": ("rap_env/llm/",),
     "huggingface_hub": ("rap_env/llm/",),
     "tokenizers": ("rap_env/llm/",),
-    "lm_eval": ("rap_env/evaluation/harness.py", "experiments/benchmarks/scoring.py"),
+    "lm_eval": (
+        "rap_env/evaluation/harness.py",
+        "rap_env/evaluation/lm.py",
+        "rap_env/lm_eval.py",
+        "experiments/benchmarks/scoring.py",
+    ),
     "stable_baselines3": ("agents/",),
     "sb3_contrib": ("agents/",),
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
     "wandb": ("experiments/tracking.py",),
-    "plotly": ("experiments/figures.py", "experiments/page.py"),
-    "sqlalchemy": ("rap_env/evaluation/store.py",),
+    "plotly": ("experiments/report/",),
+    "sqlalchemy": ("rap_env/evaluation/store.py", "rap_env/evaluation/database.py"),
     "sklearn": ("rap_env/calibration/clusters.py", "rap_env/evaluation/predictor.py"),
 }
 # Agents that learn through Stable-Baselines3; every other one must not need it.

@@ -1,5 +1,6 @@
-"""The problem judges each mask once, remembers it under its full identity, and leaves no trace in the model."""
+"""The problem evaluates each mask once, for all workloads and budgets, and leaves no trace in the model."""
 
+import copy
 import random
 from dataclasses import replace
 
@@ -7,14 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidReward, InvalidWorkload, SearchExhausted
+from rap_env.errors import (
+    EvaluationFailed,
+    InfeasibleBudget,
+    InvalidMask,
+    InvalidReward,
+    InvalidWorkload,
+    SearchExhausted,
+)
 from rap_env.evaluation.evaluator import Evaluation
-from rap_env.evaluation.store import ResultStore, identity_digest
+from rap_env.evaluation.meter import TokenBudget
+from rap_env.evaluation.store import ResultStore
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import dense_bytes, smallest_bytes
 from rap_env.memory.workload import Workload
-from rap_env.problem import EvaluationBudget, PruningProblem
+from rap_env.problem import PruningProblem
 from rap_env.rng import global_states
 from tests.conftest import CountingEvaluator
 
@@ -23,25 +32,25 @@ PLENTY_BYTES = 10**9
 
 
 class RaisingEvaluator(CountingEvaluator):
-    """Fails while it judges."""
+    """Fails while it evaluates."""
 
-    def judge(self, mask) -> Evaluation:
+    def evaluation_of(self, mask) -> Evaluation:
         raise ZeroDivisionError("in the middle of an evaluation")
 
 
 class ReseedingEvaluator(CountingEvaluator):
     """Does what lm-eval does on every call, and worse."""
 
-    def judge(self, mask) -> Evaluation:
+    def evaluation_of(self, mask) -> Evaluation:
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
         torch.rand(3)
-        return super().judge(mask)
+        return super().evaluation_of(mask)
 
 
 class NanEvaluator(CountingEvaluator):
-    def judge(self, mask) -> Evaluation:
+    def evaluation_of(self, mask) -> Evaluation:
         return Evaluation(float("nan"), {"toy": {"smooth_acc": 0.5, "items": 1}}, tokens=1, seconds=0.0)
 
 
@@ -90,7 +99,7 @@ def test_outcome_above_the_budget_pays_for_the_overshoot(tiny_llm):
 def test_a_mask_is_evaluated_once_for_all_workloads_and_budgets(toy_problem, mask):
     first = toy_problem.evaluate(mask, WORK, PLENTY_BYTES)
     second = toy_problem.evaluate(mask, Workload(1, 128), PLENTY_BYTES // 2)
-    assert toy_problem.evaluator.calls == toy_problem.fresh_evaluations == 1
+    assert toy_problem.evaluator.calls == toy_problem.meter.fresh_evaluations == 1
     assert second.evaluation == first.evaluation
     assert second.footprint.kv_cache_bytes < first.footprint.kv_cache_bytes
     assert (first.from_store, second.from_store) == (False, True)
@@ -100,31 +109,8 @@ def test_second_problem_reads_what_the_first_one_stored(tiny_llm, mask, store):
     first = PruningProblem(tiny_llm, CountingEvaluator(), store).evaluate(mask, WORK, PLENTY_BYTES)
     problem = PruningProblem(tiny_llm, CountingEvaluator(), store)
     second = problem.evaluate(mask, WORK, PLENTY_BYTES)
-    assert problem.evaluator.calls == problem.fresh_evaluations == 0
+    assert problem.evaluator.calls == problem.meter.fresh_evaluations == 0
     assert second == first and second.from_store
-
-
-def test_identity_names_everything_that_a_result_depends_on(tiny_llm, mask):
-    class OtherEvaluator(CountingEvaluator):
-        identity = {"evaluator": "counting", "version": 2}
-
-    half = build_tiny_llm(dtype="bfloat16")
-    other_weights = build_tiny_llm(seed=1)
-    identities = [
-        PruningProblem(tiny_llm, CountingEvaluator()).identity(mask),
-        PruningProblem(tiny_llm, CountingEvaluator()).identity(mask.drop("layer0.mlp")),
-        PruningProblem(tiny_llm, OtherEvaluator()).identity(mask),
-        PruningProblem(half, CountingEvaluator()).identity(mask),
-        PruningProblem(other_weights, CountingEvaluator()).identity(mask),
-    ]
-    assert len({identity_digest(identity) for identity in identities}) == len(identities)
-    assert identities[0]["model"] != identities[4]["model"]
-    assert identities[0]["dtype"] == "torch.float32" and identities[3]["dtype"] == "torch.bfloat16"
-
-
-def test_identity_is_the_same_for_the_same_model_built_twice(tiny_llm, mask):
-    twin = PruningProblem(build_tiny_llm(), CountingEvaluator())
-    assert twin.identity(mask) == PruningProblem(tiny_llm, CountingEvaluator()).identity(mask)
 
 
 def test_other_model_is_not_served_from_the_store(mask, tiny_llm, store):
@@ -165,19 +151,19 @@ def test_budget_counts_distinct_masks_whether_stored_or_not(tiny_llm, mask, stor
     masks = [mask, mask.drop("layer0.mlp"), mask, mask.drop("layer2.mlp")]
     spent = []
     for _ in range(2):  # the second time everything is stored
-        problem = PruningProblem(tiny_llm, CountingEvaluator(), store, budget=EvaluationBudget(10))
+        problem = PruningProblem(tiny_llm, CountingEvaluator(), store, budget=TokenBudget(10))
         for asked in masks:
             problem.evaluate(asked, WORK, PLENTY_BYTES)
         spent.append(problem.budget.spent)
     assert spent == [3, 3]
-    assert problem.fresh_evaluations == 0
+    assert problem.meter.fresh_evaluations == 0
 
 
 def test_exhausted_budget_refuses_new_masks_and_answers_known_ones(tiny_llm, mask):
-    problem = PruningProblem(tiny_llm, CountingEvaluator(), budget=EvaluationBudget(1))
+    problem = PruningProblem(tiny_llm, CountingEvaluator(), budget=TokenBudget(1))
     problem.evaluate(mask, WORK, PLENTY_BYTES)
-    assert problem.budget.exhausted
-    with pytest.raises(SearchExhausted, match="1 of 1 evaluations are used up; 1 more were asked for"):
+    assert problem.budget.left == 0
+    with pytest.raises(SearchExhausted, match="1 of 1 tokens are spent; 1 more were asked for"):
         problem.evaluate(mask.drop("layer0.mlp"), WORK, PLENTY_BYTES)
     assert problem.evaluator.calls == problem.budget.spent == 1
     assert problem.evaluate(mask, Workload(1, 64), PLENTY_BYTES).score == pytest.approx(1 - 11 / 36)
@@ -191,22 +177,10 @@ def test_applied_mask_changes_no_outcome_and_stays(toy_problem, tiny_llm, mask):
     assert not tiny_llm.mask.dropped
 
 
-def test_evaluator_that_is_asked_itself_judges_the_applied_mask(tiny_llm, mask):
+def test_evaluator_that_is_asked_itself_evaluates_the_applied_mask(tiny_llm, mask):
     with tiny_llm.pruned(mask):
         assert CountingEvaluator().evaluate(tiny_llm).score == pytest.approx(1 - 11 / 36)
     assert CountingEvaluator().evaluate(tiny_llm).score == 1
-
-
-def test_budget_counts_each_mask_once_and_all_of_a_call_or_none(mask):
-    budget = EvaluationBudget(3)
-    budget.spend([mask, mask])
-    budget.spend([mask.drop("layer0.mlp"), mask])
-    assert budget.spent == 2 and not budget.exhausted
-    with pytest.raises(SearchExhausted, match="2 of 3 evaluations are used up; 2 more were asked for"):
-        budget.spend([mask.drop("layer1.mlp"), mask, mask.drop("layer2.mlp")])
-    assert budget.asked == {mask.digest, mask.drop("layer0.mlp").digest}
-    budget.spend(iter([mask.drop("layer1.mlp")]))
-    assert budget.exhausted
 
 
 def test_failed_evaluation_leaves_model_and_store_as_they_were(tiny_llm, mask, store):
@@ -216,7 +190,7 @@ def test_failed_evaluation_leaves_model_and_store_as_they_were(tiny_llm, mask, s
     with pytest.raises(ZeroDivisionError):
         problem.evaluate(mask, WORK, PLENTY_BYTES)
     assert torch.equal(tiny_llm.model(tokens).logits, before)
-    assert len(store) == problem.fresh_evaluations == 0
+    assert len(store) == problem.meter.fresh_evaluations == 0
     healthy = PruningProblem(tiny_llm, CountingEvaluator(), store)
     assert not healthy.evaluate(mask, WORK, PLENTY_BYTES).from_store
 
@@ -231,10 +205,10 @@ def test_random_streams_go_on_as_if_nothing_had_been_evaluated(tiny_llm, mask):
 
 def test_random_streams_are_restored_when_the_evaluator_raises(tiny_llm, mask):
     class Worst(RaisingEvaluator):
-        def judge(self, mask):
+        def evaluation_of(self, mask):
             torch.manual_seed(0)
             random.seed(0)
-            return super().judge(mask)
+            return super().evaluation_of(mask)
 
     before = plain(global_states())
     with pytest.raises(ZeroDivisionError):
@@ -242,13 +216,15 @@ def test_random_streams_are_restored_when_the_evaluator_raises(tiny_llm, mask):
     assert plain(global_states()) == before
 
 
-def test_nan_score_makes_an_invalid_reward_and_is_never_stored(tiny_llm, mask, store):
-    problem = PruningProblem(tiny_llm, NanEvaluator())
-    with pytest.raises(InvalidReward, match="'accuracy' is nan"):
-        problem.reward(problem.evaluate(mask, WORK, PLENTY_BYTES))
-    with pytest.raises(ValueError, match="finite"):
-        PruningProblem(tiny_llm, NanEvaluator(), store).evaluate(mask, WORK, PLENTY_BYTES)
+def test_score_that_is_not_finite_is_refused_with_and_without_a_store(tiny_llm, mask, store):
+    for kept_in in (None, store):
+        with pytest.raises(EvaluationFailed, match=r"score on toy is nan in torch\.float32, not a finite number"):
+            PruningProblem(tiny_llm, NanEvaluator(), kept_in).evaluate(mask, WORK, PLENTY_BYTES)
     assert len(store) == 0
+
+
+def test_copies_of_a_problem_are_the_problem_itself(toy_problem):
+    assert copy.deepcopy({"problem": toy_problem})["problem"] is toy_problem
 
 
 def test_reward_weight_without_a_term_is_refused_before_anything_is_evaluated(tiny_llm):

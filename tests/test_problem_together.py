@@ -1,4 +1,4 @@
-"""Cases that are judged together get the outcomes that they would get one after the other, and cost no more."""
+"""Cases that are evaluated together get the outcomes that they would get one after the other, and cost no more."""
 
 import itertools
 
@@ -7,13 +7,14 @@ import torch
 
 from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidWorkload, SearchExhausted
 from rap_env.evaluation.evaluator import Evaluation
+from rap_env.evaluation.meter import TokenBudget
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint, smallest_bytes
 from rap_env.memory.workload import Workload
-from rap_env.problem import EvaluationBudget, PruningProblem
+from rap_env.problem import PruningProblem
 from tests.conftest import CountingEvaluator
 
 WORK = Workload(4, 512)
@@ -21,24 +22,24 @@ PLENTY_BYTES = 10**9
 
 
 class BackwardEvaluator(CountingEvaluator):
-    """Judges from the last mask to the first; `asked` holds the masks of each call, in the problem's order."""
+    """Evaluates from the last mask to the first; `asked` holds the masks of each call, in the problem's order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asked: list[list[PruningMask]] = []
 
-    def evaluate_many(self, llm, masks):
+    def evaluate_many(self, llm, masks, near=None):
         self.asked.append(list(masks))
-        return super().evaluate_many(llm, masks[::-1])
+        return super().evaluate_many(llm, masks[::-1], near)
 
 
 class FailingThirdEvaluator(CountingEvaluator):
-    """Fails at the third mask that it is to judge."""
+    """Fails at the third mask that it is to evaluate."""
 
-    def judge(self, mask) -> Evaluation:
+    def evaluation_of(self, mask) -> Evaluation:
         if self.calls == 3:
             raise ZeroDivisionError("in the middle of several evaluations")
-        return super().judge(mask)
+        return super().evaluation_of(mask)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_outcomes_come_in_the_order_of_the_cases(problem, masks):
     outcomes = problem.evaluate_many(plain_cases([masks[i] for i in (5, 0, 7, 2)]))
     assert [outcome.score for outcome in outcomes] == pytest.approx([1 - n / 36 for n in (6, 1, 8, 3)])
     assert not any(outcome.from_store for outcome in outcomes)
-    assert problem.evaluator.calls == problem.fresh_evaluations == problem.budget.spent == 4
+    assert problem.evaluator.calls == problem.meter.fresh_evaluations == problem.budget.spent == 4
 
 
 def test_each_case_has_its_own_workload_and_budget(problem, masks):
@@ -86,7 +87,7 @@ def test_duplicates_in_one_call_are_measured_once(problem, masks):
     outcomes = problem.evaluate_many(plain_cases(repeated))
     assert [outcome.score for outcome in outcomes] == pytest.approx([1 - n / 36 for n in (2, 5, 2, 2, 5)])
     assert problem.evaluator.asked == [[masks[1], masks[4]]]
-    assert problem.fresh_evaluations == problem.budget.spent == 2
+    assert problem.meter.fresh_evaluations == problem.budget.spent == 2
     assert not any(outcome.from_store for outcome in outcomes), "none was known before the call"
 
 
@@ -95,7 +96,7 @@ def test_what_is_stored_or_known_is_not_measured_again(tiny_llm, masks, store):
     problem = PruningProblem(tiny_llm, BackwardEvaluator(), store)
     problem.evaluate(masks[2], WORK, PLENTY_BYTES)
     outcomes = problem.evaluate_many(plain_cases(masks[:5]))
-    assert problem.evaluator.asked == [[masks[2]], masks[3:5]], "the rest is judged in one call"
+    assert problem.evaluator.asked == [[masks[2]], masks[3:5]], "the rest is evaluated in one call"
     assert [outcome.from_store for outcome in outcomes] == [True, True, True, False, False]
     assert [outcome.score for outcome in outcomes] == pytest.approx([1 - n / 36 for n in (1, 2, 3, 4, 5)])
     assert len(store) == problem.budget.spent == 5
@@ -108,14 +109,14 @@ def test_no_cases_have_no_outcomes(problem):
     assert problem.evaluator.asked == [] and problem.budget.spent == 0
 
 
-def test_budget_that_does_not_cover_all_cases_judges_and_counts_none(tiny_llm, masks, store):
-    problem = PruningProblem(tiny_llm, CountingEvaluator(), store, budget=EvaluationBudget(4))
+def test_budget_that_does_not_cover_all_cases_evaluates_and_counts_none(tiny_llm, masks, store):
+    problem = PruningProblem(tiny_llm, CountingEvaluator(), store, budget=TokenBudget(4))
     problem.evaluate_many(plain_cases(masks[:2]))
-    with pytest.raises(SearchExhausted, match="2 of 4 evaluations are used up; 3 more were asked for"):
+    with pytest.raises(SearchExhausted, match="2 of 4 tokens are spent; 3 more were asked for"):
         problem.evaluate_many(plain_cases(masks[:5]))
     assert problem.evaluator.calls == problem.budget.spent == len(store) == 2
     problem.evaluate_many(plain_cases(masks[:4] * 2))  # two known ones, two new ones, all of them twice
-    assert problem.budget.exhausted and problem.evaluator.calls == 4
+    assert problem.budget.left == 0 and problem.evaluator.calls == 4
 
 
 @pytest.mark.parametrize(
@@ -127,19 +128,19 @@ def test_budget_that_does_not_cover_all_cases_judges_and_counts_none(tiny_llm, m
     ],
 )
 @pytest.mark.parametrize("position", [0, 2])
-def test_one_bad_case_refuses_the_call_before_anything_is_judged(problem, masks, error, spoil, position):
+def test_one_bad_case_refuses_the_call_before_anything_is_evaluated(problem, masks, error, spoil, position):
     cases = plain_cases(masks[:3])
     cases[position] = spoil(masks[position], problem.shape)
     with pytest.raises(error):
         problem.evaluate_many(cases)
-    assert problem.evaluator.asked == [] and problem.budget.spent == problem.fresh_evaluations == 0
+    assert problem.evaluator.asked == [] and problem.budget.spent == problem.meter.fresh_evaluations == 0
 
 
-def test_each_finished_evaluation_is_stored_before_the_next_is_judged(tiny_llm, masks, store):
+def test_each_finished_evaluation_is_stored_before_the_next_is_evaluated(tiny_llm, masks, store):
     class Watching(CountingEvaluator):
-        def judge(self, mask) -> Evaluation:
+        def evaluation_of(self, mask) -> Evaluation:
             stored.append(len(store))
-            return super().judge(mask)
+            return super().evaluation_of(mask)
 
     stored = []
     PruningProblem(tiny_llm, Watching(), store).evaluate_many(plain_cases(masks[:4]))
@@ -150,14 +151,14 @@ def test_what_was_finished_before_a_failure_is_kept(tiny_llm, masks, store):
     failing = PruningProblem(tiny_llm, FailingThirdEvaluator(), store)
     with pytest.raises(ZeroDivisionError):
         failing.evaluate_many(plain_cases(masks[:5]))
-    assert failing.fresh_evaluations == len(store) == 2
+    assert failing.meter.fresh_evaluations == len(store) == 2
     healthy = PruningProblem(tiny_llm, BackwardEvaluator(), store)
     outcomes = healthy.evaluate_many(plain_cases(masks[:5]))
     assert healthy.evaluator.asked == [masks[2:5]]
     assert [outcome.from_store for outcome in outcomes] == [True, True, False, False, False]
 
 
-def test_outcomes_are_to_the_bit_those_of_one_after_the_other(tiny_llm):
+def test_outcomes_are_exactly_those_of_one_after_the_other(tiny_llm):
     windows = torch.randint(0, 256, (3, 10), generator=torch.Generator().manual_seed(0))
     bits = itertools.islice(itertools.product((1, 0), repeat=8), 0, 256, 23)
     masks = [PruningMask.from_bits(tiny_llm.shape, keep) for keep in bits]

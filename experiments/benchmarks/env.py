@@ -27,11 +27,11 @@ def measure(
     options: dict[str, Any],
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Steps on masks that nobody has judged yet, then on one that is known.
+    """Steps on masks that nobody has evaluated yet, then on one that is known.
 
     Args:
         llm: The model.
-        evaluator: The judge.
+        evaluator: Scores masks.
         importance: The ranking that environments show, and that wishes are projected along.
         options: `environments`, `repeats`.
         progress: Called with (steps done, steps in all).
@@ -100,8 +100,8 @@ def _in_turn(arguments: dict, n: int, repeat: int, actions_of: Callable) -> list
 
 
 def _concatenated(llm: SwitchableLLM, tokens: int, n: int, repeats: int) -> dict[str, Any]:
-    """What running all masks' streams through a component as one would gain: an MLP on N times as many tokens."""
-    mlp = [component for component in llm.shape.components if component.kind == MLP][:1]
+    """What running all masks' streams through a site as one would gain: an MLP on N times as many tokens."""
+    mlp = [site for site in llm.shape.sites if site.kind == MLP][:1]
     stream = torch.randn(1, tokens, llm.shape.hidden_size).to(llm.device, llm.dtype)
     streams = stream.expand(n, -1, -1).reshape(1, n * tokens, -1)
     ways = {

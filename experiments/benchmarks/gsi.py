@@ -9,9 +9,11 @@ import torch
 from scipy.stats import kendalltau
 
 from experiments.benchmarks.timing import speedup, timed
+from rap_env.evaluation.meter import Meter
+from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.importance.gsi import CALIBRATION
 from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds, Rounds
-from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Component, PruningMask
 
@@ -24,7 +26,7 @@ class GsiOptions:
         seeds: Calibration seeds; each is one repeat.
         removals: Rounds that all three rules are timed on.
         quality_removals: Rounds that exact and lazy losses are compared on, at least `removals`.
-        plain_every: The plain rule makes every so many-th trial of a round, and its time is scaled up; 1 makes all.
+        plain_every: The plain rule tries every so many-th component of a round, and its time is scaled up; 1 tries all.
     """
 
     seeds: Sequence[int]
@@ -71,12 +73,11 @@ def _race(
     llm: SwitchableLLM, windows: torch.Tensor, options: GsiOptions, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     freed = {component.name: 1 for component in llm.shape.components}
-    start_seconds, rules = {}, {}
-    start_seconds["exact"], rules["exact"] = timed(lambda: ExactRounds(RemovalMeter(llm, windows), freed=freed))
-    start_seconds["lazy"], rules["lazy"] = timed(
-        lambda: LazyRounds(*(RemovalMeter(llm, part) for part in split_windows(windows)), freed=freed)
-    )
-    seconds = {"plain": 0.0} | start_seconds
+    meters = {"exact": [_meter(llm, windows)], "lazy": [_meter(llm, part) for part in split_windows(windows)]}
+    makers = {"exact": ExactRounds, "lazy": LazyRounds}
+    seconds, rules = {"plain": 0.0}, {}
+    for name, maker in makers.items():
+        seconds[name], rules[name] = timed(lambda maker=maker, name=name: maker(*meters[name], freed=freed))
     at_removals: dict[str, dict] = {}
     removed: dict[str, list] = {name: [] for name in rules}
     checks = []
@@ -88,17 +89,17 @@ def _race(
             seconds[name] += taken if index < options.removals else 0.0
         if index < options.removals:
             sampled = before[0].kept[index % options.plain_every :: options.plain_every]
-            taken, losses = timed(lambda mask=before[0], sampled=sampled: _plain_trials(llm, windows, mask, sampled))
+            taken, losses = timed(lambda mask=before[0], sampled=sampled: _plain_losses(llm, windows, mask, sampled))
             seconds["plain"] += taken * len(before[0].kept) / len(sampled)
             checks.append(_check(losses, rules["exact"], before[1], removed["exact"][-1].name))
         if index + 1 == options.removals:
-            at_removals = {name: _cost(rounds) for name, rounds in rules.items()}
+            at_removals = {name: _cost(rounds, meters[name]) for name, rounds in rules.items()}
         advance(index + 1)
     gaps = [lazy.loss / exact.loss - 1 for exact, lazy in zip(removed["exact"], removed["lazy"], strict=True)]
     return {
         "seconds": seconds,
         "cost_at_removals": at_removals,
-        "cost": {name: _cost(rounds) for name, rounds in rules.items()},
+        "cost": {name: _cost(rounds, meters[name]) for name, rounds in rules.items()},
         "orders": {name: [*(r.name for r in removed[name]), *rules[name].left()] for name in rules},
         "losses": {name: [r.loss for r in removed[name]] for name in rules},
         "lazy_loss_above_exact": gaps,
@@ -110,29 +111,29 @@ def _race(
     }
 
 
-def _plain_trials(
+def _plain_losses(
     llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask, components: Sequence[Component]
 ) -> dict[str, float]:
     return {component.name: plain_loss(llm, windows, mask.drop(component)) for component in components}
 
 
 def _check(losses: dict[str, float], exact: Rounds, loss_before: float, choice: str) -> dict[str, Any]:
-    """How far the plain trials of a round are from the exact rule's, and whether they would choose the same."""
+    """How far the plain losses of a round are from the exact rule's, and whether they would choose the same."""
     differences = [abs(loss - loss_before - exact.increases[name]) for name, loss in losses.items()]
     complete = len(losses) == len(exact.mask.kept) + 1
     return {
-        "trials": len(losses),
+        "masks": len(losses),
         "largest_difference": max(differences),
         "same_choice": min(losses, key=losses.__getitem__) == choice if complete else None,
     }
 
 
-def _cost(rounds: Rounds) -> dict[str, int]:
-    return {
-        "evaluations": len(rounds.tried),
-        "tokens": rounds.tokens,
-        "component_executions": sum(trial.component_executions for trial in rounds.costs),
-    }
+def _cost(rounds: Rounds, meters: Sequence[Meter]) -> dict[str, int]:
+    return {"evaluations": len(rounds.tried), "tokens": sum(meter.budget.spent for meter in meters)}
+
+
+def _meter(llm: SwitchableLLM, windows: torch.Tensor) -> Meter:
+    return Meter(llm, PerplexityEvaluator(windows, CALIBRATION))
 
 
 def _agreement(first: Sequence[str], second: Sequence[str], sizes: Sequence[int]) -> dict[str, float]:
@@ -147,10 +148,12 @@ def _between_seeds(llm: SwitchableLLM, windows_of: Callable[[int], torch.Tensor]
     sizes = (len(runs[0]["plain_checks"]), len(runs[0]["losses"]["exact"]))
     orders = [run["orders"]["exact"] for run in runs]
     pairs = [_agreement(first, second, sizes) for first, second in combinations(orders, 2)]
-    meters = [RemovalMeter(llm, windows_of(run["seed"])) for run in runs]
+    meters = [_meter(llm, windows_of(run["seed"])) for run in runs]
     dense = PruningMask.all_kept(llm.shape)
     losses = {
-        f"after_{size}": [[meter.trial(dense.drop(*order[:size])).loss for meter in meters] for order in orders]
+        f"after_{size}": [
+            [-meter.evaluate([dense.drop(*order[:size])])[0].score for meter in meters] for order in orders
+        ]
         for size in sizes
     }
     return {"agreement_of_pairs": pairs, "loss_of_rows_mask_on_columns_sample": losses}
@@ -165,6 +168,6 @@ def lines(results: dict[str, Any]) -> list[str]:
         printed.append(
             f"seed {run['seed']}: lazy loss above exact at most {max(gaps[:timed_rounds]):.2%} up to {timed_rounds}"
             f" removals, {max(gaps):.2%} up to {len(gaps)}; Kendall tau {run['agreement']['kendall_tau']:.2f};"
-            f" {costs['lazy']['evaluations']} of {costs['exact']['evaluations']} trials"
+            f" {costs['lazy']['evaluations']} of {costs['exact']['evaluations']} masks"
         )
     return printed + [f"between samples: {pair}" for pair in results["between_seeds"]["agreement_of_pairs"]]

@@ -1,10 +1,11 @@
-"""Part `memory`: predicted against measured peaks of importance and scoring, unbounded and bounded."""
+"""Part `memory`: predicted against measured peaks of importance and scoring."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import ScoringPlan
 from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.llm.switchable import SwitchableLLM
@@ -30,8 +31,12 @@ def measure(
     dense = PruningMask.all_kept(llm.shape)
     masks = [dense.drop(component) for component in dense.components[:8]]
 
-    def rank(**options) -> int:
-        return greedy_sequential_importance(llm, windows, removals=1, **options).peak_bytes
+    evaluator = PerplexityEvaluator(windows, "calibration")
+
+    def rank(exact: bool) -> int:
+        greedy_sequential_importance(llm, windows, removals=1, exact=exact)
+        n_sites = len(llm.shape.sites)  # the exact rule evaluates a round together, the lazy one holds streams
+        return evaluator.peak_bytes(llm, n_sites) if exact else evaluator.peak_bytes(llm, 1, n_sites + 1)
 
     def score(batch_tokens: int, n_masks: int) -> int:
         plan = ScoringPlan(pairs, batch_tokens)
@@ -39,10 +44,8 @@ def measure(
             pass
         return plan.peak_bytes(llm.shape, n_masks)
 
-    bound_bytes = (rank() + rank(exact=True)) // 2
     cases: dict[str, Callable[[], int]] = {
-        "lazy importance": rank,
-        f"lazy importance within {bound_bytes:,} bytes": lambda: rank(memory_bytes=bound_bytes),
+        "lazy importance": lambda: rank(exact=False),
         "exact importance": lambda: rank(exact=True),
         "scoring, 4,096 tokens at once": lambda: score(4096, 1),
         "scoring, 1,024 tokens at once": lambda: score(1024, 1),

@@ -1,4 +1,4 @@
-"""Part `population`: masks mutated from a parent, judged together against one by one with the same engine."""
+"""Part `population`: masks mutated from a parent, evaluated together against one by one with the same engine."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -17,7 +17,7 @@ def swapped(parent: PruningMask, n_swaps: int, rng: np.random.Generator) -> Prun
     mask = parent
     for _ in range(n_swaps):
         restored = mask.dropped[rng.integers(len(mask.dropped))]
-        same_kind = [component for component in mask.kept if component.kind == restored.kind]
+        same_kind = [component for component in mask.kept if component.site.kind == restored.site.kind]
         mask = mask.drop(same_kind[rng.integers(len(same_kind))]).restore(restored)
     return mask
 
@@ -38,11 +38,11 @@ def measure(
     options: dict[str, Any],
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    """Judges a fresh population in each repeat, for single swaps and for EvoPress's one to three.
+    """Evaluates a fresh population in each repeat, for single swaps and for EvoPress's one to three.
 
     Args:
         llm: The model.
-        evaluator: The judge.
+        evaluator: Scores masks.
         order: Importance order; the parent drops its first components.
         options: `masks`, `kept_ratio`, `repeats`.
         progress: Called with (steps done, steps in all).
@@ -74,9 +74,9 @@ def _together(llm, evaluator, populations: list[list[PruningMask]], step: Callab
     executions: list[int] = []
 
     def together(repeat: int) -> dict:
-        before = llm.component_executions
+        before = llm.site_executions
         scores = dict(evaluator.evaluate_many(llm, populations[repeat]))
-        executions.append(llm.component_executions - before)
+        executions.append(llm.site_executions - before)
         return step(scores)
 
     def one_by_one(repeat: int) -> dict:
@@ -104,7 +104,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         part = results[name]
         printed.append(
             f"{name.replace('_', ' ')}: {part['speedup']['ratio']:.2f} times faster together, identical:"
-            f" {part['identical']}; {median(part['shared_executions_ratios']):.2f} times fewer component executions;"
+            f" {part['identical']}; {median(part['shared_executions_ratios']):.2f} times fewer site executions;"
             f" one by one at {median(part['one_by_one_flops_per_second']) / gemm:.0%} of the GEMM rate"
         )
     return printed

@@ -1,4 +1,4 @@
-"""Part `scaling`: how the cost of judging grows with tokens, layers, masks and parameters."""
+"""Part `scaling`: how the cost of evaluating grows with tokens, layers, masks and parameters."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -9,7 +9,7 @@ import torch
 
 from experiments.benchmarks.population import offspring
 from experiments.benchmarks.timing import gemm_flops_per_second, timed
-from rap_env.evaluation.perplexity import window_losses
+from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -50,7 +50,7 @@ def measure(llm: SwitchableLLM, options: dict[str, Any], progress: Callable[[int
         sizes, seconds = [], []
         for size in options[name]:
             model, tokens, masks = case_of(size)
-            sizes.append(model.shape.n_parameters if name == "models" else size)
+            sizes.append(_n_parameters(model) if name == "models" else size)
             seconds.append(_median_seconds(model, tokens, masks, options["repeats"]))
             del model  # before the next one is built
             done += 1
@@ -60,12 +60,13 @@ def measure(llm: SwitchableLLM, options: dict[str, Any], progress: Callable[[int
 
 
 def _median_seconds(llm: SwitchableLLM, windows: torch.Tensor, masks: Sequence[PruningMask], repeats: int) -> float:
-    list(window_losses(llm, windows, masks))  # the first call allocates
-    return median(timed(lambda: list(window_losses(llm, windows, masks)))[0] for _ in range(repeats))
+    evaluator = PerplexityEvaluator(windows, "random")
+    list(evaluator.evaluate_many(llm, masks))  # the first call allocates
+    return median(timed(lambda: list(evaluator.evaluate_many(llm, masks)))[0] for _ in range(repeats))
 
 
 def _first_layers(dense: PruningMask, n_layers: int) -> PruningMask:
-    return dense.drop(*(component for component in dense.components if component.layer >= n_layers))
+    return dense.drop(*(component for component in dense.components if component.site.layer >= n_layers))
 
 
 def _random_case(name: str, llm: SwitchableLLM) -> tuple[SwitchableLLM, torch.Tensor, list[PruningMask]]:
@@ -83,6 +84,10 @@ def _windows(llm: SwitchableLLM, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     length = min(_WINDOW_TOKENS, tokens)
     return torch.randint(0, llm.shape.vocab_size, (tokens // length, length), generator=generator)
+
+
+def _n_parameters(llm: SwitchableLLM) -> int:
+    return llm.shape.weight_bytes // llm.shape.bytes_per_parameter
 
 
 def _random_model(name: str, llm: SwitchableLLM) -> SwitchableLLM:

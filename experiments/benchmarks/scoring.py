@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, speedup, timed
-from rap_env.evaluation.harness import ScoringLM
+from rap_env.evaluation.lm import RapLM
 from rap_env.evaluation.scoring import ScoringPlan
 from rap_env.evaluation.tasks import TASKS_FOLDER
 from rap_env.llm.switchable import SwitchableLLM
@@ -47,7 +47,7 @@ class _Tasks:
         self._manager = TaskManager(include_path=folders, include_defaults=False)
         self._options = options
 
-    def judge(self, lm, log_samples: bool = False) -> dict:
+    def evaluate(self, lm, log_samples: bool = False) -> dict:
         with isolated_rng(0), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
             return simple_evaluate(
                 model=lm,
@@ -79,20 +79,20 @@ def measure(
     n_steps = len(options.plain_batch_sizes) + 2 * options.repeats + 2
     done = iter(range(1, n_steps + 1))
 
-    def judge(lm) -> dict:
-        results = tasks.judge(lm)
+    def evaluate(lm) -> dict:
+        results = tasks.evaluate(lm)
         progress(next(done), n_steps)
         return results
 
     plain = {size: _plain(llm, size) for size in options.plain_batch_sizes}
-    search_seconds = {size: timed(lambda lm=lm: judge(lm))[0] for size, lm in plain.items()}
+    search_seconds = {size: timed(lambda lm=lm: evaluate(lm))[0] for size, lm in plain.items()}
     best = min(search_seconds, key=search_seconds.__getitem__)
     ours = _Counted(llm)
     seconds, results = alternate(
-        {"plain": lambda _: judge(plain[best]), "ours": lambda _: judge(ours)}, options.repeats
+        {"plain": lambda _: evaluate(plain[best]), "ours": lambda _: evaluate(ours)}, options.repeats
     )
     gemm = gemm_flops_per_second(llm)
-    plan = ours.plan
+    plan = ours.last_plan
     flops = forward_flops(llm, llm.mask, plan.tokens, plan.head_rows)
     engine = [timed(lambda: next(plan.run(llm, [llm.mask])))[0] for _ in range(options.repeats)]
     return {
@@ -116,15 +116,14 @@ def _plain(llm: SwitchableLLM, batch_size: int) -> HFLM:
     return HFLM(pretrained=llm.model, tokenizer=llm.tokenizer, batch_size=batch_size)
 
 
-class _Counted(ScoringLM):
+class _Counted(RapLM):
     """Keeps the plan of its last requests, for the record."""
 
-    plan: ScoringPlan
+    last_plan: ScoringPlan
 
-    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        pairs = [(tuple(context), tuple(continuation)) for _text, context, continuation in requests]
-        self.plan = ScoringPlan(pairs, self._batch_tokens)
-        return next(self.plan.run(self.llm, [self.llm.mask]))[1]
+    def plan(self, requests: Sequence[tuple]) -> ScoringPlan:
+        self.last_plan = super().plan(requests)
+        return self.last_plan
 
 
 def _accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -139,9 +138,9 @@ def _accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _compare(tasks: _Tasks, llm: SwitchableLLM, batch_size: int, advance: Callable[[], None]) -> dict[str, Any]:
     """Metrics and log-likelihoods of both ways in float32."""
-    judged = []
-    for lm in (_plain(llm, batch_size), ScoringLM(llm)):
-        judged.append(tasks.judge(lm, log_samples=True))
+    evaluated = []
+    for lm in (_plain(llm, batch_size), RapLM(llm)):
+        evaluated.append(tasks.evaluate(lm, log_samples=True))
         advance()
     plain, ours = (
         {
@@ -150,12 +149,12 @@ def _compare(tasks: _Tasks, llm: SwitchableLLM, batch_size: int, advance: Callab
             for sample in samples
             for index, response in enumerate(sample["filtered_resps"])
         }
-        for results in judged
+        for results in evaluated
     )
     differences = [abs(float(plain[key]) - float(ours[key])) for key in plain]
     return {
-        "accuracies": {"plain": _accuracies(judged[0]), "ours": _accuracies(judged[1])},
-        "accuracies_equal": _accuracies(judged[0]) == _accuracies(judged[1]),
+        "accuracies": {"plain": _accuracies(evaluated[0]), "ours": _accuracies(evaluated[1])},
+        "accuracies_equal": _accuracies(evaluated[0]) == _accuracies(evaluated[1]),
         "log_likelihoods": len(differences),
         "largest_difference": max(differences),
     }

@@ -73,5 +73,5 @@ def forward_flops(llm: SwitchableLLM, mask: PruningMask, tokens: int, head_rows:
         tokens: Tokens that run through the kept components.
         head_rows: Positions whose logits are computed.
     """
-    kept_parameters = sum(llm.shape.parameters_of(component) for component in mask.kept)
+    kept_parameters = sum(component.weight_bytes for component in mask.kept) // llm.shape.bytes_per_parameter
     return 2 * tokens * kept_parameters + 2 * head_rows * llm.shape.hidden_size * llm.shape.vocab_size

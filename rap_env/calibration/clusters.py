@@ -12,6 +12,7 @@ from rap_env.calibration.corpus import Corpus
 from rap_env.calibration.sampling import joined_tokens
 from rap_env.errors import CorpusUnavailable
 from rap_env.llm.sentences import encode_sentences
+from rap_env.llm.windows import check_windows
 
 _SENTENCE = re.compile(r"\S.*?(?:[.!?]+\s+|\n+|\Z)", re.DOTALL)
 
@@ -55,8 +56,10 @@ def clustered_windows(
 
     Raises:
         CorpusUnavailable: The corpus has fewer chunks than clusters, or too few tokens.
+        InvalidWorkload: No window, or windows of one token.
         ModelUnavailable: The sentence encoder can't be had.
     """
+    check_windows(n_samples, tokens_per_sample)
     chunks = chunks_of(corpus, clustering.sentences_per_chunk)
     clusters = _clusters(chunks, clustering, seed, corpus.name)
     generator = np.random.default_rng(seed)
@@ -93,16 +96,10 @@ def _clusters(chunks: list[str], clustering: Clustering, seed: int, name: str) -
             f"calibration corpus {name!r} has {len(chunks)} chunks of {clustering.sentences_per_chunk} sentences;"
             f" {clustering.n_clusters} clusters need at least as many"
         )
-    labels, _centres = k_means(clustering.encode(chunks), clustering.n_clusters, seed)
-    clusters: list[deque[str]] = [deque() for _ in range(clustering.n_clusters)]
-    for chunk, label in zip(chunks, labels, strict=True):
-        clusters[label].append(chunk)
-    return clusters
-
-
-def k_means(vectors: np.ndarray, n_clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cluster [N] of each of N vectors [N, D], and the clusters' centres [n_clusters, D]."""
     from sklearn.cluster import KMeans  # nobody else should wait for its import
 
-    found = KMeans(n_clusters, n_init=10, random_state=seed).fit(vectors)
-    return found.labels_, found.cluster_centers_
+    means = KMeans(clustering.n_clusters, n_init=10, random_state=seed)
+    clusters: list[deque[str]] = [deque() for _ in range(clustering.n_clusters)]
+    for chunk, label in zip(chunks, means.fit_predict(clustering.encode(chunks)), strict=True):
+        clusters[label].append(chunk)
+    return clusters

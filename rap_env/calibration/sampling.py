@@ -5,6 +5,7 @@ import torch
 
 from rap_env.calibration.corpus import Corpus
 from rap_env.errors import CorpusUnavailable
+from rap_env.llm.windows import check_windows
 
 
 def random_windows(
@@ -26,7 +27,9 @@ def random_windows(
 
     Raises:
         CorpusUnavailable: The corpus has fewer tokens than the windows together.
+        InvalidWorkload: No window, or windows of one token.
     """
+    check_windows(n_samples, tokens_per_sample)
     tokens = joined_tokens(list(corpus.documents), tokenizer)
     needed = n_samples * tokens_per_sample
     if len(tokens) < needed:
@@ -55,7 +58,9 @@ def consecutive_windows(text: str, tokenizer, tokens_per_sample: int, limit: int
 
     Raises:
         CorpusUnavailable: The text is shorter than one window.
+        InvalidWorkload: A limit of no window, or windows of one token.
     """
+    check_windows(1 if limit is None else limit, tokens_per_sample)
     tokens = joined_tokens([text], tokenizer)
     if len(tokens) < tokens_per_sample:
         raise CorpusUnavailable(f"the text has {len(tokens):,} tokens; one window needs {tokens_per_sample:,}")

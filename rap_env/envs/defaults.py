@@ -4,11 +4,11 @@ import functools
 from dataclasses import dataclass
 
 from rap_env.evaluation.harness import HarnessEvaluator
+from rap_env.evaluation.meter import Meter
+from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.gsi import CALIBRATION, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
-from rap_env.evaluation.meter import Meter
-from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.embedded import cache_folder
 from rap_env.llm.loading import load_llm
 from rap_env.problem import PruningProblem

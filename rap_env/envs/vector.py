@@ -26,8 +26,8 @@ class PruningVectorEnv(VectorEnv):
     **Actions and observations.** Those of the single environment, stacked: actions [N, n], observations a `Dict` of
     [N, 1] and [N, n]. `single_action_space` and `single_observation_space` are one environment's.
 
-    **Evaluations.** `step` calls `PruningProblem.evaluate_many` once, with the masks of all episodes that end in it. Equal
-    masks are measured once, known ones not at all. If the token budget does not cover the new ones,
+    **Evaluations.** `step` calls `PruningProblem.evaluate_many` once, with the masks of all episodes that end in it.
+    Equal masks are measured once, known ones not at all. If the token budget does not cover the new ones,
     `SearchExhausted` is raised before anything is measured; the step is lost, so reset before going on.
 
     **Autoreset** is `AutoresetMode.SAME_STEP`: where an episode ends, `step` returns its reward and flags together with

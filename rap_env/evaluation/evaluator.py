@@ -44,7 +44,7 @@ class Evaluator(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What a result depends on besides model, mask, machine and engine: its kind and name, the items, the metric."""
+        """What a result depends on besides model, mask, machine and engine: kind and name, the items, the metric."""
 
     def tokens(self, llm: SwitchableLLM) -> int:
         """Tokens that evaluating one mask forwards."""

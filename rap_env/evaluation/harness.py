@@ -1,6 +1,7 @@
-"""lm-eval as the judge: it builds the requests and computes the metrics, our engine scores them."""
+"""Accuracy on lm-eval tasks: lm-eval builds, encodes and marks the requests, our engine scores them."""
 
 import contextlib
+import copy
 import functools
 import hashlib
 import io
@@ -8,18 +9,20 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
 import datasets
 import numpy as np
-from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from rap_env.errors import EvaluationFailed, UnknownName
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
-from rap_env.evaluation.scoring import Score, ScoringPlan, score_continuations
+from rap_env.evaluation.lm import RapLM
+from rap_env.evaluation.scoring import Pair, Score, ScoringPlan, fit_to_context
 from rap_env.evaluation.tasks import TASKS_FOLDER
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -27,55 +30,30 @@ from rap_env.rng import isolated_rng
 
 SMOOTH = "smooth_acc"
 _HALVES = ("search", "report")
+_UNLIKELY = -1000.0  # a log-likelihood
+_of_any_length = np.errstate(divide="ignore", invalid="ignore")  # lm-eval divides by the lengths of choices, perhaps 0
 
 
-class ScoringLM(TemplateLM):
-    """Our scoring engine behind lm-eval's interface; `simple_evaluate(model=ScoringLM(llm), ...)` works too.
+@dataclass(frozen=True)
+class _Item:
+    """A row of a task's data set.
 
-    Contexts and continuations are split as lm-eval's own HF adapter splits them, without special tokens unless the
-    tokenizer adds them by itself.
+    Attributes:
+        index: Which row.
+        requests: lm-eval's, one for each choice; `acc_mutual_info` adds those without context.
+        n_choices: Number of choices.
+        right: The choices that lm-eval counts as right, perhaps none; None if the task has marks of its own only.
     """
 
-    def __init__(self, llm: SwitchableLLM, batch_tokens: int = 4096) -> None:
-        super().__init__()
-        self.llm = llm
-        self.tokenizer = llm.tokenizer
-        self._batch_tokens = batch_tokens
+    index: int
+    requests: tuple
+    n_choices: int
+    right: tuple[int, ...] | None
 
     @property
-    def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @property
-    def prefix_token_id(self) -> int:
-        """Stands in for an empty context: BOS, or EOS where there is none."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else bos
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
-
-    def encode_request(self, context: str, continuation: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens of a context and its continuation, cut from the left to the model's context."""
-        if context:
-            head, tail = self._encode_pair(context, continuation)
-        else:
-            tail = self.tok_encode(continuation, add_special_tokens=False)
-            head = [self.prefix_token_id] if tail[0] != self.prefix_token_id else []
-            head, tail = (head, tail) if head else (tail[:1], tail[1:])
-        overflow = max(0, len(head) + len(tail) - 1 - self.llm.shape.context_tokens)
-        return tuple(head[overflow:]), tuple(tail)
-
-    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-        pairs = [(tuple(context), tuple(continuation)) for _text, context, continuation in requests]
-        return score_continuations(self.llm, pairs, self._batch_tokens)
-
-    def loglikelihood_rolling(self, requests) -> list[float]:
-        raise NotImplementedError("perplexity has its own evaluator: rap_env.evaluation.perplexity")
-
-    def generate_until(self, requests) -> list[str]:
-        raise NotImplementedError("only multiple-choice tasks are judged")
+    def text(self) -> str:
+        """Context and first right choice; the first choice where none is right."""
+        return "".join(self.requests[self.right[0] if self.right else 0].args)
 
 
 class HarnessEvaluator(Evaluator):
@@ -86,7 +64,7 @@ class HarnessEvaluator(Evaluator):
     `metric` over tasks, each task counting once, as in RAP's tables.
 
     Args:
-        tasks: lm-eval task, tag or group names; the embedded ones are always known.
+        tasks: lm-eval task, tag or group names, or one of them; the embedded ones are always known.
         include_path: Folder with further task YAMLs.
         half: `"search"` takes items 0, 2, 4, ... of each task, `"report"` items 1, 3, 5, ...; None takes all.
         limit: Number of first items of each task, or of the half of it; None for all.
@@ -95,12 +73,12 @@ class HarnessEvaluator(Evaluator):
 
     Raises:
         UnknownName: lm-eval and the folder have no such task.
-        EvaluationFailed: A task is not multiple choice, does not have the metric, or has no item to judge.
+        EvaluationFailed: A task is not multiple choice, does not have the metric, or has no item.
     """
 
     def __init__(
         self,
-        tasks: Sequence[str],
+        tasks: str | Sequence[str],
         include_path: str | Path | None = None,
         half: str | None = None,
         limit: int | None = None,
@@ -109,37 +87,46 @@ class HarnessEvaluator(Evaluator):
     ) -> None:
         if half not in (None, *_HALVES):
             raise UnknownName("half", half, _HALVES)
-        if limit is not None and limit < 1:
-            raise EvaluationFailed(f"evaluation.limit must be at least 1 or None; got {limit}")
-        self._metric = metric
-        self._batch_tokens = batch_tokens
-        self._planned: tuple | None = None  # the last tokenizer and its plan
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise EvaluationFailed(f"evaluation.limit must be a whole number, at least 1, or None; got {limit}")
+        names = [tasks] if isinstance(tasks, str) else sorted(tasks)
+        self.name = ", ".join(names) + (f" ({half} half)" if half else "")
+        self._metric, self._batch_tokens = metric, batch_tokens
         with isolated_rng(0):
-            self._tasks = _load_tasks(list(tasks), include_path)
-            for name, task in self._tasks.items():
+            loaded = _load_tasks(names, include_path)
+            for name, task in loaded.items():
                 if task.OUTPUT_TYPE != "multiple_choice":
                     raise EvaluationFailed(f"task {name!r} is {task.OUTPUT_TYPE}; expected multiple_choice")
-                if metric not in (*task.aggregation(), SMOOTH):
-                    known = ", ".join((*task.aggregation(), SMOOTH))
-                    raise EvaluationFailed(f"task {name!r} has no metric {metric!r}; it has {known}")
                 task.set_config(key="num_fewshot", value=0)
-                items = items_of(len(task.eval_docs), half, limit)
-                if not items:
-                    raise EvaluationFailed(f"task {name!r} has no item to judge; it has {len(task.eval_docs)} in all")
-                _build_requests(task, items)
+            self._build(loaded, {name: items_of(len(task.eval_docs), half, limit) for name, task in loaded.items()})
+
+    def _build(self, tasks: Mapping, rows: Mapping[str, Sequence[int]]) -> None:
+        """Takes some rows of each task, and builds their requests."""
+        self._tasks, self._items = tasks, {}
+        self._planned = None, None  # the last tokenizer and context length, and their plan
+        self.__dict__.pop("identity", None)
+        for name, task in tasks.items():
+            if not rows[name]:
+                raise EvaluationFailed(f"task {name!r} has no item to evaluate; it has {len(task.eval_docs)} in all")
+            with contextlib.redirect_stderr(io.StringIO()):  # lm-eval draws a progress bar for every task
+                task.build_all_requests(samples=rows[name])
+            self._items[name] = _items(task, rows[name])
+            if self._metric not in (known := _metrics_of(task, self._items[name])):
+                raise EvaluationFailed(f"task {name!r} has no metric {self._metric!r}; it has {', '.join(known)}")
 
     @functools.cached_property
     def identity(self) -> dict:
         requests = [
-            [name, instance.args, instance.doc_id, _gold(task, instance.doc)]
-            for name, task in self._tasks.items()
-            for instance in task.instances
+            [name, item.index, item.right, [request.args for request in item.requests]]
+            for name, items in self._items.items()
+            for item in items
         ]
         return {
-            "evaluator": "lm-eval",
+            "kind": "lm-eval",
+            "name": self.name,
             "metric": self._metric,
-            "metrics": {name: sorted(task.aggregation()) for name, task in self._tasks.items()},
-            "tasks": {name: str(task.config.metadata.get("version")) for name, task in self._tasks.items()},
+            "metrics": {name: _metrics_of(task, self._items[name]) for name, task in self._tasks.items()},
+            "tasks": {name: str((task.config.metadata or {}).get("version")) for name, task in self._tasks.items()},
             "requests": hashlib.sha256(json.dumps(requests, default=str).encode()).hexdigest(),
             "batch_tokens": self._batch_tokens,
             "versions": {library: version(library) for library in ("lm_eval", "torch", "transformers")},
@@ -148,20 +135,46 @@ class HarnessEvaluator(Evaluator):
     @property
     def item_texts(self) -> dict[str, list[str]]:
         """The text of every item of each task, context and right choice, for the contamination check."""
-        return {
-            name: [
-                f"{instances[0].args[0]}{instances[_gold(task, instances[0].doc)[0]].args[1]}"
-                for instances in _by_document(task)
-            ]
-            for name, task in self._tasks.items()
-        }
+        return {name: [item.text for item in items] for name, items in self._items.items()}
 
-    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1) -> int:
-        return self.plan(llm).peak_bytes(llm.shape, n_masks)
+    def without(self, texts: Collection[str]) -> Self:
+        """The same evaluator without the items that have one of these texts; see `item_texts`.
+
+        Raises:
+            EvaluationFailed: No item of a task is left.
+        """
+        texts, other = set(texts), copy.copy(self)
+        rows = {name: [item.index for item in items if item.text not in texts] for name, items in self._items.items()}
+        with isolated_rng(0):
+            other._build({name: copy.copy(task) for name, task in self._tasks.items()}, rows)
+        return other
+
+    def tokens(self, llm: SwitchableLLM) -> int:
+        """Tokens that evaluating one mask forwards; raises what `plan` raises."""
+        return self.plan(llm).tokens
+
+    def plan(self, llm: SwitchableLLM) -> ScoringPlan:
+        """How the requests are forwarded with a model's tokenizer.
+
+        Raises:
+            EvaluationFailed: The named item has a context or a choice that can't be scored.
+        """
+        key = llm.tokenizer, llm.shape.context_tokens
+        if self._planned[0] != key:
+            lm = _Encoder(llm)
+            pairs = [
+                lm.pair(request, f"task {name!r}, item {item.index}, choice {number % item.n_choices}")
+                for name, items in self._items.items()
+                for item in items
+                for number, request in enumerate(item.requests)
+            ]
+            self._planned = key, ScoringPlan(pairs, self._batch_tokens)
+        return self._planned[1]
 
     def evaluate_many(
-        self, llm: SwitchableLLM, masks: Sequence[PruningMask]
+        self, llm: SwitchableLLM, masks: Sequence[PruningMask], near: PruningMask | None = None
     ) -> Iterator[tuple[PruningMask, Evaluation]]:
+        """Evaluates distinct masks, whatever mask is applied; no stream is held between calls, so `near` is unused."""
         started, plan = time.perf_counter(), self.plan(llm)
         for mask, scores in plan.run(llm, masks):
             with isolated_rng(0):
@@ -174,27 +187,38 @@ class HarnessEvaluator(Evaluator):
     def _task_metrics(self, scores: list[Score]) -> dict[str, dict[str, float]]:
         answers, tasks = iter(scores), {}
         for name, task in self._tasks.items():
-            for instance in task.instances:
-                instance.resps = [next(answers)]
+            for item in self._items[name]:
+                for request in item.requests:
+                    request.resps = [next(answers)]
             task.apply_filters()
-            tasks[name] = _metrics(task)
+            tasks[name] = _metrics(task, self._items[name])
         return tasks
 
-    def plan(self, llm: SwitchableLLM) -> ScoringPlan:
-        """How the requests are forwarded with a model's tokenizer."""
-        if self._planned is None or self._planned[0] is not llm.tokenizer:
-            lm = ScoringLM(llm)
-            pairs = [lm.encode_request(*i.args) for task in self._tasks.values() for i in task.instances]
-            self._planned = (llm.tokenizer, ScoringPlan(pairs, self._batch_tokens))
-        return self._planned[1]
+
+class _Encoder(RapLM):
+    """Hands out the tokens that lm-eval makes of a request, instead of scoring them."""
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> Sequence[tuple]:
+        return requests
+
+    def pair(self, request, owner: str) -> Pair:
+        """A request's tokens; the owner is what an error names."""
+        try:
+            ((_text, context, continuation),) = self.loglikelihood([request], disable_tqdm=True)
+            return fit_to_context(context, continuation, self.max_length)
+        except IndexError as error:  # lm-eval looks at a continuation's first token where there is no context
+            raise EvaluationFailed(f"{owner}: neither its context nor its continuation has tokens") from error
+        except EvaluationFailed as error:
+            raise EvaluationFailed(f"{owner}: {error}") from error
 
 
 def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:
     if not names:
         raise EvaluationFailed("expected at least one task name; got none")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise EvaluationFailed(f"evaluation.include_path: no such folder: {include_path}")
-    folders = [str(TASKS_FOLDER), *([] if include_path is None else [str(include_path)])]
+    own = [] if include_path is None else [Path(include_path).expanduser()]
+    if missing := [folder for folder in own if not folder.is_dir()]:
+        raise EvaluationFailed(f"evaluation.include_path: no such folder: {missing[0]}")
+    folders = [str(folder) for folder in (TASKS_FOLDER, *own)]
     # Indexing lm-eval's thousands of tasks takes seconds; skip them when the folders have all that is asked for.
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not set(names) <= set(manager.task_index):
@@ -204,43 +228,65 @@ def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:
             raise UnknownName("task", name, manager.task_index)
     datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that takes keyword arguments
-    return dict(sorted(manager.load(names)["tasks"].items()))
+    try:
+        return dict(sorted(manager.load(names)["tasks"].items()))
+    except OSError as error:  # of the hub or of a file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EvaluationFailed(
+            f"can't load the data of {', '.join(names)}: {reason}. Check the network, or use evaluation=local"
+        ) from error
 
 
 def items_of(n_items: int, half: str | None, limit: int | None) -> list[int]:
-    """Indices of the items that are judged; the same list as `samples` makes lm-eval judge the same items."""
+    """Indices of the items that are evaluated; the same list as `samples` makes lm-eval evaluate the same items."""
     indices = range(n_items) if half is None else range(_HALVES.index(half), n_items, 2)
     return list(indices[:limit])
 
 
-def _build_requests(task, items: list[int]) -> None:
-    with contextlib.redirect_stderr(io.StringIO()):  # lm-eval draws a progress bar for every task
-        task.build_all_requests(samples=items)
+def _items(task, rows: Sequence[int]) -> list[_Item]:
+    """The rows of a task of which the requests are built; lm-eval numbers them anew, from 0."""
+    requests = defaultdict(list)
+    for request in task.instances:
+        requests[request.doc_id].append(request)
+    marking = copy.copy(task)
+    marking._metric_fn_list = {**task._metric_fn_list, "acc": None}  # so that it always tells `acc`
+    items = []
+    for position, row in enumerate(rows):
+        own = tuple(sorted(requests[position], key=lambda request: request.idx))
+        n_choices = len(task.doc_to_choice(own[0].doc))
+        items.append(_Item(row, own, n_choices, _right_choices(marking, own, n_choices)))
+    return items
 
 
-def _by_document(task) -> list[list]:
-    documents = defaultdict(list)
-    for instance in task.instances:
-        documents[instance.doc_id].append(instance)
-    return [sorted(documents[key], key=lambda instance: instance.idx) for key in sorted(documents)]
+@_of_any_length
+def _right_choices(task, requests: Sequence, n_choices: int) -> tuple[int, ...] | None:
+    """The choices for which lm-eval gives a whole point when they are by far the likeliest."""
+    right = []
+    for choice in range(n_choices):
+        answers = [(0.0, True) if index == choice else (_UNLIKELY, False) for index in range(len(requests))]
+        marks = task.process_results(requests[0].doc, answers)
+        if "acc" not in marks:
+            return None
+        if marks["acc"] == 1:
+            right.append(choice)
+    return tuple(right)
 
 
-def _gold(task, document: dict) -> list[int]:
-    target = task.doc_to_target(document)
-    targets = target if isinstance(target, list) else [target]
-    choices = task.doc_to_choice(document)
-    return [choices.index(value) if isinstance(value, str) else int(value) for value in targets]
+def _metrics_of(task, items: Sequence[_Item]) -> list[str]:
+    return [*task.aggregation(), *([SMOOTH] if items[0].right is not None else [])]
 
 
-def _metrics(task) -> dict[str, float]:
+@_of_any_length
+def _metrics(task, items: Sequence[_Item]) -> dict[str, float]:
     values = defaultdict(list)
-    for instances in _by_document(task):
-        document = instances[0].doc
-        responses = [next(iter(instance.filtered_resps.values())) for instance in instances]
-        for metric, value in task.process_results(document, responses).items():
+    for item in items:
+        answers = [next(iter(request.filtered_resps.values())) for request in item.requests]
+        for metric, value in task.process_results(item.requests[0].doc, answers).items():
             values[metric].append(value)
-        likelihoods = np.array([logprob for logprob, _greedy in responses])
-        probabilities = np.exp(likelihoods - np.logaddexp.reduce(likelihoods))
-        values[SMOOTH].append(float(probabilities[_gold(task, document)].sum()))
-    metrics = {name: float(aggregate(values[name])) for name, aggregate in task.aggregation().items() if name in values}
-    return metrics | {SMOOTH: float(np.mean(values[SMOOTH])), "items": len(values[SMOOTH])}
+        if item.right is not None:
+            likelihoods = np.array([logprob for logprob, _greedy in answers[: item.n_choices]])
+            probabilities = np.exp(likelihoods - np.logaddexp.reduce(likelihoods))
+            values[SMOOTH].append(float(probabilities[list(item.right)].sum()))
+    aggregations = task.aggregation() | {SMOOTH: np.mean}
+    metrics = {name: float(aggregations[name](values[name])) for name in aggregations if name in values}
+    return metrics | {"items": len(items)}

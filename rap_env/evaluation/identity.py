@@ -1,6 +1,73 @@
-"""Stub."""
+"""What a stored result depends on beside mask and evaluator: our engine, the machine's arithmetic, model, libraries."""
+
+import functools
+import hashlib
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Raise it with every change after which our code computes other numbers for the same mask, model and evaluator: the
+# forward pass under masks, packing, scoring, the weights of a metric. Results of earlier versions are then misses.
 ENGINE_VERSION = 2
 
+# Prefixes of the CPU features by which PyTorch, oneDNN and MKL choose their kernels, on x86 and on ARM.
+_KERNEL_FEATURES = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "fphp", "bf16", "i8mm", "sve")
 
-def engine_identity(llm) -> dict:
-    return {"engine": ENGINE_VERSION, "model": llm.digest, "tokenizer": llm.tokenizer_digest, "dtype": str(llm.dtype)}
+
+def engine_identity(llm: Any) -> dict:
+    """The part of an evaluation's identity that is the same for all masks and evaluators.
+
+    Args:
+        llm: Has `digest`, `tokenizer_digest`, `dtype` and `device`.
+
+    Returns:
+        JSON values only.
+    """
+    return {
+        "engine": ENGINE_VERSION,
+        "platform": numeric_platform(llm.device),
+        "model": llm.digest,
+        "tokenizer": llm.tokenizer_digest,
+        "dtype": str(llm.dtype),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def numeric_platform(device: torch.device | str) -> dict:
+    """What floating-point results depend on beside the code: two machines that differ here may round differently.
+
+    Returns:
+        JSON values: for a CPU its maker and features and the build of PyTorch with its BLAS and oneDNN, for a GPU its
+        name and the versions of its libraries. The same in all processes of a machine.
+    """
+    return dict(_platform(torch.device(device).type, str(device)))
+
+
+@functools.cache
+def _platform(kind: str, device: str) -> dict:
+    if kind == "cuda":
+        return {
+            "device": kind,
+            "name": torch.cuda.get_device_name(device),
+            "capability": list(torch.cuda.get_device_capability(device)),
+            "runtime": torch.version.cuda or torch.version.hip,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    build = hashlib.sha256(torch.__config__.show().encode()).hexdigest()[:16]  # names BLAS, oneDNN and the kernels used
+    return {"device": kind, "machine": platform.machine(), "build": build, **_cpu_features()}
+
+
+def _cpu_features() -> dict:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():  # not Linux
+        return {"processor": platform.processor()}
+    first = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    features = fields.get("flags") or fields.get("Features") or ""
+    return {
+        "maker": fields.get("vendor_id") or fields.get("CPU implementer"),  # MKL has other kernels for each
+        "features": sorted({name for name in features.split() if name.startswith(_KERNEL_FEATURES)}),
+    }

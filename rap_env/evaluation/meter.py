@@ -135,25 +135,29 @@ class Meter:
 
     def ensure_known(self, masks: Sequence[PruningMask], near: PruningMask | None = None) -> set[PruningMask]:
         """Pays for masks and makes them known, as `evaluate` does; returns those that had to be measured here."""
-        if self.evaluator.setup_tokens:
+        for mask in masks:
+            self.llm.check(mask)
+        if masks and self.evaluator.setup_tokens:
             self.budget.spend(self.owner, ["setup"], self.evaluator.setup_tokens)
         self.budget.spend(self.owner, masks, self.tokens_each)
         unknown = [mask for mask in dict.fromkeys(masks) if mask not in self.known]
         if not unknown:
             return set()
+        measured: set[PruningMask] = set()
 
         def measure(indices: Sequence[int]) -> Iterator[tuple[int, dict]]:
             position = {unknown[index]: index for index in indices}
             with isolated_rng():
                 for mask, evaluation in self.evaluator.evaluate_many(self.llm, list(position), near):
-                    yield position[mask], asdict(self._checked(evaluation))
+                    self.known[mask] = self._checked(evaluation)
+                    measured.add(mask)
+                    self.fresh_evaluations += 1
+                    yield position[mask], asdict(evaluation)
 
-        for mask in unknown:
-            self.llm.check(mask)
-        results, measured = measured_once(self.store, [self.identity(mask) for mask in unknown], measure)
-        self.known.update((mask, Evaluation(**result)) for mask, result in zip(unknown, results, strict=True))
-        self.fresh_evaluations += len(measured)
-        return {unknown[index] for index in measured}
+        results, _indices = measured_once(self.store, [self.identity(mask) for mask in unknown], measure)
+        for mask, result in zip(unknown, results, strict=True):
+            self.known.setdefault(mask, Evaluation(**result))
+        return measured
 
     def affordable(self, masks: Sequence[PruningMask]) -> list[PruningMask]:
         """Those of the masks, in their order, that the budget still pays for; what was paid before costs nothing."""

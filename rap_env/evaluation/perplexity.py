@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from rap_env.errors import EvaluationFailed, InvalidWorkload
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.llm.held import HeldStreams
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.llm.windows import check_windows
 from rap_env.mask import PruningMask
 from rap_env.memory.working import working_bytes
 
@@ -85,16 +85,13 @@ class TextEvaluator(Evaluator):
         name: What reports call the text.
 
     Raises:
-        EvaluationFailed: There is no window, or none with a token to predict.
+        InvalidWorkload: There is no window, or none with a token to predict.
     """
 
     kind: str  # in the identity
 
     def __init__(self, windows: torch.Tensor, name: str) -> None:
-        if windows.dim() != 2 or len(windows) < 1 or windows.shape[1] < 2:
-            raise EvaluationFailed(
-                f"expected at least one window of at least 2 tokens of {name!r}; got a shape of {list(windows.shape)}"
-            )
+        check_windows(*windows.shape)
         self.windows, self.name = windows, name
         self._held: tuple[SwitchableLLM, list[HeldStreams]] | None = None
 
@@ -142,11 +139,7 @@ class TextEvaluator(Evaluator):
         Raises:
             InvalidWorkload: The windows are longer than the model's context.
         """
-        if self.windows.shape[1] > llm.shape.context_tokens:
-            raise InvalidWorkload(
-                f"{self.name!r} has windows of {self.windows.shape[1]:,} tokens; the model's context is"
-                f" {llm.shape.context_tokens:,}"
-            )
+        check_windows(*self.windows.shape, llm.shape.context_tokens)
         return llm.open_stream(self.windows[batch].to(llm.device))
 
     def evaluate_many(

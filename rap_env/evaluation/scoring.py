@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rap_env.errors import EvaluationFailed
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
@@ -17,6 +18,30 @@ _HEAD_ROWS = 128  # rows of float32 logits that are alive at once in all lanes; 
 # Branches' tokens for each token of their context. Beyond it another copy of the context costs less than attention
 # over everything that the branches may not see.
 _BRANCHING = 8
+
+
+def fit_to_context(context: Sequence[int], continuation: Sequence[int], context_tokens: int) -> Pair:
+    """A pair whose context is cut from the left until the model takes it: its last token is predicted, never read.
+
+    Args:
+        context: Tokens in front of the continuation.
+        continuation: Tokens to score.
+        context_tokens: Longest sequence that the model takes.
+
+    Raises:
+        EvaluationFailed: Nothing stands in front of the continuation to predict it from, it has no tokens, or more than
+            the model takes.
+    """
+    if not context:
+        raise EvaluationFailed("its context has no tokens, so there is nothing to predict the continuation from")
+    if not continuation:
+        raise EvaluationFailed("its continuation has no tokens; a token may span its join with the context")
+    if len(continuation) > context_tokens:
+        raise EvaluationFailed(
+            f"its continuation has {len(continuation)} tokens; the model takes at most {context_tokens}"
+        )
+    overflow = max(0, len(context) + len(continuation) - 1 - context_tokens)
+    return tuple(context[overflow:]), tuple(continuation)
 
 
 @dataclass
@@ -52,6 +77,7 @@ class ScoringPlan:
     """
 
     def __init__(self, pairs: Sequence[Pair], batch_tokens: int = 4096) -> None:
+        assert all(context and continuation for context, continuation in pairs), "see fit_to_context"
         self.pairs = pairs
         requests = sorted(_requests(pairs, batch_tokens), key=lambda request: len(request.tree))
         self._batches = list(_cut(requests, batch_tokens))
@@ -173,7 +199,8 @@ class _Reading:
         logprobs = torch.empty(len(self._rows), device=states.device)
         greedy = torch.empty(len(self._rows), dtype=torch.bool, device=states.device)
         lanes = n_lanes(len(states), states.device)
-        starts = torch.arange(0, len(states) + _HEAD_ROWS // lanes, _HEAD_ROWS // lanes)
+        chunk_rows = max(1, _HEAD_ROWS // lanes)
+        starts = torch.arange(0, len(states) + chunk_rows, chunk_rows)
         cuts = torch.searchsorted(self._rows, starts.to(states.device)).tolist()
 
         def read_rows(chunks: slice) -> None:

@@ -1,48 +1,29 @@
 """The result store: every finished evaluation, kept under its full identity, shared by processes, never lost.
 
-Each write is one `INSERT` in autocommit, so a killed writer leaves a whole row or none. The file is SQLite in
-write-ahead mode, where readers never wait for writers; it wants a local disk, as SQLite's locks fail on network ones.
+Each write is one transaction, so a killed writer leaves whole rows or none. Beside the results stand claims: who is
+measuring what, so that nobody measures it twice.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import sqlite3
-import tempfile
-import threading
-import weakref
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from rap_env.errors import RapError, StoreDamaged, StoreUnavailable
+from rap_env.evaluation.database import CLAIMS, EVALUATIONS, Database, damaged
+from rap_env.evaluation.owners import is_gone, this_process
 
-LOCK_TIMEOUT_SECONDS = 60.0
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x52415053  # "RAPS" in SQLite's header: tells our files from other programs' databases
-
-_METADATA = sa.MetaData()
-_EVALUATIONS = sa.Table(
-    "evaluations",
-    _METADATA,
-    sa.Column("digest", sa.Text, primary_key=True),
-    sa.Column("identity", sa.Text, nullable=False),
-    sa.Column("result", sa.Text, nullable=False),
-    sa.Column("created_at", sa.Text, nullable=False),
-)
-_FIND = sa.select(_EVALUATIONS.c.identity, _EVALUATIONS.c.result).where(_EVALUATIONS.c.digest == sa.bindparam("digest"))
-_COUNT = sa.select(sa.func.count()).select_from(_EVALUATIONS)
+_FIND = sa.select(EVALUATIONS.c.identity, EVALUATIONS.c.result).where(EVALUATIONS.c.digest == sa.bindparam("digest"))
+_COUNT = sa.select(sa.func.count()).select_from(EVALUATIONS)
 _INSERT = {
-    "sqlite": sqlite.insert(_EVALUATIONS).on_conflict_do_nothing(index_elements=["digest"]),
-    "postgresql": postgresql.insert(_EVALUATIONS).on_conflict_do_nothing(index_elements=["digest"]),
+    "sqlite": sqlite.insert(EVALUATIONS).on_conflict_do_nothing(index_elements=["digest"]),
+    "postgresql": postgresql.insert(EVALUATIONS).on_conflict_do_nothing(index_elements=["digest"]),
 }
-# SQLITE_ERROR is "no such table" here, as the statements are fixed.
-_SQLITE_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)
-_POSTGRESQL_DAMAGE = ("XX", "42P01", "42703")  # internal error or corruption, no such table, no such column
+_RENEW = sa.update(CLAIMS).where(CLAIMS.c.owner == sa.bindparam("me")).values(renewed_at=sa.bindparam("now"))
 
 
 def _json(kind: str, value: Mapping, **options: object) -> str:
@@ -81,7 +62,7 @@ class ResultStore:
     opening reads the file once. A store may be pickled and may be open across a fork.
 
     Args:
-        location: A path, `sqlite:///path`, or `postgresql+psycopg://user@host/database`.
+        location: A path (`~` is the home folder), `sqlite:///path`, or `postgresql+psycopg://user@host/database`.
 
     Raises:
         ValueError: The location is neither, or names a store in memory.
@@ -90,13 +71,7 @@ class ResultStore:
     """
 
     def __init__(self, location: str | Path | sa.URL) -> None:
-        self._location = _path_or_url(location)
-        self._name = str(self._location)  # of a URL without its password
-        open_engine = _open_sqlite if isinstance(self._location, Path) else _open_postgresql
-        with _IN_USE, _explained(self._name):
-            self._engine = open_engine(self._location)
-            _ENGINES.add(self._engine)
-        self._insert = _INSERT[self._engine.dialect.name]
+        self._database = Database(location)
 
     def get(self, identity: Mapping) -> dict | None:
         """The stored result of exactly this identity, or None.
@@ -108,19 +83,20 @@ class ResultStore:
         """
         asked = _canonical_json(identity)
         digest = hashlib.sha256(asked.encode()).hexdigest()
-        with self._connection() as connection:
+        with self._database.connection() as connection:
             row = connection.execute(_FIND, {"digest": digest}).first()
         if row is None:
             return None
         if row.identity != asked:
-            raise _damaged(self._name, f"holds another identity under {digest}: asked {asked}, found {row.identity}")
+            found = f"holds another identity under {digest}: asked {asked}, found {row.identity}"
+            raise damaged(self._database.name, found)
         try:
             return json.loads(row.result)
         except (TypeError, ValueError) as error:
-            raise _damaged(self._name, f"holds no JSON result under {digest}: {error}") from error
+            raise damaged(self._database.name, f"holds no JSON result under {digest}: {error}") from error
 
     def put(self, identity: Mapping, result: Mapping) -> None:
-        """Stores a result; on disk when this returns. The first result of an identity stays, later ones are ignored.
+        """Stores a result; on disk when this returns, and the claim on it ends. The first result of an identity stays.
 
         Raises:
             ValueError: Identity or result hold NaN or infinity, or the result would not come back equal from JSON.
@@ -133,11 +109,45 @@ class ResultStore:
             "result": _exact_json(result),
             "created_at": datetime.now(UTC).isoformat(),
         }
-        with self._connection() as connection:
-            connection.execute(self._insert, values)
+        with self._database.transaction() as connection:
+            connection.execute(_INSERT[self._database.dialect], values)
+            connection.execute(sa.delete(CLAIMS).where(CLAIMS.c.digest == values["digest"]))
+            connection.execute(_RENEW, {"me": this_process(), "now": time.time()})
+
+    def claim(self, identities: Sequence[Mapping]) -> list[bool]:
+        """Takes the right to measure what has no result and is claimed by nobody, this process included.
+
+        A claim ends with `put`, with `release`, or with its process (on another host: as `owners.is_gone` says). Most
+        callers want `claims.measured_once`, which also waits for the rest.
+
+        Returns:
+            For each identity whether it is the caller's to measure now.
+
+        Raises:
+            ValueError: An identity is not made of finite JSON values.
+            StoreDamaged: The store can't be read.
+            StoreUnavailable: As of `put`.
+        """
+        digests = [identity_digest(identity) for identity in identities]
+        with self._database.transaction() as connection:
+            finished = connection.scalars(sa.select(EVALUATIONS.c.digest).where(EVALUATIONS.c.digest.in_(digests)))
+            free = set(digests) - set(finished)
+            claims = connection.execute(sa.select(CLAIMS).where(CLAIMS.c.digest.in_(free))).all()
+            free -= {claim.digest for claim in claims if not is_gone(claim.owner, claim.renewed_at)}
+            connection.execute(sa.delete(CLAIMS).where(CLAIMS.c.digest.in_(free)))
+            if free:
+                mine = {"owner": this_process(), "renewed_at": time.time()}
+                connection.execute(sa.insert(CLAIMS), [{"digest": digest, **mine} for digest in free])
+        return [digest in free for digest in digests]
+
+    def release(self, identities: Sequence[Mapping]) -> None:
+        """Gives up this process's claims, so that others may measure; claims of others stay. Raises what `put` does."""
+        digests = [identity_digest(identity) for identity in identities]
+        with self._database.transaction() as connection:
+            connection.execute(sa.delete(CLAIMS).where(CLAIMS.c.digest.in_(digests), CLAIMS.c.owner == this_process()))
 
     def __len__(self) -> int:
-        with self._connection() as connection:
+        with self._database.connection() as connection:
             return connection.execute(_COUNT).scalar_one()
 
     def __bool__(self) -> bool:
@@ -145,8 +155,7 @@ class ResultStore:
 
     def close(self) -> None:
         """Closes the connections of this process; using the store afterwards opens them again."""
-        with _IN_USE:
-            self._engine.dispose()
+        self._database.close()
 
     def __enter__(self) -> "ResultStore":
         return self
@@ -155,140 +164,4 @@ class ResultStore:
         self.close()
 
     def __reduce__(self) -> tuple:
-        return ResultStore, (self._location,)
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[sa.Connection]:
-        with _IN_USE, _explained(self._name), self._engine.connect() as connection:
-            yield connection
-
-
-# SQLite counts its locks per process and a fork inherits the counts but not the locks: a child that reopened a file
-# its parent had open would write into a log that the parent deletes. So no connection may be open during a fork;
-# noticing the new process id afterwards is too late.
-_IN_USE = threading.RLock()
-_ENGINES: "weakref.WeakSet[sa.Engine]" = weakref.WeakSet()
-
-
-def _close_before_fork() -> None:
-    _IN_USE.acquire()  # waits for statements in other threads; released on both sides of the fork
-    for engine in list(_ENGINES):
-        engine.dispose()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_close_before_fork, after_in_parent=_IN_USE.release, after_in_child=_IN_USE.release)
-
-
-def _damaged(name: str, finding: str) -> StoreDamaged:
-    advice = "restore it from a copy, or move it away (a file with its -wal and -shm files) to begin a new one"
-    return StoreDamaged(f"the result store {name} {finding}; it was left unchanged: {advice}")
-
-
-@contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turns errors of the database and the file system into ours, damage apart from what may pass."""
-    try:
-        yield
-    except sa.exc.DBAPIError as error:
-        cause = error.orig
-        if isinstance(cause, sqlite3.Error):
-            code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)  # none: Python couldn't decode the text
-            damage = code & 0xFF in _SQLITE_DAMAGE
-        else:
-            damage = (getattr(cause, "sqlstate", None) or "").startswith(_POSTGRESQL_DAMAGE)
-        if damage:
-            raise _damaged(name, f"can't be read ({cause})") from error
-        raise StoreUnavailable(f"the result store {name} can't be used now: {cause}") from error
-    except RapError:
-        raise
-    except OSError as error:
-        raise StoreUnavailable(f"the result store {name} can't be opened or created: {error}") from error
-
-
-def _path_or_url(location: str | Path | sa.URL) -> Path | sa.URL:
-    if isinstance(location, Path) or (isinstance(location, str) and "://" not in location):
-        return Path(location).resolve()
-    try:
-        url = sa.make_url(location)
-    except sa.exc.ArgumentError as error:
-        raise ValueError(f"expected a path, sqlite:///path or postgresql+psycopg://...; {error}") from error
-    if (backend := url.drivername.split("+")[0]) not in _INSERT:
-        raise ValueError(f"expected a result store in sqlite or postgresql; got {backend!r}")
-    if backend == "postgresql":
-        return url.set(drivername="postgresql+psycopg")
-    if url.database in (None, "", ":memory:") or url.query:
-        raise ValueError(f"expected sqlite:///path, without options and not in memory; got {str(url)!r}")
-    return Path(url.database).resolve()
-
-
-def _sqlite_engine(path: Path, mode: str, **options: object) -> sa.Engine:
-    """An engine in autocommit. Mode `rw` and not `rwc` in use: a store that vanished must not come back empty."""
-    url = sa.URL.create("sqlite", database=path.as_uri(), query={"mode": mode, "uri": "true"})
-    timeout = {"timeout": LOCK_TIMEOUT_SECONDS}
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", connect_args=timeout, **options)
-
-    @sa.event.listens_for(engine, "connect")
-    def set_durability(connection: sqlite3.Connection, _record: object) -> None:
-        # NORMAL would survive kill -9 but not a power cut; one fsync is nothing beside an evaluation of seconds.
-        connection.execute("PRAGMA synchronous=FULL")
-
-    return engine
-
-
-def _holds_bytes(path: str | Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.stat(path).st_size > 0
-    return False
-
-
-def _open_sqlite(path: Path) -> sa.Engine:
-    has_log = _holds_bytes(f"{path}-wal")  # looked at before the file: a living store has its file first
-    if not path.exists():
-        if has_log:  # SQLite would replay the old log into the new file
-            raise _damaged(str(path), f"is missing, but its log {path.name}-wal holds results")
-        _create_sqlite(path)
-    if not path.is_file():
-        raise _damaged(str(path), "is not a file")
-    if not _holds_bytes(path):
-        raise _damaged(str(path), "is empty, and stores never are")
-    # Closing a read-write connection copies a log into the file, which may be damaged or another program's. The header
-    # is read through SQLite too: closing a plain file drops all locks that this process holds on it.
-    mode = "ro" if has_log or _holds_bytes(f"{path}-journal") else "rw"
-    with _sqlite_engine(path, mode, poolclass=sa.NullPool).connect() as connection:
-        if connection.exec_driver_sql("PRAGMA application_id").scalar_one() != APPLICATION_ID:
-            raise _damaged(str(path), "is a database of another program")
-        if (version := connection.exec_driver_sql("PRAGMA user_version").scalar_one()) != SCHEMA_VERSION:
-            raise _damaged(str(path), f"has schema version {version}; this rap-env reads only {SCHEMA_VERSION}")
-        if (finding := connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()) != "ok":
-            raise _damaged(str(path), f"is damaged inside ({finding.splitlines()[-1]})")
-    return _sqlite_engine(path, "rw")
-
-
-def _create_sqlite(path: Path) -> None:
-    """Makes an empty store in a folder beside, then links it into place: processes never see a half-made file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        fresh = Path(folder) / path.name
-        with _sqlite_engine(fresh, "rwc", poolclass=sa.NullPool).connect() as connection:
-            connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
-            connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")
-            _METADATA.create_all(connection)
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-        with contextlib.suppress(FileExistsError):  # another process was faster, and its file is as good
-            os.link(fresh, path)  # the first put syncs the folder, as it creates the log there
-
-
-def _open_postgresql(url: sa.URL) -> sa.Engine:
-    try:
-        setup = sa.create_engine(url, poolclass=sa.NullPool)
-    except ImportError as error:
-        raise StoreUnavailable(f"{url} needs psycopg: pip install 'rap-env[postgresql]' ({error})") from error
-    with setup.begin() as connection:
-        # IF NOT EXISTS alone fails when two processes create at once; the lock ends with the transaction.
-        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(APPLICATION_ID)))
-        _METADATA.create_all(connection)
-        columns = {column["name"] for column in sa.inspect(connection).get_columns(_EVALUATIONS.name)}
-    if columns != set(_EVALUATIONS.columns.keys()):
-        raise _damaged(str(url), f"has a table evaluations with other columns ({', '.join(sorted(columns))})")
-    return sa.create_engine(url, isolation_level="AUTOCOMMIT", pool_pre_ping=True)
+        return ResultStore, (self._database.location,)

@@ -11,6 +11,7 @@ from rap_env.evaluation.store import ResultStore
 from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds, price
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.llm.windows import check_windows
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import bytes_by_name
 from rap_env.memory.workload import Workload
@@ -87,13 +88,14 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
 
     Raises:
         SearchExhausted: The token budget does not cover the ranking.
-        EvaluationFailed: There are no windows, or a loss is not a finite number.
-        InvalidWorkload: The windows are longer than the model's context.
+        EvaluationFailed: A loss is not a finite number.
+        InvalidWorkload: There are no windows, no token to predict, or they are longer than the model's context.
     """
+    check_windows(*windows.shape, llm.shape.context_tokens)
     budget = TokenBudget() if budget is None else budget
     spent_before = budget.spent
     freed = bytes_by_name(llm.shape, workload) if workload else {c.name: 1 for c in llm.shape.components}
-    parts = [windows] if exact or len(windows) < 2 else split_windows(windows)
+    parts = [windows] if exact else split_windows(windows)
     meters = [Meter(llm, PerplexityEvaluator(part, CALIBRATION), store, budget) for part in parts]
     rounds = ExactRounds(*meters, freed=freed) if exact else LazyRounds(*meters, freed=freed)
     n_rounds = len(freed) if removals is None else min(removals, len(freed))

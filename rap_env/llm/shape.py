@@ -1,4 +1,4 @@
-"""The sizes of a model, and what each of its components costs: counted on real tensors, or on a config's without weights."""
+"""The sizes of a model and what each of its components costs, counted on its tensors or without weights."""
 
 import functools
 from collections.abc import Iterable, Mapping

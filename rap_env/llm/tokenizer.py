@@ -1,24 +1,60 @@
-"""What turns text into tokens, as one digest: two tokenizers with the same one read every text alike."""
+"""A tokenizer's digest: equal exactly where texts become the same token ids."""
 
+import contextlib
 import hashlib
 import json
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+# A pad token fills what attention masks out, and lm-eval sets a missing one; so it is left out.
+_SETTINGS = ("add_bos_token", "add_eos_token", "chat_template", "model_max_length", "split_special_tokens")
+_ABOUT_LOADING = ("name_or_path", "is_local", "local_files_only", "cache_dir", "backend", "max_length")
 
 
-def tokenizer_digest(tokenizer) -> str:
-    """SHA-256 over a transformers tokenizer, hexadecimal; not over the padding or truncation that a call left behind.
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over everything that changes token ids, hexadecimal; the same in every process and for every folder.
+
+    Padding and truncation are left out: calling a fast tokenizer leaves their state behind in its backend.
 
     Args:
-        tokenizer: A fast tokenizer, whose whole pipeline is read, or a slow one, of which vocabulary and settings are.
+        tokenizer: A fast one, described by its backend with normalizer, merges and post-processor, or a slow one,
+            described by its class, vocabulary, vocabulary files and plain settings.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        pipeline = {"vocabulary": tokenizer.get_vocab(), "settings": tokenizer.init_kwargs}
-    else:
-        pipeline = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-    entries = {
-        "pipeline": pipeline,
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "adds_bos": getattr(tokenizer, "add_bos_token", None),
-        "chat_template": tokenizer.chat_template,
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    content = {
+        "special_tokens": special,
+        "settings": {name: getattr(tokenizer, name, None) for name in _SETTINGS},
+        "tokens": _fast(tokenizer) if tokenizer.is_fast else _slow(tokenizer),
     }
-    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _fast(tokenizer: PreTrainedTokenizerBase) -> dict:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in backend.items() if name not in ("padding", "truncation")}
+
+
+def _slow(tokenizer: PreTrainedTokenizerBase) -> dict:
+    options = {
+        name: value
+        for name, value in tokenizer.init_kwargs.items()
+        if isinstance(value, bool | int | float | str)
+        and not name.endswith("_file")
+        and not name.startswith(("pad", "truncation"))
+        and name not in (*_ABOUT_LOADING, *_SETTINGS)
+    }
+    files = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(NotImplementedError):  # a tokenizer without vocabulary files
+            tokenizer.save_vocabulary(folder)
+        for path in Path(folder).iterdir():
+            files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": tokenizer.get_vocab(),
+        "added": {index: repr(token) for index, token in tokenizer.added_tokens_decoder.items()},
+        "options": options,
+        "files": files,
+    }

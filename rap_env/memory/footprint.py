@@ -46,10 +46,10 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
         activations = b * B * T * (2 * h + width) + 4 * B * vocabulary
 
     Fixed are the embedding, an untied head, and the norms, which stay resident. Cached tokens are `B * (T + generated
-    tokens)`, or what a sliding window leaves of them. `width` is what the widest kept kind of site holds for each token:
-    queries, keys, values and output of an attention (scores are never materialised), or gate, up and product of an MLP.
-    The head's logits are float32, for the last position only. With rows counted from a Llama the first two lines are
-    RAP's memory model (arXiv 2505.17138, section on the memory model).
+    tokens)`, or what a sliding window leaves of them. `width` is what the widest kept kind of site holds for each
+    token: queries, keys, values and output of an attention (scores are never materialised), or gate, up and product of
+    an MLP. The head's logits are float32, for the last position only. With rows counted from a Llama the first two
+    lines are RAP's memory model (arXiv 2505.17138, section on the memory model).
 
     Args:
         shape: A `ModelShape`.

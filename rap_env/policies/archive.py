@@ -15,8 +15,8 @@ from rap_env.policies.walk import fit_to_budget
 class ArchivePolicy:
     """A Pareto front over (weight bytes, KV bytes per token, score) with a lookup.
 
-    A mask's score does not depend on the workload, and its bytes do through these two sums alone. So a mask is remembered
-    only if none that needs no more of either has a higher score. With room for everything, everything is kept.
+    A mask's score does not depend on the workload, and its bytes do through these two sums alone. So a mask is
+    remembered only if none that needs no more of either scores as high. With room for everything, everything is kept.
 
     Args:
         shape: The model.

@@ -25,8 +25,8 @@ class ComponentNetwork(nn.Module):
     """Scores every component by the same MLP, from its own features and the scenario's.
 
     What is learned about "an unimportant component that frees many bytes" holds for all of them at once, so a few
-    hundred evaluated masks are enough to learn from; a table of biases, linear in the scenario, learns what is particular
-    to one component.
+    hundred evaluated masks are enough to learn from; a table of biases, linear in the scenario, learns what is
+    particular to one component.
 
     Shapes: B observations, n components.
 
@@ -61,9 +61,7 @@ class ComponentNetwork(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         most_kv_bytes = max(c.kv_bytes_per_token for c in shape.components) or 1
-        static = [
-            [c.kv_bytes_per_token / most_kv_bytes, c.site.layer / shape.n_layers] for c in shape.components
-        ]
+        static = [[c.kv_bytes_per_token / most_kv_bytes, c.site.layer / shape.n_layers] for c in shape.components]
         self.register_buffer("static", torch.tensor(static), persistent=False)
 
     def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:

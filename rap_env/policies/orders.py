@@ -12,14 +12,14 @@ from rap_env.policies.walk import fit_to_budget
 
 @policy_kind
 class NearestOrderPolicy:
-    """Walks the order that was measured for the nearest number of tokens, as `OrderPolicy` walks its only one.
+    """Walks the order that was measured for the nearest number of cached tokens, as `OrderPolicy` walks its only one.
 
-    What components free depends on a workload through its total tokens alone, and the KV cache grows in proportion to
+    What components free depends on a workload through its cached tokens alone, and the KV cache grows in proportion to
     them, so "near" is meant by ratio: in the logarithm. Of two equally near ones the smaller serves.
 
     Args:
         shape: The model.
-        orders: For each number of total tokens all component names, the first to go first.
+        orders: For each number of cached tokens all component names, the first to go first.
 
     Raises:
         InvalidMask: An order does not name each component of the model once.
@@ -35,7 +35,7 @@ class NearestOrderPolicy:
         self._orders = {tokens: full_order(shape.components, orders[tokens]) for tokens in sorted(orders)}
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
-        asked = workload.total_tokens
+        asked = workload.cached_tokens(self.shape.attention_window)
         nearest = min(self._orders, key=lambda tokens: max(tokens, asked) / min(tokens, asked))
         dense = PruningMask.all_kept(self.shape)
         return fit_to_budget(dense, self.shape, self._orders[nearest], workload, budget_bytes)

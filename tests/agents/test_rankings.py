@@ -91,9 +91,9 @@ def test_greedy_layers_sees_that_one_layer_stands_in_for_another(tiny_llm, monke
 def test_greedy_layers_measures_nothing_twice(tiny_llm, tmp_path):
     with ResultStore(tmp_path / "results.db") as store:
         first = GreedyLayersAgent().search(task_for(tiny_llm, store=store))
-        before = tiny_llm.component_executions
+        before = tiny_llm.site_executions
         again = GreedyLayersAgent().search(task_for(tiny_llm, store=store))
-    assert tiny_llm.component_executions == before
+    assert tiny_llm.site_executions == before
     assert again.policy.parameters() == first.policy.parameters()
     assert again.calibration_tokens == first.calibration_tokens
 

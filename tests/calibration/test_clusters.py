@@ -6,7 +6,7 @@ import torch
 
 from rap_env.calibration import Clustering, Corpus, clustered_windows
 from rap_env.calibration.clusters import chunks_of
-from rap_env.errors import CorpusUnavailable
+from rap_env.errors import CorpusUnavailable, InvalidWorkload
 
 KINDS = ("fish", "bird")
 
@@ -71,6 +71,8 @@ def test_a_corpus_that_is_too_short_is_refused_with_the_numbers():
         clustered_windows(CORPUS, TOKENIZER, 2, 600, 0, CLUSTERING)
     with pytest.raises(CorpusUnavailable, match="has 1 chunks of 10 sentences; 2 clusters need"):
         clustered_windows(Corpus("short", (sentences("fish", 9),)), TOKENIZER, 1, 4, 0, CLUSTERING)
+    with pytest.raises(InvalidWorkload, match="got 0 of 40"):
+        clustered_windows(CORPUS, TOKENIZER, 0, 40, 0, CLUSTERING)
 
 
 def test_chunks_keep_the_text_of_their_sentences():

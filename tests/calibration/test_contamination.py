@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from rap_env.calibration import Corpus, Overlap, find_overlaps, refuse_contamination
+from rap_env.calibration import Corpus, Overlap, count_unchecked, find_overlaps, refuse_contamination
 from rap_env.errors import ContaminationFound
 
 PASSAGE = "The mid-1990s lobster, as it's known, weighs 1,000 g; it lives off Norway and is blue until cooked."
@@ -70,3 +72,69 @@ def test_only_three_overlaps_are_shown_and_the_others_counted():
 
 def test_clean_text_passes():
     refuse_contamination(Corpus("notes", ("A text about something else entirely.",)), {"boolq": [PASSAGE]})
+
+
+# 13 words of two characters each, and one more character
+CHINESE = "中国的首都是北京这座城市有三千多年的历史并且是世界上人"
+
+
+def test_chinese_is_compared_by_characters_26_of_them_in_a_row():
+    assert len(CHINESE) == 27
+    items = {"ceval": [CHINESE]}
+    assert find_overlaps([f"前言。{CHINESE[1:]}口"], items) == [Overlap(0, 2, "ceval", 0, tuple(CHINESE[1:]))]
+    assert find_overlaps([f"前言。{CHINESE[2:]}口"], items) == []
+    with pytest.raises(ContaminationFound, match="ceval item 0"):
+        refuse_contamination(Corpus("zh", (f"前言。{CHINESE}。",)), items)
+
+
+def test_a_chinese_item_of_16_to_25_characters_counts_only_as_a_whole():
+    items = {"ceval": [CHINESE[:16]]}
+    assert [found.word for found in find_overlaps(["问" + CHINESE], items)] == [1]
+    assert find_overlaps([CHINESE[:15] + "问"], items) == []
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "日本の首都は東京であり、世界で最も人口の多い都市の一つである",  # Japanese
+        "กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทย",  # Thai
+        "ວຽງຈັນເປັນນະຄອນຫຼວງແລະເມືອງທີ່ໃຫຍ່ທີ່ສຸດຂອງປະເທດລາວ",  # Lao
+        "ရန်ကုန်မြို့သည်မြန်မာနိုင်ငံ၏အကြီးဆုံးမြို့တော်ဖြစ်ပြီးစီးပွားရေးမြို့ဖြစ်သည်",  # Burmese
+        "ភ្នំពេញគឺជារាជធានីនិងជាទីក្រុងធំជាងគេបំផុតនៅក្នុងប្រទេសកម្ពុជា",  # Khmer
+    ],
+)
+def test_other_scripts_without_spaces_are_checked_too(item):
+    assert len(find_overlaps([f"abc {item} def"], {"task": [item]})) == 1
+    assert count_unchecked({"task": [item]}) == 0
+
+
+def test_words_and_characters_of_mixed_text_add_up():
+    # 9 words and 8 characters are worth 13 words
+    mixed = "In 2024 the city of 北京 was home to 三千多万人口 people"
+    assert len(find_overlaps([f"x {mixed} y"], {"task": [f"{mixed} and so on for ever and ever"]})) == 1
+    assert find_overlaps([f"x {mixed[:-7]} y"], {"task": [f"{mixed} and so on for ever and ever"]}) == []
+
+
+def test_a_common_long_name_is_no_overlap():
+    name = "中华人民共和国全国人民代表大会常务委员会"
+    assert find_overlaps([f"根据{name}的决定"], {"task": [f"下列关于{name}职权的说法中。哪一项是正确的。"]}) == []
+
+
+def test_composed_accents_full_width_forms_and_invisible_characters_are_equal():
+    item = "El corazón del niño late más rápido que el de un adulto según él"
+    decomposed = (
+        "El corazo\u0301n del nin\u0303o la\u00adte ma\u0301s ra\u0301pido que el de un adulto segu\u0301n e\u0301l"
+    )
+    assert len(find_overlaps([decomposed], {"task": [item]})) == 1
+    assert len(find_overlaps(["\uff34\uff28\uff25" + PASSAGE[3:]], {"task": [PASSAGE]})) == 1
+    hindi = "दिल्ली भारत की राजधानी है"  # 5 words, whatever its vowel signs
+    assert count_unchecked({"task": [hindi]}) == 1 and find_overlaps([hindi], {"task": [hindi]}) == []
+
+
+def test_items_that_are_too_short_to_be_checked_are_counted():
+    seven, fifteen = "one two three four five six seven", CHINESE[:15]
+    items = {
+        "a": [seven, f"{seven} eight"],
+        "b": [fifteen, CHINESE[:16], "", f"seven words are not enough {fifteen[:4]}"],
+    }
+    assert json.dumps(count_unchecked(items)) == "4"  # records are JSON

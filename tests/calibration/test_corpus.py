@@ -1,49 +1,12 @@
-import copy
 import json
-import random
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rap_env.calibration import Corpus, hub_corpus, local_corpus, random_windows, self_generated_corpus
-from rap_env.errors import CorpusUnavailable
-from rap_env.rng import isolated_rng
-
-WORDS = [f"w{number}" for number in range(30)]
-ROWS_BEYOND_TOKENIZER = 3
-
-
-def make_llm(with_bos: bool = True) -> SimpleNamespace:
-    """Two random layers over 30 words, the special tokens, and 3 embedding rows that no word uses."""
-    special = ["<unk>", "</s>", "<s>"] if with_bos else ["<unk>", "</s>"]
-    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bos = {"bos_token": "<s>"} if with_bos else {}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", **bos)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary) + ROWS_BEYOND_TOKENIZER,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=2 if with_bos else None,
-        eos_token_id=1,
-    )
-    with isolated_rng(0):
-        model = LlamaForCausalLM(config).eval()
-    return SimpleNamespace(model=model, tokenizer=tokenizer, device=torch.device("cpu"), digest="tiny")
-
-
-@pytest.fixture
-def llm():
-    return make_llm()
+from rap_env.calibration import Corpus, find_overlaps, hub_corpus, local_corpus, local_text, packaged_corpus
+from rap_env.errors import CorpusUnavailable, UnknownName
+from rap_env.evaluation.harness import HarnessEvaluator
 
 
 def fake_hub(monkeypatch, load_dataset) -> None:
@@ -117,79 +80,42 @@ def test_a_hub_failure_says_what_to_use_instead(monkeypatch, error):
         raise error
 
     fake_hub(monkeypatch, load_dataset)
-    with pytest.raises(CorpusUnavailable, match=rf"can't load .*'some/set'.*{error}.*calibration=self.*local files"):
+    with pytest.raises(
+        CorpusUnavailable, match=rf"can't load .*'some/set'.*{error}.*calibration=packaged.*local files"
+    ):
         hub_corpus("some/set")
 
 
-def test_generated_documents_have_exactly_the_tokens_asked_for_and_no_special_ones(llm, tmp_path):
-    corpus = self_generated_corpus(llm, tmp_path, n_documents=5, tokens_per_document=40)
-    assert [len(document.split()) for document in corpus.documents] == [40] * 5
-    assert set(" ".join(corpus.documents).split()) <= set(WORDS)
-    assert len(set(corpus.documents)) == 5
+def test_the_packaged_text_is_the_same_on_every_machine():
+    assert packaged_corpus() == packaged_corpus("calibration")
+    assert packaged_corpus().digest == "1efd904b89530378479312cc99d4c3def4b17b376ebdbb505ca0cc5b1865a70e"
+    assert packaged_corpus("evaluation").digest == "59913830f5bd10b42a5efd8d7dc048e26f153222525810c3c97c33ddfefd4b8b"
+    assert len(packaged_corpus().documents) == 8 and len(packaged_corpus("evaluation").documents) == 12
+    with pytest.raises(UnknownName, match="unknown packaged text 'novel'; known: calibration, evaluation"):
+        packaged_corpus("novel")
 
 
-def test_a_tokenizer_without_bos_starts_each_document_with_a_random_ordinary_token(tmp_path):
-    corpus = self_generated_corpus(make_llm(with_bos=False), tmp_path, n_documents=6, tokens_per_document=10)
-    words = [document.split() for document in corpus.documents]
-    assert {len(document) for document in words} == {11}
-    assert len({document[0] for document in words}) > 1
-    assert set(" ".join(corpus.documents).split()) <= set(WORDS)
+def test_packaged_texts_share_nothing_with_each_other_and_hold_no_embedded_item():
+    calibration, evaluation = packaged_corpus().documents, packaged_corpus("evaluation").documents
+    assert find_overlaps(calibration, {"evaluation": evaluation}) == []
+    assert find_overlaps(evaluation[0::2], {"odd": evaluation[1::2]}) == []
+    items = HarnessEvaluator(["rap_search", "rap_report"]).item_texts
+    assert len(items) == 12
+    for texts in items.values():
+        assert not [
+            text for text in texts for document in (*calibration, *evaluation) if text.lower() in document.lower()
+        ]
 
 
-def test_equal_seeds_give_equal_text_and_other_settings_other_text(llm, tmp_path):
-    def sample(folder, **settings):
-        return self_generated_corpus(llm, tmp_path / folder, n_documents=2, tokens_per_document=20, **settings).digest
-
-    assert sample("a") == sample("b")
-    assert len({sample("a"), sample("a", seed=1), sample("a", temperature=0.5)}) == 3
-    assert len(list((tmp_path / "a").iterdir())) == 3
-
-
-def test_sampling_leaves_random_states_and_the_generation_config_as_they_were(llm, tmp_path):
-    generation_config = copy.deepcopy(llm.model.generation_config.to_dict())
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    self_generated_corpus(llm, tmp_path, n_documents=2, tokens_per_document=5)
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    assert llm.model.generation_config.to_dict() == generation_config
-
-
-def test_stored_text_is_read_instead_of_sampled_again(llm, tmp_path, monkeypatch):
-    first = self_generated_corpus(llm, tmp_path, n_documents=2, tokens_per_document=5)
-    monkeypatch.setattr(llm.model, "generate", lambda **kwargs: pytest.fail("sampled again"))
-    assert self_generated_corpus(llm, tmp_path, n_documents=2, tokens_per_document=5) == first
-    (stored,) = tmp_path.iterdir()
-    assert json.loads(stored.read_text())["settings"]["model_digest"] == "tiny"
-
-
-def test_other_weights_get_their_own_text(llm, tmp_path):
-    self_generated_corpus(llm, tmp_path, n_documents=2, tokens_per_document=5)
-    llm.digest = "other"
-    self_generated_corpus(llm, tmp_path, n_documents=2, tokens_per_document=5)
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.parametrize("damage", [lambda text: text[:-20], lambda text: text.replace(" w", " x"), lambda text: "[]"])
-def test_a_damaged_stored_file_is_an_error_and_stays_as_it_was(llm, tmp_path, damage):
-    self_generated_corpus(llm, tmp_path, n_documents=2, tokens_per_document=5)
-    (stored,) = tmp_path.iterdir()
-    stored.write_text(damage(stored.read_text()))
-    damaged = stored.read_text()
-    with pytest.raises(CorpusUnavailable, match=rf"{stored.name} is damaged; delete it"):
-        self_generated_corpus(llm, tmp_path, n_documents=2, tokens_per_document=5)
-    assert stored.read_text() == damaged
-
-
-@pytest.mark.llm
-def test_the_embedded_model_samples_text_without_a_word_of_warning(embedded_folder, tmp_path, capfd):
-    real = SimpleNamespace(
-        model=AutoModelForCausalLM.from_pretrained(embedded_folder, dtype=torch.bfloat16).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(embedded_folder),
-        device=torch.device("cpu"),
-        digest="real",
+def test_a_line_separator_inside_a_document_does_not_cut_it(tmp_path, monkeypatch):
+    (tmp_path / "odd.jsonl").write_text(
+        json.dumps({"text": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    capfd.readouterr()
-    corpus = self_generated_corpus(real, tmp_path, n_documents=2, tokens_per_document=12)
-    windows = random_windows(corpus, real.tokenizer, n_samples=2, tokens_per_sample=8)
-    assert capfd.readouterr() == ("", "")
-    assert windows.shape == (2, 8)
-    assert not set(windows.flatten().tolist()) & set(real.tokenizer.all_special_ids)
+    monkeypatch.setattr("rap_env.calibration.corpus.TEXT_FOLDER", tmp_path)
+    assert packaged_corpus("odd").documents == ("one\u2028two",)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("at home")
+    assert local_corpus("~/text.txt").documents == ("at home",) and local_text(["~/text.txt"]) == "at home"

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from rap_env.calibration import Corpus, consecutive_windows, random_windows
-from rap_env.errors import CorpusUnavailable
+from rap_env.errors import CorpusUnavailable, InvalidWorkload
+from rap_env.llm.windows import check_windows
 
 
 class NumberTokenizer:
@@ -66,3 +67,18 @@ def test_consecutive_windows_start_at_the_first_token_and_drop_the_rest():
 def test_a_text_shorter_than_a_window_is_refused():
     with pytest.raises(CorpusUnavailable, match="the text has 8 tokens; one window needs 9"):
         consecutive_windows(count_to(8), TOKENIZER, tokens_per_sample=9)
+
+
+@pytest.mark.parametrize(("n_windows", "tokens"), [(0, 8), (-1, 8), (2, 1), (2, 0), (2, -3), (1.5, 8)])
+def test_no_window_and_windows_without_a_token_to_predict_are_refused(n_windows, tokens):
+    message = f"at least 1 window of at least 2 tokens; got {n_windows} of {tokens}"
+    with pytest.raises(InvalidWorkload, match=message):
+        random_windows(CORPUS, TOKENIZER, n_windows, tokens)
+    with pytest.raises(InvalidWorkload, match=message):
+        consecutive_windows(count_to(100), TOKENIZER, tokens, limit=n_windows)
+
+
+def test_windows_beyond_the_models_context_are_refused():
+    check_windows(2, 128, context_tokens=128)
+    with pytest.raises(InvalidWorkload, match="windows of 1,129 tokens are beyond the model's context of 128"):
+        check_windows(2, 1129, context_tokens=128)

@@ -1,26 +1,27 @@
-"""Accuracies equal lm-eval's own to the bit; everything a result depends on is in the identity."""
+"""Accuracies equal lm-eval's own exactly; everything a result depends on is in the identity."""
 
 import copy
 import math
 import random
 
-import lm_eval
 import pytest
-from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import normalizers
 
 from rap_env.errors import EvaluationFailed, UnknownName
 from rap_env.evaluation import harness
-from rap_env.evaluation.harness import HarnessEvaluator, ScoringLM, items_of
-from rap_env.evaluation.scoring import score_continuations
+from rap_env.evaluation.harness import HarnessEvaluator, items_of
 from rap_env.evaluation.tasks import TASKS_FOLDER
+from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.rng import global_states, isolated_rng
+from tests.evaluation.lm_eval_cases import by_lm_eval, hf
 
 TASKS = ["toy_short", "toy_long"]
 N_ITEMS = 11
+NARROW = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 257}
+NARROW |= {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 30}
 
 YAML = """
 task: {name}
@@ -91,14 +92,8 @@ def evaluator(folder):
     return HarnessEvaluator(TASKS, include_path=folder)
 
 
-def upstream(llm, tasks, manager, items) -> dict[str, dict[str, float]]:
-    """Metrics by lm-eval's own HF adapter, one request at a time, on the model as it is switched."""
-    with isolated_rng():
-        lm = HFLM(pretrained=llm.model, tokenizer=llm.tokenizer, batch_size=1)
-        results = lm_eval.simple_evaluate(
-            lm, tasks=tasks, task_manager=manager, samples=items, num_fewshot=0, bootstrap_iters=0, verbosity="ERROR"
-        )["results"]
-    return {name: {metric: results[name][f"{metric},none"] for metric in ("acc", "acc_norm")} for name in results}
+def accuracies(tasks: dict) -> dict[str, dict[str, float]]:
+    return {name: {metric: tasks[name][metric] for metric in ("acc", "acc_norm")} for name in tasks}
 
 
 DROPPED = [(), ("layer0.attention", "layer2.mlp")]
@@ -108,11 +103,10 @@ DROPPED = [(), ("layer0.attention", "layer2.mlp")]
 @pytest.mark.parametrize(("half", "limit"), [(None, None), ("report", 4)])
 def test_accuracies_of_toy_tasks_equal_lm_evals(tiny_llm, folder, dropped, half, limit):
     items = items_of(N_ITEMS, half, limit)
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
     with tiny_llm.pruned(PruningMask.all_kept(tiny_llm.shape).drop(*dropped)):
         ours = HarnessEvaluator(TASKS, folder, half, limit).evaluate(tiny_llm).tasks
-        theirs = upstream(tiny_llm, TASKS, manager, {name: items for name in TASKS})
-    assert {name: {m: ours[name][m] for m in ("acc", "acc_norm")} for name in ours} == theirs
+        theirs, _ = by_lm_eval(hf(tiny_llm), TASKS, folder, samples={name: items for name in TASKS})
+    assert accuracies(ours) == theirs
     assert {metrics["items"] for metrics in ours.values()} == {len(items)}
 
 
@@ -120,39 +114,20 @@ def test_accuracies_of_toy_tasks_equal_lm_evals(tiny_llm, folder, dropped, half,
 @pytest.mark.parametrize("dropped", [(), ("layer0.attention", "layer12.attention", "layer20.mlp")], ids=len)
 def test_accuracies_of_the_embedded_tasks_equal_lm_evals(embedded_llm_float32, dropped):
     llm, tasks = embedded_llm_float32, ["rap_capitals_search", "rap_properties_report"]
-    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False)
     with llm.pruned(PruningMask.all_kept(llm.shape).drop(*dropped)):
         ours = HarnessEvaluator(tasks, limit=12).evaluate(llm).tasks
-        theirs = upstream(llm, tasks, manager, {name: list(range(12)) for name in tasks})
-    assert {name: {m: ours[name][m] for m in ("acc", "acc_norm")} for name in ours} == theirs
-
-
-def test_our_engine_also_serves_lm_eval_itself(tiny_llm, folder, evaluator):
-    ours = evaluator.evaluate(tiny_llm).tasks
-    with isolated_rng():
-        results = lm_eval.simple_evaluate(
-            ScoringLM(tiny_llm),
-            tasks=TASKS,
-            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-            num_fewshot=0,
-            bootstrap_iters=0,
-        )["results"]
-    assert {name: results[name]["acc,none"] for name in TASKS} == {name: ours[name]["acc"] for name in TASKS}
+        theirs, _ = by_lm_eval(hf(llm), tasks, TASKS_FOLDER, limit=12)
+    assert accuracies(ours) == theirs
 
 
 def test_smooth_accuracy_is_the_mean_softmax_probability_of_the_right_choice(tiny_llm, folder):
-    evaluator = HarnessEvaluator(["toy_short"], folder, limit=3)
-    lm, expected = ScoringLM(tiny_llm), []
-    questions = [text.split(".")[0] + "." for text in evaluator.item_texts["toy_short"]]
-    task = evaluator._tasks["toy_short"]
-    for position, question in enumerate(questions):
-        document = task.eval_docs[position]
-        assert document["question"] == question
-        pairs = [lm.encode_request(question, f" {choice}") for choice in document["choices"]]
-        weights = [math.exp(score) for score, _ in score_continuations(tiny_llm, pairs)]
-        expected.append(weights[document["gold"]] / sum(weights))
-    metrics = evaluator.evaluate(tiny_llm).tasks["toy_short"]
-    assert metrics["smooth_acc"] == pytest.approx(sum(expected) / 3, rel=1e-4)
+    responses = iter(by_lm_eval(hf(tiny_llm), ["toy_short"], folder)[1]["toy_short"])
+    expected = []
+    for item in range(N_ITEMS):
+        weights = [math.exp(float(next(responses)[0])) for _choice in range(2 + item % 3)]
+        expected.append(weights[item % 2] / sum(weights))
+    metrics = HarnessEvaluator("toy_short", folder).evaluate(tiny_llm).tasks["toy_short"]
+    assert metrics["smooth_acc"] == pytest.approx(sum(expected) / N_ITEMS, rel=1e-4)
 
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm", "smooth_acc"])
@@ -177,7 +152,7 @@ def test_evaluating_twice_gives_equal_results(tiny_llm, evaluator):
     assert evaluator.evaluate(tiny_llm) == evaluator.evaluate(tiny_llm)
 
 
-def test_many_masks_are_judged_as_each_alone_whatever_mask_is_applied(tiny_llm, evaluator):
+def test_many_masks_are_evaluated_as_each_alone_whatever_mask_is_applied(tiny_llm, evaluator):
     n_bits = len(tiny_llm.shape.components)
     codes = [0, 2**n_bits - 1, *random.Random(0).sample(range(1, 2**n_bits - 1), 8)]
     masks = [PruningMask.from_bits(tiny_llm.shape, [code >> bit & 1 for bit in range(n_bits)]) for code in codes]
@@ -192,14 +167,17 @@ def test_many_masks_are_judged_as_each_alone_whatever_mask_is_applied(tiny_llm, 
     assert len({evaluation.mean("smooth_acc") for _, evaluation in together}) == 10  # none could be taken for another
 
 
-def test_one_evaluator_judges_models_with_other_tokenizers(tiny_llm, folder):
+def test_one_evaluator_takes_models_with_other_tokenizers_and_contexts(tiny_llm, folder):
     longer = copy.deepcopy(tiny_llm.tokenizer)
     longer.backend_tokenizer.normalizer = normalizers.Replace("a", "bbb")
     llms = [tiny_llm, SwitchableLLM(tiny_llm.model, longer, "longer")]
     expected = [HarnessEvaluator(TASKS, folder).evaluate(llm) for llm in llms]
     assert expected[0] != expected[1]
+    narrow = SwitchableLLM(build_random_llm("llama", NARROW).model, tiny_llm.tokenizer, "narrow")
     evaluator = HarnessEvaluator(TASKS, folder)
     assert [evaluator.evaluate(llm) for llm in (*llms, tiny_llm)] == [*expected, expected[0]]
+    assert evaluator.evaluate(narrow).tokens != evaluator.evaluate(tiny_llm).tokens, "contexts are cut"
+    assert evaluator.evaluate(narrow) == HarnessEvaluator(TASKS, folder).evaluate(narrow)
 
 
 def test_halves_share_no_item_and_together_hold_all(folder, evaluator):
@@ -227,10 +205,19 @@ def test_the_identity_changes_with_everything_that_changes_the_result(folder, ev
     assert len(set(identities)) == len(variants)
     assert HarnessEvaluator(TASKS[::-1], folder).identity == evaluator.identity
     assert evaluator.identity["tasks"] == {"toy_short": "1.0", "toy_long": "2.0"}
+    assert evaluator.name == evaluator.identity["name"] == "toy_long, toy_short"
+    assert variants[2].name == "toy_long, toy_short (report half)"
+    assert set(evaluator.identity["versions"]) == {"lm_eval", "torch", "transformers"}
 
 
-def test_a_tag_stands_for_its_tasks(folder):
+def test_the_tokens_are_known_ahead_of_the_evaluation(tiny_llm, evaluator):
+    tokens = evaluator.tokens(tiny_llm)
+    assert tokens == evaluator.plan(tiny_llm).tokens == evaluator.evaluate(tiny_llm).tokens > 0
+
+
+def test_a_tag_stands_for_its_tasks_also_as_a_plain_string(folder):
     assert set(HarnessEvaluator(["toy_all"], folder, limit=1).item_texts) == set(TASKS)
+    assert set(HarnessEvaluator("toy_all", folder, limit=1).item_texts) == set(TASKS)
 
 
 def test_an_unknown_task_lists_close_matches(folder, monkeypatch):
@@ -242,7 +229,7 @@ def test_an_unknown_task_lists_close_matches(folder, monkeypatch):
         HarnessEvaluator(["toy_shrt"], folder)
 
 
-def test_what_cannot_be_judged_is_refused(folder, tmp_path):
+def test_what_cannot_be_evaluated_is_refused(folder, tmp_path):
     with pytest.raises(EvaluationFailed, match="task 'toy_generated' is generate_until; expected multiple_choice"):
         HarnessEvaluator(["toy_generated"], folder)
     with pytest.raises(EvaluationFailed, match="task 'toy_plain' has no metric 'acc_norm'; it has acc, smooth_acc"):
@@ -260,25 +247,25 @@ def test_a_half_without_items_is_refused(folder):
         "include: toy_short.yaml\ntask: toy_single\ntag: toy_rest\nprocess_docs: !function toy_items.first\n"
     )
     assert HarnessEvaluator(["toy_single"], folder, half="search").item_texts["toy_single"]
-    with pytest.raises(EvaluationFailed, match="task 'toy_single' has no item to judge; it has 1 in all"):
+    with pytest.raises(EvaluationFailed, match="task 'toy_single' has no item to evaluate; it has 1 in all"):
         HarnessEvaluator(["toy_single"], folder, half="report")
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_leaves_no_item_is_refused(folder, limit):
-    with pytest.raises(EvaluationFailed, match=f"evaluation.limit must be at least 1 or None; got {limit}"):
+@pytest.mark.parametrize("limit", [0, -1, 1.5, 2.0])
+def test_a_limit_that_is_no_whole_number_or_leaves_no_item_is_refused(folder, limit):
+    with pytest.raises(EvaluationFailed, match=f"evaluation.limit must be a whole number, at least 1.*; got {limit}"):
         HarnessEvaluator(TASKS, folder, limit=limit)
 
 
-def test_our_engine_refuses_what_it_does_not_do(tiny_llm):
-    with pytest.raises(NotImplementedError, match="perplexity has its own evaluator"):
-        ScoringLM(tiny_llm).loglikelihood_rolling([])
-    with pytest.raises(NotImplementedError, match="only multiple-choice tasks are judged"):
-        ScoringLM(tiny_llm).generate_until([])
-
-
-def test_requests_are_cut_from_the_left_to_the_context(tiny_llm):
-    context, continuation = ScoringLM(tiny_llm).encode_request("a" * 9000, " bcd")
-    assert len(context + continuation) - 1 == 8192  # the last token is predicted, never read
-    assert tiny_llm.tokenizer.decode(continuation) == " bcd"
-    assert ScoringLM(tiny_llm).encode_request("", "b") == ((256,), tuple(tiny_llm.tokenizer.encode("b")))
+def test_items_can_be_left_out_by_their_text(tiny_llm, folder):
+    everything = HarnessEvaluator(TASKS, folder)
+    searched = HarnessEvaluator(TASKS, folder, half="search").item_texts
+    rest = everything.without([text for texts in searched.values() for text in texts])
+    report = HarnessEvaluator(TASKS, folder, half="report")
+    assert rest.item_texts == report.item_texts
+    assert rest.evaluate(tiny_llm) == report.evaluate(tiny_llm)
+    assert rest.identity["requests"] == report.identity["requests"] != everything.identity["requests"]
+    assert everything.without([]).identity == everything.identity
+    assert everything.evaluate(tiny_llm).tasks["toy_long"]["items"] == N_ITEMS, "it keeps its own items"
+    with pytest.raises(EvaluationFailed, match="task 'toy_short' has no item to evaluate; it has 11 in all"):
+        everything.without(everything.item_texts["toy_short"])

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from rap_env.errors import InvalidWorkload
 from rap_env.evaluation import perplexity
-from rap_env.evaluation.perplexity import PerplexityEvaluator, tokens_digest, window_losses
+from rap_env.evaluation.perplexity import PerplexityEvaluator, tokens_digest
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
 
@@ -28,11 +29,15 @@ def loss_of(model, window) -> float:
     return -sum(logits[position - 1, window[position]].item() for position in range(1, len(window))) / (len(window) - 1)
 
 
-def losses_of(llm, windows, *options) -> list[float]:
-    """Losses under the mask that is applied."""
-    ((mask, losses),) = window_losses(llm, windows, [llm.mask], *options)
-    assert mask == llm.mask
-    return losses
+def loss_under(llm, windows, mask) -> float:
+    """Mean loss over all windows by upstream's plain forwards."""
+    with llm.pruned(mask):
+        return sum(loss_of(llm.model, window) for window in windows) / len(windows)
+
+
+def losses_of(llm, windows) -> list[float]:
+    """Loss of each window, evaluated by itself, under the mask that is applied."""
+    return [-PerplexityEvaluator(window[None], "toy text").evaluate(llm).score for window in windows]
 
 
 def random_masks(shape, n: int) -> list[PruningMask]:
@@ -49,9 +54,11 @@ def test_window_losses_equal_plain_forwards(tiny_llm, windows, dropped):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 12, 30, 10_000])
-def test_losses_do_not_depend_on_the_batch(tiny_llm, windows, batch_tokens):
-    expected = [loss_of(tiny_llm.model, w) for w in windows]
-    assert losses_of(tiny_llm, windows, batch_tokens) == pytest.approx(expected, abs=1e-5)
+def test_losses_do_not_depend_on_the_batch(tiny_llm, windows, batch_tokens, monkeypatch):
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", batch_tokens)
+    dense = PruningMask.all_kept(tiny_llm.shape)
+    evaluation = PerplexityEvaluator(windows, "toy text").evaluate(tiny_llm)
+    assert -evaluation.score == pytest.approx(loss_under(tiny_llm, windows, dense), abs=1e-5)
 
 
 def test_losses_do_not_depend_on_how_the_head_is_cut(tiny_llm, windows, monkeypatch):
@@ -62,18 +69,27 @@ def test_losses_do_not_depend_on_how_the_head_is_cut(tiny_llm, windows, monkeypa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_tokens", [24, 10_000])  # three batches, or one
-def test_losses_under_many_masks_are_to_the_bit_those_of_each_mask_alone(windows, dtype, batch_tokens):
-    llm = build_tiny_llm(dtype=dtype)
+def test_losses_under_many_masks_are_exactly_those_of_each_mask_alone(windows, dtype, batch_tokens, monkeypatch):
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", batch_tokens)
+    llm, evaluator = build_tiny_llm(dtype=dtype), PerplexityEvaluator(windows, "toy text")
     masks = random_masks(llm.shape, 12)
-    together = list(window_losses(llm, windows, masks, batch_tokens))
+    together = list(evaluator.evaluate_many(llm, masks))
     assert sorted(mask.keep for mask, _ in together) == sorted(mask.keep for mask in masks), "each mask once"
-    for mask, losses in together:
-        with llm.pruned(mask):
-            assert losses == losses_of(llm, windows, batch_tokens)
-    assert len({tuple(losses) for _, losses in together}) == 12  # so that no mask could be taken for another
+    for mask, evaluation in together:
+        assert [(mask, evaluation)] == list(evaluator.evaluate_many(llm, [mask]))
+    assert len({evaluation.score for _, evaluation in together}) == 12  # so that no mask could be taken for another
 
 
-def test_many_masks_are_judged_as_each_alone_whatever_mask_is_applied(tiny_llm, windows):
+@pytest.mark.parametrize("batch_tokens", [24, 10_000])
+def test_what_is_held_between_calls_changes_no_score(tiny_llm, windows, batch_tokens, monkeypatch):
+    monkeypatch.setattr(perplexity, "BATCH_TOKENS", batch_tokens)
+    masks, holding = random_masks(tiny_llm.shape, 12), PerplexityEvaluator(windows, "toy text")
+    expected = dict(PerplexityEvaluator(windows, "toy text").evaluate_many(tiny_llm, masks))
+    for near, *asked in (masks[i : i + 4] for i in range(8)):
+        assert dict(holding.evaluate_many(tiny_llm, [near, *asked], near)) == {m: expected[m] for m in (near, *asked)}
+
+
+def test_many_masks_are_evaluated_as_each_alone_whatever_mask_is_applied(tiny_llm, windows):
     evaluator, masks = PerplexityEvaluator(windows, "toy text"), random_masks(tiny_llm.shape, 12)
     with tiny_llm.pruned(masks[4]):
         together = dict(evaluator.evaluate_many(tiny_llm, masks))
@@ -122,6 +138,29 @@ def test_the_identity_changes_with_tokens_and_with_how_they_are_cut(windows):
     assert len(set(digests)) == 5
     assert PerplexityEvaluator(windows.clone(), "text").identity == PerplexityEvaluator(windows, "text").identity
     assert tokens_digest(windows) == digests[0]
+
+
+def test_the_name_belongs_to_the_identity_because_results_carry_it(windows):
+    assert PerplexityEvaluator(windows, "one").identity != PerplexityEvaluator(windows, "other").identity
+
+
+def test_a_loss_beyond_the_range_of_exp_is_kept_without_a_perplexity(windows):
+    llm = build_tiny_llm()
+    llm.model.lm_head.weight.mul_(3000)
+    evaluation = PerplexityEvaluator(windows, "text").evaluate(llm)
+    assert evaluation.tasks["text"] == {"loss": -evaluation.score, "items": 5} and -evaluation.score > 710
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 1)])
+def test_windows_with_nothing_to_predict_are_refused(shape):
+    with pytest.raises(InvalidWorkload, match="expected at least 1 window of at least 2 tokens"):
+        PerplexityEvaluator(torch.zeros(shape, dtype=torch.long), "text")
+
+
+def test_windows_beyond_the_models_context_are_refused():
+    llm = build_tiny_llm("opt")  # 512 tokens
+    with pytest.raises(InvalidWorkload, match="windows of 513 tokens are beyond the model's context of 512"):
+        PerplexityEvaluator(torch.zeros(1, 513, dtype=torch.long), "text").evaluate(llm)
 
 
 @pytest.mark.llm

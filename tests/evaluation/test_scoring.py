@@ -153,6 +153,13 @@ def test_scores_do_not_depend_on_how_the_head_is_cut(llm, monkeypatch, rows):
     assert [s[0] for s in score_continuations(llm, PAIRS)] == pytest.approx([e[0] for e in expected], abs=1e-5)
 
 
+def test_there_may_be_more_lanes_than_rows_of_logits_that_are_alive_at_once(llm, monkeypatch):
+    expected = score_continuations(llm, PAIRS)
+    monkeypatch.setattr(scoring, "n_lanes", lambda *_: scoring._HEAD_ROWS + 1)
+    monkeypatch.setattr(scoring, "in_lanes", lambda work, parts: [work(part) for part in parts])
+    assert [s[0] for s in score_continuations(llm, PAIRS)] == pytest.approx([e[0] for e in expected], abs=1e-5)
+
+
 def test_bfloat16_logits_are_normalised_in_float32():
     llm = build_tiny_llm(dtype="bfloat16")
     scores = [score for score, _ in score_continuations(llm, [(SHARED, (token,)) for token in range(257)])]

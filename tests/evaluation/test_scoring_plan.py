@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 
+from rap_env.errors import EvaluationFailed
 from rap_env.evaluation import scoring
-from rap_env.evaluation.scoring import ScoringPlan, score_continuations
+from rap_env.evaluation.scoring import ScoringPlan, fit_to_context, score_continuations
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -152,3 +153,22 @@ def test_no_requests_make_an_empty_plan(tiny_llm, batches):
     plan = ScoringPlan([])
     assert (plan.tokens, plan.batches, plan.head_rows) == (0, 0, 0)
     assert score_continuations(tiny_llm, []) == [] and batches == []
+
+
+def test_a_context_is_cut_from_the_left_to_what_the_model_takes():
+    context, continuation = [1, 2, 3, 4, 5], [6, 7, 8]
+    assert fit_to_context(context, continuation, 7) == ((1, 2, 3, 4, 5), (6, 7, 8))  # 8 is predicted, never read
+    assert fit_to_context(context, continuation, 6) == ((2, 3, 4, 5), (6, 7, 8))
+    assert fit_to_context(context, continuation, 3) == ((5,), (6, 7, 8))  # one token is always left
+    with pytest.raises(EvaluationFailed, match="its continuation has 3 tokens; the model takes at most 2"):
+        fit_to_context(context, continuation, 2)
+
+
+def test_a_pair_without_context_or_continuation_is_refused():
+    with pytest.raises(EvaluationFailed, match="its context has no tokens"):
+        fit_to_context([], [1], 8)
+    with pytest.raises(EvaluationFailed, match="its continuation has no tokens; a token may span its join"):
+        fit_to_context([1], [], 8)
+    for pair in (((), (1,)), ((1,), ())):
+        with pytest.raises(AssertionError):
+            ScoringPlan([pair])

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from rap_env.errors import StoreDamaged, StoreUnavailable
 from rap_env.evaluation.store import ResultStore, identity_digest
-from tests.evaluation.store_cases import IDENTITY, RESULT, kill, run_eight_writers, start_writer
+from tests.evaluation.store_cases import IDENTITY, RESULT, kill, measure_together, run_eight_writers, start_writer
 
 
 def test_a_second_process_hits(store, path):
@@ -36,6 +36,11 @@ def test_a_second_process_hits(store, path):
 
 def test_eight_processes_create_and_write_at_once_without_loss(tmp_path):
     run_eight_writers(tmp_path / "new" / "results.db", n_results=200)
+    assert os.listdir(tmp_path / "new") == ["results.db"]
+
+
+def test_eight_processes_create_at_once_without_hard_links(tmp_path):
+    run_eight_writers(tmp_path / "new" / "results.db", n_results=80, links=False)
     assert os.listdir(tmp_path / "new") == ["results.db"]
 
 
@@ -184,9 +189,20 @@ def test_postgresql_with_another_table_of_that_name_is_refused(database_url):
     assert "secret" not in str(raised.value)
 
 
+def test_postgresql_with_a_store_of_the_first_schema_is_refused(database_url):
+    with ResultStore(database_url) as store, store._database.connection() as connection:
+        connection.exec_driver_sql("DROP TABLE claims")
+    with pytest.raises(StoreDamaged, match=r"has schema version 1, and this rap-env reads only 2; .*: move it away"):
+        ResultStore(database_url)
+
+
+def test_postgresql_gives_each_of_twenty_evaluations_to_one_of_three_processes(database_url):
+    measure_together(database_url, n_processes=3)
+
+
 def test_postgresql_whose_table_vanished_is_damaged(database_url):
     with ResultStore(database_url) as store:
-        with store._connection() as connection:
+        with store._database.connection() as connection:
             connection.exec_driver_sql("DROP TABLE evaluations")
         with pytest.raises(StoreDamaged, match="does not exist"):
             store.get(IDENTITY)

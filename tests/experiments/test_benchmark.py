@@ -19,8 +19,6 @@ from rap_env.mask import PruningMask
 CONF = Path(__file__).parents[2] / "conf"
 TINY = [
     "model=tiny",
-    "calibration.corpus.n_documents=2",
-    "calibration.corpus.tokens_per_document=100",
     "calibration.tokens_per_sample=16",
     "evaluation.limit=2",
     "gsi.seeds=[0,1]",

@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from rap_env.evaluation.evaluator import Evaluation
+from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.importance import lazy
 from rap_env.importance.lazy import split_windows
-from rap_env.importance.trials import RemovalMeter, Trial
 from rap_env.mask import PruningMask
 
 # Five windows: the lazy rule's two parts can't be equally long, and the mean over both has to be a weighted one.
@@ -68,17 +70,15 @@ def edges(masks) -> set[tuple[bool, ...]]:
 
 
 def measure_by_rule(monkeypatch, loss_by_rule: Callable[[int, tuple[str, ...]], float]) -> None:
-    """Makes all meters answer with a rule on (tokens of the meter's windows, names of what is dropped)."""
+    """Makes all evaluators answer with a rule on (tokens of their windows, names of what is dropped)."""
 
-    def trial(self, mask, component=None):
-        judged = mask if component is None else mask.drop(component)
-        return Trial(loss_by_rule(self.tokens_per_trial, tuple(c.name for c in judged.dropped)), 0, 0.0)
+    def evaluate_many(self, llm, masks, near=None):
+        for mask in masks:
+            loss = loss_by_rule(self.windows.numel(), tuple(component.name for component in mask.dropped))
+            yield mask, Evaluation(-loss, {}, self.windows.numel(), 0.0)
 
-    monkeypatch.setattr(RemovalMeter, "trial", trial)
+    def influence(meter, parts):
+        return [loss_by_rule(WINDOWS.numel(), (site.name,)) for (site,) in parts]
 
-    def influences(self):
-        names = [component.name for component in self.llm.shape.components]
-        return {name: loss_by_rule(WINDOWS.numel(), (name,)) for name in names}
-
-    monkeypatch.setattr(RemovalMeter, "trials_of", lambda self, masks: {mask: trial(self, mask) for mask in masks})
-    monkeypatch.setattr(RemovalMeter, "influences", influences)
+    monkeypatch.setattr(PerplexityEvaluator, "evaluate_many", evaluate_many)
+    monkeypatch.setattr(lazy, "block_influence", influence)

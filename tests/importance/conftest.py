@@ -1,10 +1,10 @@
-"""Fixtures: two tiny models, and a record of what meters really measure."""
+"""Fixtures: two tiny models, and a record of what is really measured."""
 
 import pytest
 
+from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.gsi import greedy_sequential_importance
-from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.loading import build_tiny_llm
 from tests.importance.cases import WINDOWS, Measurement
 
@@ -36,11 +36,12 @@ def store(tmp_path):
 @pytest.fixture
 def measured(monkeypatch) -> list[Measurement]:
     """Every loss that is really measured, the dense ones too; what is read from a store is none."""
-    measurements, keep = [], RemovalMeter._keep
+    measurements, evaluate_many = [], PerplexityEvaluator.evaluate_many
 
-    def record(self, mask, trial):
-        measurements.append(Measurement(self.tokens_per_trial, tuple(component.name for component in mask.dropped)))
-        return keep(self, mask, trial)
+    def record(self, llm, masks, near=None):
+        for mask, evaluation in evaluate_many(self, llm, masks, near):
+            measurements.append(Measurement(self.windows.numel(), tuple(row.name for row in mask.dropped)))
+            yield mask, evaluation
 
-    monkeypatch.setattr(RemovalMeter, "_keep", record)
+    monkeypatch.setattr(PerplexityEvaluator, "evaluate_many", record)
     return measurements

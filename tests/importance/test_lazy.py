@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from rap_env.evaluation.meter import Meter
+from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.importance import lazy as lazy_rule
 from rap_env.importance.block_influence import block_influence
 from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.importance.lazy import split_windows
-from rap_env.importance.trials import RemovalMeter
 from rap_env.llm.loading import build_tiny_llm
 from tests.importance.cases import REST, SKETCH, WINDOWS, loss_of, measure_by_rule
 
@@ -17,7 +19,7 @@ def growing(weights: dict[str, float]):
 
 
 def seen_on_parts(loss_by_rule, deviations: dict[str, float]):
-    """A rule for all windows, as meters of all or of a part see it: the sketch is off by something for each component.
+    """A rule for all windows, as evaluators of all or of a part see it: the sketch is off by something for each.
 
     What the rest is off by makes up for it in the weighted mean.
     """
@@ -111,12 +113,14 @@ def test_a_deep_models_losses_are_true_and_take_fewer_tokens_than_the_exact_rule
 
 
 @pytest.mark.parametrize("n_windows", [1, 2, 5])
-def test_evaluations_and_tokens_are_those_of_the_trials_made(llm, measured, n_windows):
-    lazy = greedy_sequential_importance(llm, WINDOWS[:n_windows])
-    trials = [measurement for measurement in measured if measurement.dropped]
-    assert lazy.evaluations == len({trial.dropped for trial in trials}), "one for each mask, however much of it"
-    assert lazy.tokens == sum(trial.tokens for trial in trials)
-    assert len(trials) - len(measured) == (-1 if n_windows == 1 else -2), "the dense loss of each part is no trial"
+def test_evaluations_and_tokens_are_those_of_what_was_measured(llm, measured, n_windows):
+    windows = WINDOWS[:n_windows]
+    lazy = greedy_sequential_importance(llm, windows)
+    masked = [measurement for measurement in measured if measurement.dropped]
+    assert lazy.evaluations == len({measurement.dropped for measurement in masked}), "one a mask, however much of it"
+    influence_tokens = split_windows(windows)[0].numel()
+    assert lazy.tokens == sum(measurement.tokens for measurement in measured) + influence_tokens
+    assert len(masked) - len(measured) == (-1 if n_windows == 1 else -2), "the dense loss of each part is no mask tried"
 
 
 def test_one_window_is_its_own_sketch(llm, measured):
@@ -138,24 +142,25 @@ def test_the_first_round_looks_at_the_least_influential_and_tries_a_third_on_all
         return {c.name: loss_of(llm, [c.name], windows) - loss_of(llm, [], windows) for c in llm.shape.components}
 
     on_sketch, on_all = increases(SKETCH), increases(WINDOWS)
-    influences = dict(zip(on_sketch, block_influence(llm, SKETCH, [[c] for c in llm.shape.components]), strict=True))
+    meter = Meter(llm, PerplexityEvaluator(SKETCH, "sketch"))
+    influences = dict(zip(on_sketch, block_influence(meter, [[site] for site in llm.shape.sites]), strict=True))
     ranked = sorted(influences, key=influences.get)
     third = sorted(ranked[:4], key=on_sketch.get)[:3]
-    dearest = max(ranked[:4], key=lambda name: (on_all if name in third else on_sketch)[name])
+    most = max(ranked[:4], key=lambda name: (on_all if name in third else on_sketch)[name])
     expected = {name: on_sketch[name] for name in ranked[:4]} | {name: on_all[name] for name in third}
     for name in ranked[4:]:
-        expected[name] = max(0.0, expected[dearest]) * influences[name] / influences[dearest]
+        expected[name] = max(0.0, expected[most]) * influences[name] / influences[most]
     assert lazy.increases == pytest.approx(expected, abs=1e-5)
     on_rest = [measurement.dropped for measurement in measured if measurement.tokens == REST.numel()]
-    assert on_rest[1:4] == [(name,) for name in third]  # behind the dense loss
+    assert on_rest[1:4] == [(name,) for name in third]  # after the dense loss
 
 
-def test_a_component_that_was_screened_out_is_found_when_the_others_are_dearer(llm, monkeypatch):
+def test_a_component_that_was_screened_out_is_found_when_the_others_cost_more(llm, monkeypatch):
     names = [component.name for component in llm.shape.components]
     weights = {name: 1.0 + position for position, name in enumerate(names)}
     measure_by_rule(monkeypatch, lambda _tokens, dropped: sum(weights[name] for name in dropped))
     influences = {name: 1.0 for name in names} | {"layer0.mlp": 1.5}  # the second to go turns the stream most
-    monkeypatch.setattr(RemovalMeter, "influences", lambda self: influences)
+    monkeypatch.setattr(lazy_rule, "block_influence", lambda meter, parts: [influences[site.name] for (site,) in parts])
     assert greedy_sequential_importance(llm, WINDOWS).order == tuple(names)
 
 
@@ -169,8 +174,8 @@ def test_some_removals_are_the_first_of_all(llm, lazy, removals):
     assert (partial.evaluations > 0) == (removals > 0)
 
 
-def test_after_some_removals_the_rest_is_ranked_by_the_last_trials(llm):
-    lazy = greedy_sequential_importance(llm, WINDOWS[:1], removals=1)  # on one window, all trials are those of round 1
+def test_after_some_removals_the_rest_is_ranked_by_what_was_measured_last(llm):
+    lazy = greedy_sequential_importance(llm, WINDOWS[:1], removals=1)  # on one window, all losses are those of round 1
     left = [name for name in lazy.increases if name != lazy.order[0]]
     assert list(lazy.order[1:]) == sorted(left, key=lazy.increases.get)
 

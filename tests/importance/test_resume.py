@@ -20,7 +20,7 @@ def kill_after(rounds: int):
 
 
 def rounds_of(measured) -> list[int]:
-    """For each trial that was measured, how many components its round had dropped before."""
+    """For each mask that was measured, how many components its round had dropped before."""
     return [len(measurement.dropped) - 1 for measurement in measured if measurement.dropped]
 
 
@@ -56,7 +56,7 @@ def test_a_lazy_ranking_that_is_cut_off_measures_only_what_is_left(llm, lazy, st
 
 @RULES
 @pytest.mark.parametrize("n_stored", [0, 3, 12])
-def test_a_trial_that_could_not_be_stored_is_measured_again(
+def test_an_evaluation_that_could_not_be_stored_is_measured_again(
     llm, ranking, lazy, store, measured, monkeypatch, exact, n_stored
 ):
     put, puts = ResultStore.put, []
@@ -83,13 +83,13 @@ def test_a_trial_that_could_not_be_stored_is_measured_again(
 
 
 @RULES
-def test_a_stored_ranking_runs_no_component_and_reports_what_it_cost_then(llm, store, exact):
+def test_a_stored_ranking_runs_nothing_and_reports_what_it_cost_then(llm, store, exact):
     first = greedy_sequential_importance(llm, WINDOWS, exact=exact, store=store)
-    before = llm.component_executions
+    before = llm.site_executions
     again = greedy_sequential_importance(llm, WINDOWS, exact=exact, store=store)
-    assert llm.component_executions == before
+    assert llm.site_executions == before
     assert again == first
-    assert (again.component_executions, again.seconds) == (first.component_executions, first.seconds)
+    assert (again.tokens, again.seconds) == (first.tokens, first.seconds)
 
 
 @RULES
@@ -117,7 +117,7 @@ def test_the_store_keeps_other_windows_and_other_models_apart(llm, store, measur
         assert len(store) == 4 * (1 + 8)
 
 
-def test_rules_share_stored_trials_where_they_look_at_the_same_windows(llm, store, measured):
+def test_rules_share_stored_evaluations_where_they_look_at_the_same_windows(llm, store, measured):
     one_window = WINDOWS[:1]  # the lazy rule cannot split it
     exact = greedy_sequential_importance(llm, one_window, exact=True, store=store)
     measured.clear()

@@ -1,40 +1,43 @@
 """An importance source gives the static order, or measures the present mask's."""
 
+import copy
+
 import pytest
 
+from rap_env.evaluation.meter import Meter
+from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.importance.gsi import CALIBRATION, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
-from rap_env.importance.trials import RemovalMeter
 from rap_env.mask import PruningMask
 from tests.importance.cases import WINDOWS, loss_of
 
 
-def test_the_current_order_is_dropped_components_first_then_by_their_trials(llm, ranking):
-    source = ImportanceSource(ranking.order, RemovalMeter(llm, WINDOWS))
+def meter_of(llm, store=None) -> Meter:
+    return Meter(llm, PerplexityEvaluator(WINDOWS, CALIBRATION), store)
+
+
+def test_the_current_order_is_dropped_components_first_then_by_the_loss_without_each(llm, ranking):
+    source = ImportanceSource(ranking.order, meter_of(llm))
     dropped = [ranking.order[4], ranking.order[1]]
     mask = PruningMask.all_kept(llm.shape).drop(*dropped)
     losses = {c.name: loss_of(llm, [*dropped, c.name]) for c in mask.kept}
-    expected = (ranking.order[1], ranking.order[4], *sorted(losses, key=losses.get))
-    assert source.current(mask) == expected
+    assert source.current(mask) == (ranking.order[1], ranking.order[4], *sorted(losses, key=losses.get))
     assert source.static == ranking.order
-    assert source.loss_after(mask, expected[2]) == pytest.approx(losses[expected[2]], abs=1e-5)
-    assert source.loss(mask) == pytest.approx(loss_of(llm, dropped), abs=1e-5)
 
 
 def test_current_orders_read_what_an_exact_ranking_has_stored(llm, ranking, store, measured):
-    mask = PruningMask.all_kept(llm.shape)
-    first = ImportanceSource(ranking.order, RemovalMeter(llm, WINDOWS, store))
-    order = first.current(mask)
-    assert len(measured) == 8
+    greedy_sequential_importance(llm, WINDOWS, removals=1, exact=True, store=store)
     measured.clear()
-    again = ImportanceSource(ranking.order, RemovalMeter(llm, WINDOWS, store))
-    assert again.current(mask) == order
-    assert [again.loss_after(mask, name) for name in order] == [first.loss_after(mask, name) for name in order]
-    assert again.loss(mask.drop(order[0])) == again.loss_after(mask, order[0])
+    order = ImportanceSource(ranking.order, meter_of(llm, store)).current(PruningMask.all_kept(llm.shape))
     assert measured == []
+    assert order == tuple(sorted(ranking.increases, key=ranking.increases.get))
 
 
 def test_measuring_without_a_meter_is_refused(llm, ranking):
-    source, dense = ImportanceSource(ranking.order), PruningMask.all_kept(llm.shape)
-    for measure in (source.current, source.loss, lambda mask: source.loss_after(mask, "layer0.mlp")):
-        with pytest.raises(ValueError, match="give the ImportanceSource a RemovalMeter"):
-            measure(dense)
+    with pytest.raises(ValueError, match="give the ImportanceSource a Meter"):
+        ImportanceSource(ranking.order).current(PruningMask.all_kept(llm.shape))
+
+
+def test_copies_of_a_source_are_the_source_itself(llm, ranking):
+    source = ImportanceSource(ranking.order, meter_of(llm))
+    assert copy.deepcopy({"importance": source})["importance"] is source

@@ -128,9 +128,9 @@ def test_sequences_in_lanes_are_equal_to_the_bit(llm, two_threads, dropped):
     hidden, context = llm.open_stream(IDS)
     assert len(cut_stream(hidden, context)) == 2
     expected = without_lanes(lambda: llm.run(mask.kept, hidden, context))
-    before = llm.component_executions
+    before = llm.site_executions
     assert torch.equal(llm.run(mask.kept, hidden, context), expected)
-    assert llm.component_executions - before == len(mask.kept), "a component in two lanes is run once"
+    assert llm.site_executions - before == len(mask.kept), "a component in two lanes is run once"
     assert torch.equal(token_losses(llm, expected, IDS), without_lanes(lambda: token_losses(llm, expected, IDS)))
 
 

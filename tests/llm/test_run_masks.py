@@ -112,10 +112,10 @@ def test_from_a_later_start_the_bits_in_front_are_taken_as_done(llm, stream, sta
 
 @pytest.mark.parametrize("n", [1, 2, 9, 40, 256])
 def test_what_masks_share_in_front_is_run_once(tiny_llm, executions, n):
-    masks, before = random_masks(tiny_llm.shape, n, seed=n), tiny_llm.component_executions
+    masks, before = random_masks(tiny_llm.shape, n, seed=n), tiny_llm.site_executions
     assert len(list(tiny_llm.run_masks(masks, *tiny_llm.open_packed(TREES)[:2]))) == n
     assert len(executions) == len(edges(masks)) <= sum(len(mask.kept) for mask in masks)
-    assert tiny_llm.component_executions - before == len(executions)
+    assert tiny_llm.site_executions - before == len(executions)
 
 
 def test_all_masks_of_a_model_need_one_run_for_each_inner_node_of_the_tree(tiny_llm, executions):

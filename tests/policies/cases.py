@@ -1,6 +1,5 @@
 """One policy of each kind, over the tiny model."""
 
-import numpy as np
 import torch
 
 from rap_env.policies import (
@@ -11,12 +10,11 @@ from rap_env.policies import (
     OneStepPolicy,
     OrderPolicy,
     RandomPolicy,
-    RetrievalPolicy,
     SequentialPolicy,
 )
 from rap_env.policies.network import ComponentNetwork
 from rap_env.rng import isolated_rng
-from tests.policies.test_archive import judged_masks
+from tests.policies.test_archive import evaluated_masks
 
 ORDER = [f"layer{i}.{kind}" for i in (2, 0, 3, 1) for kind in ("mlp", "attention")]
 COSTS = {name: 0.5**rank for rank, name in enumerate(ORDER)}
@@ -31,20 +29,12 @@ def random_network(shape, sequential: bool, seed: int = 0) -> ComponentNetwork:
     return network
 
 
-def two_archives(shape) -> RetrievalPolicy:
-    """The first archive serves texts near (1, 0), the second those near (0, 1)."""
-    judged = judged_masks(shape)
-    archives = [ArchivePolicy(shape, judged[:30], ORDER), ArchivePolicy(shape, judged[30:], ORDER[::-1])]
-    return RetrievalPolicy(shape, archives, np.eye(2))
-
-
 MAKERS = {
     "dense": DensePolicy,
     "random": lambda shape: RandomPolicy(shape, seed=5),
     "order": lambda shape: OrderPolicy(shape, ORDER),
     "one_step_network": lambda shape: OneStepPolicy(shape, random_network(shape, False), ORDER),
-    "archive": lambda shape: ArchivePolicy(shape, judged_masks(shape), ORDER),
-    "retrieval": lambda shape: two_archives(shape),
+    "archive": lambda shape: ArchivePolicy(shape, evaluated_masks(shape), ORDER),
     "milp": lambda shape: MilpPolicy(shape, COSTS),
     "nearest_order": lambda shape: NearestOrderPolicy(shape, {64: ORDER, 4096: ORDER[::-1]}),
     "sequential_network": lambda shape: SequentialPolicy(shape, random_network(shape, True), ORDER),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from rap_env.errors import InfeasibleBudget, InvalidMask, PolicyUnreadable, UnknownName
+from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import dense_bytes, footprint, smallest_bytes
 from rap_env.memory.scenario import ScenarioSampler
@@ -174,15 +175,56 @@ def test_a_policy_decides_the_same_after_saving_and_loading(policy, shape, tmp_p
     for scenario in scenarios(shape, 60, seed=1):
         arguments = scenario.workload, scenario.budget_bytes
         assert loaded.decide(*arguments) == policy.decide(*arguments)
-    assert {path.name for path in folder.iterdir()} == {"policy.json"} | (
-        {"policy.safetensors"} if policy.tensors() else set()
+    assert {path.name.partition("-")[0] for path in folder.iterdir()} == {"policy.json"} | (
+        {"policy"} if policy.tensors() else set()
     )
+
+
+def tensors_of(folder: Path) -> Path:
+    (path,) = folder.glob("policy-*.safetensors")
+    return path
 
 
 def test_saving_again_replaces_the_policy(shape, tmp_path):
     for kind in ("one_step_network", "order", "sequential_network", "random"):
         save_policy(MAKERS[kind](shape), tmp_path)
         assert load_policy(tmp_path).kind == kind
+        assert len(list(tmp_path.iterdir())) == (2 if "network" in kind else 1), "nothing of the older one is left"
+
+
+def test_a_reader_meets_the_old_policy_or_the_new_one_whenever_saving_is_cut_off(shape, tmp_path, monkeypatch):
+    old, new = (OneStepPolicy(shape, random_network(shape, False, seed), ORDER) for seed in (0, 1))
+    save_policy(old, tmp_path)
+    replace = Path.replace
+
+    def cut_off_after(n_files: int):
+        calls = []
+
+        def replace_some(path, target):
+            if len(calls) == n_files:
+                raise KeyboardInterrupt
+            calls.append(target)
+            return replace(path, target)
+
+        return replace_some
+
+    for n_files in (0, 1):
+        monkeypatch.setattr(Path, "replace", cut_off_after(n_files))
+        with pytest.raises(KeyboardInterrupt):
+            save_policy(new, tmp_path)
+        monkeypatch.undo()
+        assert all(torch.equal(old.tensors()[n], t) for n, t in load_policy(tmp_path).tensors().items())
+    save_policy(new, tmp_path)
+    assert all(torch.equal(new.tensors()[n], t) for n, t in load_policy(tmp_path).tensors().items())
+
+
+def test_a_policy_of_another_model_with_as_many_layers_is_refused_where_its_mask_is_served(shape, tiny_llm):
+    other = build_tiny_llm(dtype="bfloat16")
+    mask = OrderPolicy(other.shape, ORDER).decide(WORKLOAD, dense_bytes(other.shape, WORKLOAD))
+    with pytest.raises(InvalidMask, match="8 components"):
+        tiny_llm.apply(mask)
+    with pytest.raises(InvalidMask, match="8 components"):
+        footprint(shape, mask, WORKLOAD)
 
 
 class Bomb(str):
@@ -198,16 +240,17 @@ def test_a_pickle_is_refused_and_never_run(shape, tmp_path, name):
     save_policy(MAKERS["one_step_network"](shape), folder)
     if not name.endswith(("json", "safetensors")):
         (folder / "policy.json").unlink()
-    (folder / name).write_bytes(pickle.dumps(Bomb(fired)))
-    with pytest.raises(PolicyUnreadable, match=r"expected policy\.json .*; found: .*policy\.p|not a policy of this"):
+    path = tensors_of(folder) if name == "policy.safetensors" else folder / name
+    path.write_bytes(pickle.dumps(Bomb(fired)))
+    with pytest.raises(PolicyUnreadable, match=r"expected policy\.json; found: .*policy\.p|not a policy of this"):
         load_policy(folder)
     assert not fired.exists()
-    pickle.loads((folder / name).read_bytes())
+    pickle.loads(path.read_bytes())
     assert fired.exists()  # so it would have
 
 
 def test_a_folder_without_a_policy_says_what_it_holds(tmp_path):
-    with pytest.raises(PolicyUnreadable, match=r"policy\.json \(and policy\.safetensors\); found: no such folder"):
+    with pytest.raises(PolicyUnreadable, match=r"expected policy\.json; found: no such folder"):
         load_policy(tmp_path / "none")
     with pytest.raises(PolicyUnreadable, match="found: nothing"):
         load_policy(tmp_path)
@@ -225,7 +268,7 @@ def edited(folder: Path, path: str, value) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"format": 1}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "{}", '{"format": 2}', "\udcff"])
 def test_a_damaged_description_is_refused(shape, tmp_path, text):
     save_policy(OrderPolicy(shape, ORDER), tmp_path)
     (tmp_path / "policy.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -234,9 +277,9 @@ def test_a_damaged_description_is_refused(shape, tmp_path, text):
 
 
 def test_another_format_and_another_kind_are_refused(shape, tmp_path):
-    with pytest.raises(PolicyUnreadable, match="expected format 1; got 2"):
-        load_policy(edited(save_policy(OrderPolicy(shape, ORDER), tmp_path), "format", 2))
-    edited(tmp_path, "format", 1)
+    with pytest.raises(PolicyUnreadable, match="expected format 2; got 3"):
+        load_policy(edited(save_policy(OrderPolicy(shape, ORDER), tmp_path), "format", 3))
+    edited(tmp_path, "format", 2)
     with pytest.raises(UnknownName, match="unknown policy kind 'odrer'; did you mean order"):
         load_policy(edited(tmp_path, "kind", "odrer"))
 
@@ -244,7 +287,7 @@ def test_another_format_and_another_kind_are_refused(shape, tmp_path):
 UNFIT = [
     ("order", "parameters.order", [ORDER[:5], None]),
     ("order", "parameters", [{}, {"order": ORDER, "more": 1}]),
-    ("order", "shape.n_layers", [3]),
+    ("order", "shape.components", [[], 3]),
     ("order", "shape", [{}]),
     ("random", "parameters.seed", ["five", -1]),
     ("milp", "parameters.costs", [{}, 3, ORDER, {name: float("nan") for name in ORDER}]),
@@ -252,7 +295,7 @@ UNFIT = [
     ("one_step_network", "parameters.order", [ORDER[:5]]),
     ("one_step_network", "parameters.width", [17, "16"]),
     ("one_step_network", "parameters.blind_to", [["weather"], None, "footprint"]),
-    ("one_step_network", "shape.n_layers", [3]),
+    ("one_step_network", "shape.components", [3]),
     ("one_step_network", "kind", ["sequential_network"]),
     ("sequential_network", "kind", ["one_step_network"]),
 ]
@@ -272,13 +315,13 @@ def test_tensors_that_do_not_fit_are_refused(shape, tmp_path):
     tensors = {name: tensor.clone() for name, tensor in policy.tensors().items()}
     fewer = {name: tensor for name, tensor in tensors.items() if name != "stop.bias"}
     for content in (fewer, tensors | {"score.weight": torch.zeros(1, 15)}, tensors | {"extra": torch.zeros(1)}):
-        save_file(content, folder / "policy.safetensors")
+        save_file(content, tensors_of(folder))
         with pytest.raises(PolicyUnreadable, match=r"(?s)of this version: .*(score\.weight|stop\.bias|extra)"):
             load_policy(folder)
-    for whole in (b"", (folder / "policy.safetensors").read_bytes()[:-8]):
-        (folder / "policy.safetensors").write_bytes(whole)
+    for whole in (b"", (tensors_of(folder)).read_bytes()[:-8]):
+        (tensors_of(folder)).write_bytes(whole)
         with pytest.raises(PolicyUnreadable, match="not a policy of this version"):
             load_policy(folder)
-    (folder / "policy.safetensors").unlink()
-    with pytest.raises(PolicyUnreadable, match=r"(?s)not a policy of this version: .*Missing key"):
+    (tensors_of(folder)).unlink()
+    with pytest.raises(PolicyUnreadable, match=r"(?s)not a policy of this version: .*No such file"):
         load_policy(folder)

@@ -1,0 +1,48 @@
+"""Reports over records: tables, figures and one page. Nothing here runs a model."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import benchmarks
+from experiments.report.comparison import Comparison
+from experiments.report.kept import kept_picture
+from experiments.report.page import write_page
+from experiments.report.tables import run_table, table_lines
+from rap_env.errors import UnknownName
+
+__all__ = ["benchmark_lines", "kept_picture", "report_on", "run_table"]
+
+
+def report_on(records: Sequence[dict[str, Any]], page: Path | None) -> list[str]:
+    """What the records of one comparison say.
+
+    Args:
+        records: At least one; of one comparison.
+        page: Where the page with the figures is written; None writes none.
+
+    Returns:
+        Lines of Markdown.
+
+    Raises:
+        ValueError: The records do not belong together.
+    """
+    named = {"": records}
+    lines = [*table_lines("run", named), ""] if len(records) == 1 else []
+    lines += [*table_lines("metrics", named), "", "Loss over dense on the search half after so many tokens:", ""]
+    lines += table_lines("spending", named)
+    return [*lines, "", f"page: {write_page(Comparison(records), page)}"] if page else lines
+
+
+def benchmark_lines(part: str, record: Mapping[str, Any]) -> list[str]:
+    """What a benchmark printed when it wrote its record.
+
+    Raises:
+        UnknownName: There is no such part.
+    """
+    known = [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]
+    if part not in known:
+        raise UnknownName("benchmark part", part, known)
+    return [f"## {part}", *importlib.import_module(f"experiments.benchmarks.{part}").lines(record["results"])]

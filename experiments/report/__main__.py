@@ -1,0 +1,46 @@
+"""What stored records say: `python -m experiments.report results/policies.jsonl -o page.html` prints Markdown."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.records import read_records
+from experiments.report import benchmark_lines, report_on
+from rap_env.errors import RapError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints tables of the records that the paths hold; a single file with a benchmark's record prints its lines."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Prints what records say.")
+    parser.add_argument(
+        "records",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="JSON-lines table, record, or folder of records; those of one name are read together",
+    )
+    parser.add_argument("-o", "--output", type=Path, help="page to write; of several comparisons page-NAME.html")
+    options = parser.parse_args(arguments)
+    try:
+        print("\n".join(_lines(options.records, options.output)))
+    except (RapError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _lines(paths: Sequence[Path], page: Path | None) -> list[str]:
+    comparisons, lines = {}, []
+    for path in paths:
+        records = read_records(path)
+        if path.suffix == ".json" and "rows" not in records[0]["results"]:
+            lines += [*benchmark_lines(path.stem, records[0]), ""]
+        else:
+            comparisons.setdefault(path.resolve().stem, []).extend(records)
+    for name, records in comparisons.items():
+        own = page.with_stem(f"{page.stem}-{name}") if page and len(comparisons) > 1 else page
+        lines += [f"## {name}", "", *report_on(records, own), ""]
+    return lines
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,141 @@
+"""The records of one comparison, read together."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+SEARCH = "search"  # the search half's name among the evaluators
+_RESULTS = ("agent", "seed", "components", "evaluators", "dense", "search", "anytime", "rows", "references", "held_out")
+_MAY_DIFFER = ("agent", "seed", "decisions", "tracker", "store")  # of the configs of a comparison
+_DIGESTS = ("model_digest", "tokenizer_digest", "corpus_digest")
+
+
+class Comparison:
+    """Records of agents and seeds that faced the same scenarios and evaluators.
+
+    Arrays over the scenarios [seeds, scenarios] have them in the order of `scenarios`. Seeds whose records are equal
+    count as one: the agent is deterministic.
+
+    Args:
+        records: In any order.
+
+    Attributes:
+        records: In the order of agent and seed.
+        scenarios: (workload as text, budget ratio) of each row.
+        evaluators: Names of the report's evaluators; the first is the main one.
+        token_budget: Tokens that each search may forward.
+
+    Raises:
+        ValueError: There is no record, one is not a run's, two are of one agent and seed, or they are of different
+            comparisons.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]]) -> None:
+        _check(records)
+        self.records = sorted(records, key=lambda record: (record["results"]["agent"], record["results"]["seed"]))
+        first = self.records[0]["results"]
+        self.components, self.evaluators, self._dense = first["components"], first["evaluators"], first["dense"]
+        self.scenarios = [(workload_name(row), round(row["budget_ratio"], 4)) for row in first["rows"]]
+        self.token_budget = first["search"]["token_budget"]
+        self._is_text = {name: has_loss(first["rows"][0]["reports"][name]) for name in self.evaluators}
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records:
+            runs.setdefault(record["results"]["agent"], []).append(record["results"])
+        self.agents = list(runs)
+        self._runs = {agent: distinct(of_agent, _outcome) for agent, of_agent in runs.items()}
+
+    def runs(self, agent: str) -> list[dict[str, Any]]:
+        """Results of an agent's seeds."""
+        return self._runs[agent][0]
+
+    def seeds(self, agent: str) -> str:
+        """The number of an agent's seeds as a table shows it."""
+        return self._runs[agent][1]
+
+    def scores(self, agent: str, evaluator: str) -> np.ndarray:
+        """An agent's scores [seeds, scenarios]; minus infinity where the mask does not fit."""
+        return np.array([[_score(row, evaluator) for row in run["rows"]] for run in self.runs(agent)])
+
+    def curves(self, agent: str) -> list[list[list[float]]]:
+        """For each seed [tokens spent, mean of the best search scores so far].
+
+        An agent that evaluates no mask has one point: its policy's masks after what else it spent, as a rule a ranking.
+        """
+        policies = self.scores(agent, SEARCH).mean(axis=1)
+        runs = zip(self.runs(agent), policies, strict=True)
+        return [run["anytime"] or [[run["search"]["tokens"], float(score)]] for run, score in runs]
+
+    def best_after(self, agent: str, tokens: float) -> float:
+        """Mean over the seeds of the search score after so many tokens; minus infinity before there is one."""
+        curves = self.curves(agent)
+        return float(np.mean([max([s for n, s in curve if n <= tokens], default=-np.inf) for curve in curves]))
+
+    def mean_search(self, agent: str, key: str) -> float:
+        """Mean over the seeds of what a search took: `tokens`, `seconds`, `measured_seconds`."""
+        return float(np.mean([run["search"][key] for run in self.runs(agent)]))
+
+    def dense_score(self, evaluator: str) -> float:
+        return self._dense[evaluator]
+
+    def is_text(self, evaluator: str) -> bool:
+        """Whether a report evaluator's score is minus a loss instead of an accuracy."""
+        return self._is_text[evaluator]
+
+
+def _check(records: Sequence[dict[str, Any]]) -> None:
+    if not records:
+        raise ValueError("expected at least one record of a comparison; got none")
+    for record in records:
+        if missing := [key for key in _RESULTS if key not in record["results"]]:
+            raise ValueError(f"expected the results of a run: {', '.join(_RESULTS)}; missing {', '.join(missing)}")
+    names = Counter(f"{record['results']['agent']} {record['results']['seed']}" for record in records)
+    if twice := sorted(name for name, count in names.items() if count > 1):
+        raise ValueError(f"expected one record for each agent and seed; there are several of {', '.join(twice)}")
+    first, *others = map(_shared, records)
+    for other in others:
+        if differing := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
+            raise ValueError(f"expected records of one comparison; their {', '.join(differing)} differ")
+
+
+def distinct(runs: list, outcome: Callable) -> tuple[list, str]:
+    """An agent's runs and their number as a table shows it; seeds with equal outcomes are one run."""
+    if len(runs) > 1 and all(outcome(run) == outcome(runs[0]) for run in runs[1:]):
+        return runs[:1], "1 (deterministic)"
+    return runs, str(len(runs))
+
+
+def decided(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what differs from one time to the next."""
+    return [{key: value for key, value in row.items() if key != "decision_milliseconds"} for row in rows]
+
+
+def has_loss(evaluated: Mapping[str, Any]) -> bool:
+    """Whether a row's score on an evaluator is minus a mean loss."""
+    return any("loss" in metrics for metrics in evaluated["tasks"].values())
+
+
+def workload_name(row: Mapping[str, Any]) -> str:
+    generated = f" + {row['generated_tokens']}" if row["generated_tokens"] else ""
+    return f"{row['batch_size']} x {row['prompt_tokens']}{generated} tokens"
+
+
+def _outcome(run: Mapping[str, Any]) -> tuple:
+    return decided(run["rows"]), run["anytime"], run["search"]["tokens"]
+
+
+def _score(row: Mapping[str, Any], evaluator: str) -> float:
+    if row["violation"]:
+        return -np.inf
+    return (row["search"] if evaluator == SEARCH else row["reports"][evaluator])["score"]
+
+
+def _shared(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal in all records of a comparison."""
+    results = record["results"]
+    of_config = {key: value for key, value in record["config"].items() if key not in _MAY_DIFFER}
+    digests = {name: record["provenance"].get(name) for name in _DIGESTS}
+    of_results = {key: results[key] for key in ("components", "evaluators")}
+    scenarios = [[row["budget_bytes"], workload_name(row)] for row in results["rows"]]
+    return of_config | digests | of_results | {"scenarios": scenarios}

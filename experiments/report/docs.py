@@ -1,0 +1,70 @@
+"""Tables in the documentation, made from records: `python -m experiments.report.docs docs/*.md README.md`.
+
+A table stands between two comments and names the files that it is made from and its kind:
+
+    <!-- table: results/policies.jsonl metrics -->
+    <!-- end -->
+
+The kinds are those of `table_lines`, and `benchmark`: what benchmarks printed.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments.records import read_records
+from experiments.report import benchmark_lines
+from experiments.report.tables import table_lines
+from rap_env.errors import RapError
+
+_START, _END = "<!-- table:", "<!-- end -->"
+_MARKED = re.compile(rf"^({_START} *(.+?) *-->)\n(.*?)^{_END}$", re.MULTILINE | re.DOTALL)
+
+
+def rewritten(text: str, root: Path) -> str:
+    """A document with what stands between its markers made anew.
+
+    Args:
+        text: Markdown.
+        root: Folder that the paths in the markers start at.
+
+    Raises:
+        UnknownName: There is no such kind of table or benchmark.
+        ValueError: A marker has no end, or names no file.
+        OSError: A file can't be read.
+    """
+
+    def replace(found: re.Match) -> str:
+        *paths, kind = found[2].split()
+        if not paths:
+            raise ValueError(f"expected files and a kind of table; got {found[1]!r}")
+        named = {Path(path).stem: read_records(root / path) for path in paths}
+        lines = _benchmarks(named) if kind == "benchmark" else table_lines(kind, named)
+        return "\n".join([found[1], *lines, _END])
+
+    if text.count(_START) != len(_MARKED.findall(text)):
+        raise ValueError(f"expected a line {_END!r} after each {_START!r}; there is one without")
+    return _MARKED.sub(replace, text)
+
+
+def _benchmarks(named: Mapping[str, list[dict]]) -> list[str]:
+    printed = [line for part, records in named.items() for line in ("", *benchmark_lines(part, records[0]))]
+    return ["```text", *printed[1:], "```"]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Rewrites documents in place and names those that changed."""
+    for path in map(Path, arguments):
+        text = path.read_text(encoding="utf-8")
+        try:
+            new = rewritten(text, Path())
+        except (RapError, OSError, ValueError) as error:
+            sys.exit(f"error: {path}: {error}")
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+            print(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,85 @@
+"""What the figures of a page share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from plotly.colors import qualitative
+from plotly.graph_objects import Figure
+
+from experiments.report.comparison import Comparison
+from experiments.report.metrics import interquartile_mean, loss_over_dense
+
+GUIDE = {"dash": "dot", "color": "#888", "width": 1}
+_SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star")
+_FAR_OFF = 1.5  # times the best agent's loss
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    """A figure with what a reader must know to read it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+    def __post_init__(self) -> None:
+        self.figure.update_layout(
+            template="plotly_white",
+            font={"family": "system-ui, sans-serif", "size": 13},
+            legend={"orientation": "h", "y": -0.22, "yanchor": "top"},
+            margin={"l": 70, "r": 20, "t": 40, "b": 60},
+        )
+
+
+def is_far_off(comparison: Comparison, agent: str) -> bool:
+    """Whether an agent loses so much more than the best that the others would lie on one line."""
+    losses = {
+        name: interquartile_mean(loss_over_dense(comparison, name, comparison.evaluators[0]))
+        for name in comparison.agents
+    }
+    return bool(np.isfinite(losses[agent]) and losses[agent] > _FAR_OFF * max(0.0, min(losses.values())))
+
+
+def style(comparison: Comparison, agent: str) -> dict:
+    """The same colour and symbol for an agent in every figure; who is far off is drawn when its name is clicked."""
+    number = comparison.agents.index(agent)
+    colour = qualitative.Dark24[number % len(qualitative.Dark24)]
+    return {
+        "name": agent,
+        "legendgroup": agent,
+        "visible": "legendonly" if is_far_off(comparison, agent) else True,
+        "marker": {"color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 8},
+        "line": {"color": colour, "width": 2},
+    }
+
+
+def line_style(comparison: Comparison, agent: str) -> dict:
+    """The style of a trace without markers."""
+    return {key: value for key, value in style(comparison, agent).items() if key != "marker"}
+
+
+def finite(values: np.ndarray) -> list[float | None]:
+    """JSON's form of an array: a gap where there is no number."""
+    return [float(value) if np.isfinite(value) else None for value in np.atleast_1d(values)]
+
+
+def error_bars(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict:
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is a gap
+        up, down = finite(high - value), finite(value - low)
+    return {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1}
+
+
+def workloads(comparison: Comparison) -> dict[str, list[int]]:
+    """Positions of each workload's scenarios."""
+    positions: dict[str, list[int]] = {}
+    for position, (workload, _budget) in enumerate(comparison.scenarios):
+        positions.setdefault(workload, []).append(position)
+    return positions
+
+
+def served(comparison: Comparison, cost: Callable, evaluator: str) -> list[str]:
+    """Agents with a finite interquartile mean: the others violate more than a quarter of the budgets."""
+    means = {agent: interquartile_mean(cost(comparison, agent, evaluator)) for agent in comparison.agents}
+    return sorted((agent for agent, mean in means.items() if np.isfinite(mean)), key=means.__getitem__)

@@ -1,0 +1,82 @@
+"""The switchable LLM as lm-eval's model `rap`: everything but the scoring of log-likelihoods is lm-eval's own."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from rap_env.errors import EvaluationFailed, InvalidMask, UnknownName
+from rap_env.evaluation.scoring import Score, ScoringPlan, fit_to_context
+from rap_env.llm.loading import load_llm
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import PruningMask
+
+_LOADING = ("dtype", "device", "revision", "trust_remote_code")  # `load_llm`'s
+# HFLM's that concern text and generation. It swallows whatever else it is given, so a misspelt `mask` would be lost.
+_TEXT = ("add_bos_token", "batch_size", "chat_template_args", "enable_thinking", "max_batch_size", "max_length")
+_TEXT += ("prefix_token_id", "think_end_token", "truncation")
+_ARGUMENTS = ("pretrained", "mask", "batch_tokens", *_LOADING, *_TEXT)
+
+
+@register_model("rap")
+class RapLM(HFLM):
+    """lm-eval's HF adapter over a model of which components are dropped, with our scoring engine.
+
+    Tokens, truncation, chat templates, rolling log-likelihoods and generation are the adapter's.
+
+    Args:
+        pretrained: A `SwitchableLLM`, or what `load_llm` takes: `smollm2-135m`, a folder, or a hub name.
+        mask: JSON file that holds a pruning mask to apply (`PruningMask.to_json`); None leaves the model as it is.
+        batch_tokens: Tokens that are forwarded at once when log-likelihoods are scored.
+        **options: `dtype`, `device`, `revision` and `trust_remote_code` of `load_llm`; and HFLM's `add_bos_token`,
+            `prefix_token_id`, `max_length` and the like.
+
+    Raises:
+        UnknownName: There is no such argument, model or dtype.
+        InvalidMask: The mask file is missing, or is of another model.
+        EvaluationFailed: The tokenizer has neither BOS nor EOS.
+    """
+
+    def __init__(
+        self, pretrained: str | SwitchableLLM, mask: str | None = None, batch_tokens: int = 4096, **options
+    ) -> None:
+        for name in options:
+            if name not in _ARGUMENTS:
+                raise UnknownName("model argument", name, _ARGUMENTS)
+        loading = {name: options.pop(name) for name in _LOADING if name in options}
+        if loading.get("device") == "cuda:0":  # what lm-eval's command line says where no device was named
+            loading["device"] = "auto"
+        llm = pretrained if isinstance(pretrained, SwitchableLLM) else load_llm(pretrained, **loading)
+        # Given a model, HFLM ties its weights again, which would overwrite a head that differs from the embedding;
+        # so it gets a stand-in. The tokenizer is copied because it may be given a padding token.
+        stand_in = SimpleNamespace(device=llm.device, config=llm.model.config)
+        super().__init__(stand_in, backend="causal", tokenizer=copy.deepcopy(llm.tokenizer), **options)
+        self.llm, self._model, self.batch_tokens = llm, llm.model, batch_tokens
+        if self.prefix_token_id is None:
+            raise EvaluationFailed(f"the tokenizer of {llm.name} has neither BOS nor EOS; lm-eval needs one of them")
+        if mask is not None:
+            llm.apply(_read_mask(Path(mask).expanduser(), llm))
+
+    def plan(self, requests: Sequence[tuple]) -> ScoringPlan:
+        """How requests are forwarded.
+
+        Args:
+            requests: Triples of a text, the context's tokens and the continuation's, as lm-eval makes them.
+
+        Raises:
+            EvaluationFailed: A context or a continuation has no tokens, or a continuation more than the model takes.
+        """
+        pairs = [fit_to_context(context, continuation, self.max_length) for _, context, continuation in requests]
+        return ScoringPlan(pairs, self.batch_tokens)
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> list[Score]:
+        return next(self.plan(requests).run(self.llm, [self.llm.mask]))[1] if requests else []
+
+
+def _read_mask(path: Path, llm: SwitchableLLM) -> PruningMask:
+    if not path.is_file():
+        raise InvalidMask(f"expected a file that holds a pruning mask; there is no {path}")
+    return PruningMask.from_json(llm.shape, path.read_text(encoding="utf-8"))

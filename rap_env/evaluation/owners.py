@@ -1,0 +1,54 @@
+"""Who holds a claim: a process, named so that others notice its death."""
+
+import contextlib
+import functools
+import json
+import os
+import platform
+import time
+
+import psutil
+
+LEASE_SECONDS = 600.0
+_START_TOLERANCE_SECONDS = 5.0  # start times are told by the wall clock, which may be set meanwhile
+
+
+def this_process() -> str:
+    """Host, process id and start time (seconds since 1970) of the calling process, as JSON."""
+    return _owner(os.getpid())  # of the present id: a forked child is not its parent
+
+
+@functools.lru_cache(maxsize=1)
+def _owner(pid: int) -> str:
+    return json.dumps([_host(), pid, psutil.Process(pid).create_time()])
+
+
+def _host() -> str:
+    host = platform.node()
+    with contextlib.suppress(OSError):  # Linux only: containers may share a host's name, and then number apart
+        host += " " + os.readlink("/proc/self/ns/pid")
+    return host
+
+
+def is_gone(owner: str, renewed_at: float) -> bool:
+    """Whether others may take over what a process claimed.
+
+    On the same host a claim ends with its process, however long that takes. Processes of other hosts can't be seen:
+    there it ends `LEASE_SECONDS` after the owner last stored a result, or took the claim.
+
+    Args:
+        owner: What `this_process` said there.
+        renewed_at: When the owner last showed that it is alive, in seconds since 1970.
+    """
+    host, pid, started_at = json.loads(owner)
+    if host != _host():
+        return time.time() - renewed_at > LEASE_SECONDS
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:  # dead, and not yet waited for by its parent
+            return True
+        return abs(process.create_time() - started_at) > _START_TOLERANCE_SECONDS
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
