@@ -31,7 +31,7 @@ def measure(result: SearchResult, task: Task, parts: Parts, decisions: int) -> d
         decisions: Random scenarios of the sampler in which violations are counted.
 
     Returns:
-        The results of a record; see docs/records.md.
+        The results of a record.
     """
     policy, problem, main = result.policy, task.problem, next(iter(parts.reports))
     best = best_so_far([mask for mask, _spent in evaluated_masks(task)], problem, parts.reported)
