@@ -87,7 +87,7 @@ def build(config: DictConfig, main: str) -> Parts:
     )
     evaluations = {main: config.evaluation, **config.report}
     halves = _once("evaluations", evaluations, lambda: _halves(evaluations, llm))
-    corpus, windows = _once("calibration", config.calibration, lambda: _calibration(config.calibration, halves, llm))
+    corpus, windows = _once("calibration", config.calibration, lambda: _calibration(config, halves, llm))
     location = config.store or cache_folder() / "results.db"
     store = _once("store", str(location), lambda: ResultStore(location))
     weights = plain(config.reward)
@@ -126,15 +126,13 @@ def _halves(evaluations: Mapping[str, DictConfig], llm: SwitchableLLM) -> dict[s
     return halves
 
 
-def _calibration(
-    calibration: DictConfig, halves: Mapping[str, Halves], llm: SwitchableLLM
-) -> tuple[Corpus, torch.Tensor]:
+def _calibration(config: DictConfig, halves: Mapping[str, Halves], llm: SwitchableLLM) -> tuple[Corpus, torch.Tensor]:
     main, *others = halves.values()
-    corpus = build_corpus(calibration, main.search_text)
+    corpus = build_corpus(config, main.search_text)
     refuse_contamination(corpus, main.held_out)
     for other in others:
         refuse_contamination(corpus, other.reported)
-    return corpus, build_windows(calibration, corpus, llm, calibration.seed)
+    return corpus, build_windows(config, corpus, llm, config.calibration.seed)
 
 
 def build_halves(evaluation: DictConfig, llm: SwitchableLLM) -> Halves:
@@ -142,16 +140,16 @@ def build_halves(evaluation: DictConfig, llm: SwitchableLLM) -> Halves:
     return call_with(instantiate(evaluation, _partial_=True), llm=llm)
 
 
-def build_corpus(calibration: DictConfig, search_text: Corpus) -> Corpus:
+def build_corpus(config: DictConfig, search_text: Corpus) -> Corpus:
     """Calibration text; one source takes the text that is searched on."""
-    return call_with(instantiate(calibration.corpus, _partial_=True), search_text=search_text)
+    return call_with(instantiate(config.calibration.corpus, _partial_=True), search_text=search_text)
 
 
-def build_windows(calibration: DictConfig, corpus: Corpus, llm: SwitchableLLM, seed: int) -> torch.Tensor:
+def build_windows(config: DictConfig, corpus: Corpus, llm: SwitchableLLM, seed: int) -> torch.Tensor:
     """Calibration tokens [N, T], drawn from the corpus as the YAML says."""
-    size = calibration.n_samples, calibration.tokens_per_sample
+    size = config.calibration.n_samples, config.calibration.tokens_per_sample
     check_windows(*size, llm.shape.context_tokens)
-    return instantiate(calibration.sampling, _partial_=True)(corpus, llm.tokenizer, *size, seed)
+    return instantiate(config.calibration.sampling, _partial_=True)(corpus, llm.tokenizer, *size, seed)
 
 
 def build_tracker(config: DictConfig, folder: Path) -> Tracker:

@@ -51,7 +51,7 @@ def test_a_later_table_takes_the_place_of_an_older_one(tmp_path):
     ids=["two commits", "changed files", "no checkout"],
 )
 def test_mixed_records_are_refused_unless_told(records, tmp_path):
-    with pytest.raises(InvalidConfig, match="expected records of one commit without changes; got .* say --mixed"):
+    with pytest.raises(InvalidConfig, match=r"expected records of one commit without changes; got .* say --mixed"):
         write_table(tmp_path / "a.jsonl", records)
     assert not list(tmp_path.iterdir())
     assert read_records(write_table(tmp_path / "a.jsonl", records, mixed=True)) == records
