@@ -10,9 +10,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.benchmarks import env, gsi, memory, population, scaling, scoring
-from experiments.build import build_corpus, build_halves, build_windows, plain, refusing_in_one_line
 from experiments.evaluators import Halves
 from experiments.progress import Phases
+from experiments.recipes.build import build_corpus, build_halves, build_windows, plain
+from experiments.recipes.refusals import refusing_in_one_line
 from experiments.records import provenance, write_record
 from rap_env.errors import UnknownName
 from rap_env.importance.gsi import greedy_sequential_importance

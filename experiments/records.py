@@ -18,6 +18,7 @@ import torch
 
 import rap_env
 from rap_env.errors import RecordExists
+from rap_env.evaluation.identity import engine_identity
 
 REQUIRED_KEYS = ("config", "provenance", "results")
 _DISTRIBUTIONS = (
@@ -46,6 +47,23 @@ def provenance() -> dict[str, Any]:
         "hardware": _hardware(),
         "platform": platform.platform(),
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def model_provenance(llm: Any, corpus_digest: str) -> dict[str, Any]:
+    """What a run's results depend on beside its config and `provenance()`: model, text, and our engine on this machine.
+
+    Args:
+        llm: A `SwitchableLLM`.
+        corpus_digest: Of the calibration text.
+    """
+    identity = engine_identity(llm)
+    return {
+        "model_digest": identity["model"],
+        "tokenizer_digest": identity["tokenizer"],
+        "corpus_digest": corpus_digest,
+        "engine_version": identity["engine"],
+        "numeric_platform": identity["platform"],
     }
 
 
@@ -122,6 +140,24 @@ def _check_keys(path: Path, record: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: a record needs {', '.join(REQUIRED_KEYS)}; missing: {', '.join(missing)}")
 
 
+def write_once(path: Path, text: str) -> None:
+    """Creates a file in one piece, or not at all; missing folders are made.
+
+    Raises:
+        FileExistsError: There is one already; it is left as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def _publish(draft: Path, path: Path) -> None:
     try:
         os.link(draft, path)  # unlike a rename, a link never replaces what another process has just written
@@ -153,18 +189,10 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> Path:
         text = json.dumps(dict(record), default=_plain, allow_nan=False, ensure_ascii=False, indent=2, sort_keys=True)
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON values and finite numbers only; {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with draft.open("x", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(draft, path)
+        write_once(path, text + "\n")
     except FileExistsError as error:
         raise RecordExists(f"{path} exists, and records are written once; name another file or remove it") from error
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

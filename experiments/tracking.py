@@ -1,4 +1,4 @@
-"""Trackers: where a run's metrics, tables, images and figures go while it runs."""
+"""Trackers: where a run's metrics, tables and images go while it runs."""
 
 import json
 import math
@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
-from matplotlib.image import imsave
 
 
 class Tracker(Protocol):
@@ -24,11 +23,12 @@ class Tracker(Protocol):
     def log_image(self, name: str, rgb: np.ndarray) -> None:
         """Reports an image, uint8 [height, width, 3]; a later one of the same name takes its place."""
 
-    def log_figure(self, name: str, figure: Any) -> None:
-        """Reports a plotly figure; a later one of the same name takes its place."""
+    def close(self, failed: bool = False) -> None:
+        """Flushes and ends; nothing may be logged after it, and a second call does nothing.
 
-    def close(self) -> None:
-        """Flushes and ends; nothing may be logged after it, and a second call does nothing."""
+        Args:
+            failed: Whether what was tracked came to no end.
+        """
 
     def __enter__(self) -> Self:
         return self
@@ -36,7 +36,7 @@ class Tracker(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=kind is not None)
 
 
 def _cell(value: object) -> str | int | float | bool | None:
@@ -60,17 +60,14 @@ class NoTracker(Tracker):
     def log_image(self, name: str, rgb: np.ndarray) -> None:
         pass
 
-    def log_figure(self, name: str, figure: Any) -> None:
-        pass
-
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         pass
 
 
 class JsonlTracker(Tracker):
-    """Writes plain files: `metrics.jsonl`, `<table>.json`, `<image>.png` and `<figure>.plotly.json`.
+    """Writes plain files: `metrics.jsonl`, `<table>.json` and `<image>.png`.
 
-    A slash in a name makes a subfolder. A resumed run appends to the metrics of the one before.
+    A slash in a name makes a subfolder. The folder belongs to one run: what another left in it is replaced.
 
     Args:
         folder: Where the files go; it is made if missing.
@@ -79,7 +76,7 @@ class JsonlTracker(Tracker):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line; a number that is not finite becomes null, as JSON has no NaN."""
@@ -93,13 +90,11 @@ class JsonlTracker(Tracker):
         self._path(name, ".json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
     def log_image(self, name: str, rgb: np.ndarray) -> None:
+        from matplotlib.image import imsave  # here: it takes long to import, and runs that track nothing don't need it
+
         imsave(self._path(name, ".png"), rgb)
 
-    def log_figure(self, name: str, figure: Any) -> None:
-        """Writes plotly's JSON."""
-        self._path(name, ".plotly.json").write_text(figure.to_json() + "\n", encoding="utf-8")
-
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         self._metrics.close()
 
     def _path(self, name: str, suffix: str) -> Path:
@@ -153,11 +148,8 @@ class WandbTracker(Tracker):
     def log_image(self, name: str, rgb: np.ndarray) -> None:
         self._send({name: self._wandb.Image(rgb)})
 
-    def log_figure(self, name: str, figure: Any) -> None:
-        self._send({name: self._wandb.Plotly(figure)})
-
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, failed: bool = False) -> None:
+        self._run.finish(exit_code=int(failed))
         self._wandb.teardown()  # ends the service process, which would outlive the run
 
     def _send(self, values: dict[str, Any]) -> None:

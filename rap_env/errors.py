@@ -102,5 +102,13 @@ class RecordExists(RapError, FileExistsError):
     """A record that is already there; records are written once."""
 
 
+class FolderInUse(RapError, OSError):
+    """A run's folder that another run is writing into."""
+
+
+class InvalidConfig(RapError, ValueError):
+    """A value in a run's config that no run can use: no whole number, too small, or an empty list of scenarios."""
+
+
 class SearchExhausted(RapError):
     """A token budget that is used up; searches end with the best found so far."""

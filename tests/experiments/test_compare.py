@@ -1,18 +1,19 @@
-"""A comparison runs from nothing, writes each search at once, goes on after a kill, and counts what agents ask."""
+"""A sweep's jobs have a record each, whatever launcher runs them; finished ones are skipped."""
 
-import json
+import math
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.comparison import Comparison
-from experiments.entry import OrderedBudget, anytime, best_so_far, count_violations
-from experiments.page import page
+from experiments import compare, sweep_report
+from experiments.recipes.measure import anytime, best_so_far, count_violations
 from experiments.records import read_record
-from rap_env.errors import InfeasibleBudget, SearchExhausted
+from rap_env.errors import InfeasibleBudget
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
@@ -20,100 +21,92 @@ from rap_env.policies import DensePolicy, OrderPolicy
 
 PROJECT = Path(__file__).parents[2]
 TINY = (
-    *("model=tiny", "max_evaluations=40", "decisions=20", "calibration.tokens_per_sample=24"),
-    *("evaluation.search_windows=[2,24]", "evaluation.report_windows=[2,24]"),
-    *("+evaluation@report.tasks=embedded", "report.tasks.limit=2"),
-    *(f"~agents.{name}" for name in ("dense", "greedy_per_byte", "milp", "archive", "evopress")),
-    *("agents.random=2", "agents.ppo=1", "agents.surrogate=1"),
+    *("model=tiny", "token_budget=4000", "decisions=20", "calibration.tokens_per_sample=24", "agent=random_search"),
+    *("evaluation.search_windows=[2,24]", "evaluation.report_windows=[2,24]", "seed=0,1,2,3", "tracker=none"),
+    "evaluation._target_=tests.experiments.counted.counted_halves",
 )
-NAMES = ["greedy_gsi-0", "ppo-0", "random-0", "random-1", "surrogate-0"]
+NAMES = [f"random_search-{seed}" for seed in range(4)]
 
 
-def compare(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.compare", *TINY, *overrides]
-    environment = {"RAP_CACHE": str(folder / "cache"), "PYTHONPATH": str(PROJECT), "PATH": "/usr/bin:/bin"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("compare")
+class Swept(types.SimpleNamespace):
+    """A finished sweep: its folder, what it said, and a line for each mask that was measured."""
 
 
 @pytest.fixture(scope="module")
-def records(folder) -> Path:
-    """The folder of a finished comparison."""
-    done = compare(folder)
+def swept(tmp_path_factory) -> Swept:
+    """`quick` on two workers at once."""
+    folder = tmp_path_factory.mktemp("compare")
+    paths = {"RAP_CACHE": folder / "cache", "MEASURED": folder / "measured", "PYTHONPATH": PROJECT}
+    environment = os.environ | {name: str(path) for name, path in paths.items()} | {"OMP_NUM_THREADS": "1"}
+    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    command = [sys.executable, "-m", "experiments.compare", *TINY, *launcher]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "| ppo | 1 |" in done.stdout and "page: " in done.stdout
-    return folder / "outputs" / "compare" / "quick"
+    measured = (folder / "measured").read_text().splitlines()
+    return Swept(folder=folder / "outputs" / "compare" / "quick", said=done.stdout, measured=measured)
 
 
-def test_every_agent_and_seed_has_a_record(records):
-    assert sorted(path.stem for path in records.glob("*.json")) == NAMES
-    for name in NAMES:
-        record = read_record(records / f"{name}.json")
-        results = record["results"]
-        assert f"{results['agent']}-{results['seed']}" == name
-        assert record["config"]["seed"] == results["seed"] and "_target_" in record["config"]["agent"]
-        assert len(results["rows"]) == 4 * 3 and results["unseen"] == {"decisions": 20, "violations": 0}
-        for row in results["rows"]:
-            assert row["reports"].keys() == {"packaged_text", "tasks"} and not row["violation"]
-            assert row["footprint"]["peak_bytes"] <= row["budget_bytes"]
-            assert row["decision_milliseconds"] > 0
-            assert row["score"] == pytest.approx(-next(iter(row["tasks"].values()))["loss"])
+def test_every_agent_and_seed_has_a_record_in_a_folder_of_its_name(swept):
+    assert sorted(path.parent.name for path in swept.folder.glob("*/record.json")) == NAMES
+    for seed, name in enumerate(NAMES):
+        results = read_record(swept.folder / name / "record.json")["results"]
+        assert (results["agent"], results["seed"]) == ("random_search", seed)
+        assert len(results["rows"]) == 4 * 3 and results["search"]["evaluations"] > 10
 
 
-def test_everyone_has_the_same_budget_and_its_use_is_recorded(records):
-    ppo, greedy = (read_record(records / f"{name}-0.json")["results"] for name in ("ppo", "greedy_gsi"))
-    assert 0 < ppo["search"]["evaluations"] <= 40 and greedy["search"]["evaluations"] == 0
-    assert ppo["search"]["peak_bytes"] > greedy["search"]["peak_bytes"] > 0, "judging takes memory beside the weights"
-    assert greedy["anytime"] == [] and ppo["anytime"][-1][0] == ppo["search"]["evaluations"]
-    means = [mean for _step, mean in ppo["anytime"]]
-    assert means == sorted(means)
-    assert means[-1] == pytest.approx(np.mean([row["best_asked"] for row in ppo["rows"]]))
+def test_workers_measure_nothing_twice(swept):
+    assert len(swept.measured) > 40
+    assert len(set(swept.measured)) == len(swept.measured)
 
 
-def test_page_is_what_the_report_makes_of_the_records(records):
-    made = page(Comparison.read([records / f"{name}.json" for name in NAMES]))
-    assert (records / "page.html").read_text() == made
-    assert (records / "tracker" / "regret.plotly.json").is_file()
+def test_sweep_ends_with_the_report_and_its_page(swept):
+    assert "| random_search |" in swept.said and f"records: {Path('outputs', 'compare', 'quick')}" in swept.said
+    assert (swept.folder / "page.html").is_file()
 
 
-def test_what_is_finished_is_skipped_and_what_is_missing_comes_from_the_store(folder, records):
-    before = {path.name: path.read_bytes() for path in records.glob("*.json")}
-    (records / "ppo-0.json").unlink()
-    done = compare(folder, "agents.random=3")  # a seed that joins later, too
-    assert done.returncode == 0, done.stderr
-    again = json.loads((records / "ppo-0.json").read_text())["results"]
-    first = json.loads(before.pop("ppo-0.json"))["results"]
-    assert {path.name: path.read_bytes() for path in records.glob("*.json") if path.name in before} == before
-    assert (records / "random-2.json").is_file()
-    assert again["search"]["fresh_evaluations"] == 0 and first["search"]["fresh_evaluations"] > 0
-    assert again["anytime"] == first["anytime"]
-    assert [row["dropped"] for row in again["rows"]] == [row["dropped"] for row in first["rows"]]
+def test_same_sweep_again_does_only_what_is_missing(swept, train_here, monkeypatch):
+    records = {name: (swept.folder / name / "record.json") for name in NAMES}
+    before = {name: path.read_bytes() for name, path in records.items()}
+    first = read_record(records[NAMES[2]])["results"]
+    records[NAMES[2]].unlink()
+    monkeypatch.setenv("MEASURED", os.devnull)
+    monkeypatch.chdir(swept.folder.parents[2])
+    said, code = train_here(swept.folder.parents[2] / "cache", "-m", "experiment=quick", *TINY)
+    assert not code, said
+    again = read_record(records.pop(NAMES[2]))["results"]
+    assert {name: path.read_bytes() == before[name] for name, path in records.items()} == dict.fromkeys(records, True)
+    assert again["search"]["fresh_evaluations"] == 0 and again["anytime"] == first["anytime"]
 
 
-def test_agents_may_be_told_other_scenarios_than_they_are_reported_on(folder, records):
-    told = ("+workload.told.workloads=[[2,64]]", "+workload.told.budget_ratios=[0.7]")
-    others = (f"agents.{name}=0" for name in ("greedy_gsi", "ppo", "random", "surrogate"))
-    done = compare(folder, "name=told", "+agents.evop=1", *others, *told)
-    assert done.returncode == 0, done.stderr
-    results = read_record(folder / "outputs" / "compare" / "told" / "evop-0.json")["results"]
-    assert results["search"]["details"] == {"searches": 1} and len(results["rows"]) == 4 * 3
-    assert not any(row["violation"] or row["prompt_tokens"] == 64 for row in results["rows"])
+def test_refused_job_costs_no_other_and_the_sweep_ends_with_an_error(tmp_path, train_here):
+    arguments = ("-m", "experiment=smoke", "agent=random", "seed=0,-1,1", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    said, code = train_here(tmp_path / "cache", *arguments)
+    assert code == 1
+    assert said.count("error: seed: expected a whole number of at least 0; got -1\n") == 1
+    assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/record.json")) == ["0", "2"]
 
 
-def test_another_comparison_in_the_same_folder_is_refused(folder, records):
-    done = compare(folder, "max_evaluations=39")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "of a comparison with another max_evaluations; give this one another `name`" in done.stderr
+def test_compare_is_a_multirun_of_train_with_quick_for_a_default(monkeypatch):
+    calls = []
+    monkeypatch.setattr("train.main", lambda: calls.append(sys.argv[1:]))
+    for arguments in ([], ["seed=1"], ["experiment=policies", "seed=1"]):
+        monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+        compare.main()
+    assert calls == [
+        ["--multirun", "experiment=quick"],
+        ["--multirun", "experiment=quick", "seed=1"],
+        ["--multirun", "experiment=policies", "seed=1"],
+    ]
 
 
-def test_a_setting_that_no_agent_has_is_refused(folder):
-    done = compare(folder, "name=other", "+settings.ppo.total_stepz=3")
-    assert done.returncode == 1
-    assert "unknown setting of agent 'ppo' 'total_stepz'; did you mean total_steps?" in done.stderr
+def test_sweep_over_what_may_not_differ_says_why_it_has_no_report(tmp_path, monkeypatch, capsys):
+    def refuse(records, page):
+        raise ValueError("their evaluation differ")
+
+    monkeypatch.setitem(sys.modules, "experiments.report", types.SimpleNamespace(report_on=refuse))
+    monkeypatch.setattr(sweep_report, "read_records", lambda folder: [{}])
+    sweep_report.report_sweep(tmp_path)
+    assert capsys.readouterr().out == f"no report: their evaluation differ\nrecords: {tmp_path}\n"
 
 
 @pytest.fixture
@@ -122,25 +115,21 @@ def masks(tiny_llm) -> list[PruningMask]:
     return [dense, dense.drop("layer0.attention", "layer0.mlp"), dense.drop("layer3.attention", "layer3.mlp")]
 
 
-def test_a_budget_remembers_the_order_and_the_largest_batch(toy_problem, masks):
-    problem = toy_problem.with_budget(OrderedBudget(3))
-    case = (Workload(1, 128), 10**9)
-    problem.evaluate(masks[1], *case)
-    problem.evaluate_many([(mask, *case) for mask in (masks[1], masks[2], masks[0])])
-    assert problem.budget.masks == [masks[1], masks[2], masks[0]] and problem.budget.largest_batch == 2
-    with pytest.raises(SearchExhausted):
-        problem.evaluate(masks[0].drop("layer1.mlp"), *case)
-    assert problem.budget.spent == len(problem.budget.masks) == 3
-
-
 def test_the_anytime_curve_follows_the_best_mask_that_fits(toy_problem, masks):
     shape, work = toy_problem.shape, Workload(1, 128)
     grid = [Scenario.from_ratio(shape, work, ratio) for ratio in (1.0, 0.9)]
+    toy_problem.meter.evaluate(masks)
     best = best_so_far([masks[0], masks[2], masks[1]], toy_problem, grid)
     # the dense mask (score 1) fits the first budget only; dropping components 6, 7 leaves 1 - 15/36, 0 and 1 1 - 3/36
     assert best.tolist() == [[1.0, -np.inf], [1.0, pytest.approx(21 / 36)], [1.0, pytest.approx(33 / 36)]]
-    assert anytime(best) == [[2, pytest.approx((1 + 21 / 36) / 2)], [3, pytest.approx((1 + 33 / 36) / 2)]]
-    assert anytime(best_so_far([], toy_problem, grid)) == []
+    curve = [[70, pytest.approx((1 + 21 / 36) / 2)], [100, pytest.approx((1 + 33 / 36) / 2)]]
+    assert anytime(best, [40, 70, 100]) == curve
+    assert anytime(best_so_far([], toy_problem, grid), []) == []
+
+
+def test_anytime_curve_names_only_changes_and_the_last_evaluation():
+    best = np.array([[-math.inf], [1.0], [1.0], [2.0], [2.0]])
+    assert anytime(best, [1, 2, 3, 4, 5]) == [[2, 1.0], [4, 2.0], [5, 2.0]]
 
 
 def test_violations_are_counted_in_scenarios_that_are_the_same_for_all(tiny_llm, toy_sampler):

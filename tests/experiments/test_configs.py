@@ -14,7 +14,6 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from agents.sb3 import _ALGORITHMS
-from experiments.build import agent_config
 from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
 
@@ -34,15 +33,15 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(CONF))
 
 
-# what starts a command in a comment -> the config that it composes
-COMMANDS = {"python train.py": "config", "python -m experiments.compare": "compare"}
+# what starts a command in a comment; both compose conf/config.yaml
+COMMANDS = ("python train.py", "python -m experiments.compare")
 
 
 @pytest.fixture
 def composed():
-    """Composes the config as train.py does, or another program's."""
+    """Composes the config as train.py does."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield lambda *overrides, main="config": compose(main, overrides=list(overrides))
+        yield lambda *overrides, **options: compose("config", overrides=list(overrides), **options)
 
 
 def nodes_with_target(node):
@@ -56,22 +55,20 @@ def nodes_with_target(node):
             yield from nodes_with_target(value)
 
 
-def commands_of(path: Path) -> list[tuple[str, list[str]]]:
-    """Main config and arguments of each command in the comment that a YAML starts with."""
+def commands_of(path: Path) -> list[list[str]]:
+    """Arguments of each command in the comment that a YAML starts with."""
     comment = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     lines = [line.removeprefix("# ") for line in comment]
     return [
-        (main, shlex.split(line.removeprefix(start), comments=True))
+        shlex.split(line.removeprefix(start), comments=True)
         for line in lines
-        for start, main in COMMANDS.items()
+        for start in COMMANDS
         if line.startswith(start)
     ]
 
 
-def sweep(arguments: list[str]) -> list[tuple[str, ...]]:
-    """The overrides of each job: with `-m`, one for each combination of the values between commas."""
-    if "-m" not in arguments:
-        return [tuple(arguments)]
+def jobs(arguments: list[str]) -> list[tuple[str, ...]]:
+    """The overrides of each job: one for each combination of the values between commas."""
     swept = []
     for argument in arguments:
         if argument != "-m":
@@ -108,69 +105,75 @@ def test_reward_weights_name_terms(name, toy_problem):
 
 @pytest.mark.parametrize("override", OPTIONS)
 def test_every_option_of_every_group_composes(override, composed):
-    group, _, option = override.partition("=")
-    main = commands_of(CONF / "experiment" / f"{option}.yaml")[0][0] if group == "experiment" else "config"
-    config = composed(override, main=main)
+    group, _, _option = override.partition("=")
+    config = composed(override)
     assert isinstance(config, DictConfig)
     assert group == "experiment" or config[group] is not None
     OmegaConf.to_container(config, resolve=True)  # interpolations too
+
+
+def test_scenarios_of_a_workload_agree_in_their_generated_tokens(composed):
+    for workload in GROUPS["workload"]:
+        config = composed(f"workload={workload}", "workload.generated_tokens=64", "workload.search.budget_ratios=[0.7]")
+        assert config.workload.sampler.generated_tokens == 64
+        assert config.workload.report.budget_ratios == [0.7], "reported on what is searched"
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=name_of)
 def test_no_yaml_is_unused(path):
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml").defaults)
     groups = {key.removeprefix("optional ") for entry in defaults if isinstance(entry, dict) for key in entry}
-    mains = (CONF / "config.yaml", CONF / "benchmark.yaml", CONF / "compare.yaml")
+    mains = (CONF / "config.yaml", CONF / "benchmark.yaml")
     assert path in mains or (path.parent.parent == CONF and path.parent.name in groups)
 
 
-@pytest.mark.parametrize("main", ["config", "compare"])
-def test_every_default_is_an_option(main):
-    for entry in OmegaConf.load(CONF / f"{main}.yaml").defaults:
-        if not isinstance(entry, str):
-            ((group, option),) = entry.items()
-            group = group.removeprefix("optional ")
-            assert option is None or option in GROUPS[group]
+def test_every_default_is_an_option():
+    for entry in OmegaConf.load(CONF / "config.yaml").defaults:
+        if not isinstance(entry, str) and not (group := next(iter(entry))).startswith("override hydra/"):
+            option = entry[group]
+            assert option is None or option in GROUPS[group.removeprefix("optional ")]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
 def test_command_in_an_experiments_first_comment_composes(path, composed):
     commands = commands_of(path)
     assert commands, f"{name_of(path)} does not say how it is run"
-    for main, arguments in commands:
-        assert f"experiment={path.stem}" in arguments
-        for overrides in sweep(arguments):
-            composed(*overrides, main=main)
+    for arguments in commands:
+        assert f"experiment={path.stem}" in arguments or (path.stem == "quick" and not arguments)
+        for overrides in jobs(arguments):
+            composed(*overrides)
 
 
-@pytest.mark.parametrize("overrides", [[], *([f"experiment={path.stem}"] for path in EXPERIMENTS)], ids=str)
-def test_a_comparison_names_agents_and_values_of_their_yamls(overrides, composed):
-    if overrides and commands_of(CONF / "experiment" / f"{overrides[0].partition('=')[2]}.yaml")[0][0] != "compare":
-        pytest.skip("another program's experiment")
-    config = composed(*overrides, main="compare")
-    for name in config.agents:
-        settings = dict(config.settings.get(name, {}))
-        assert settings.pop("like", name) in GROUPS["agent"]
-        own = agent_config(name, config.settings.get(name))
-        assert OmegaConf.merge(own, settings) == own
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=name_of)
+def test_an_experiment_compares_agents_that_there_are_in_a_folder_of_its_name(path, composed):
+    config = composed(f"experiment={path.stem}", return_hydra_config=True)
+    assert config.name.startswith(path.stem)
+    if path.stem == "smoke":
+        assert config.hydra.sweeper.params is None
+        return
+    agents = config.hydra.sweeper.params.agent.split(",")
+    assert len(set(agents)) == len(agents) and set(agents) <= set(GROUPS["agent"])
+    seeds = [int(seed) for seed in str(config.hydra.sweeper.params.seed).split(",")]
+    assert seeds == list(range(len(seeds)))
+    sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    assert sweep["dir"] == "outputs/compare/${name}"
+    assert sweep["subdir"] == "${hydra:runtime.choices.agent}-${seed}"
 
 
-def test_commands_in_the_comparisons_comment_compose(composed):
-    for main, arguments in commands_of(CONF / "compare.yaml"):
-        assert main == "compare"
-        composed(*arguments, main=main)
+def test_commands_in_the_main_configs_comment_compose(composed):
+    commands = commands_of(CONF / "config.yaml")
+    assert len(commands) > 3
+    for arguments in commands:
+        for overrides in jobs([argument for argument in arguments if argument != "--help"]):
+            composed(*overrides)
 
 
 @pytest.mark.parametrize("model", GROUPS["model"])
 def test_every_agent_composes_with_every_model(model, composed):
     for agent in GROUPS["agent"]:
         config = composed(f"agent={agent}", f"model={model}")
-        assert config.agent == OmegaConf.load(CONF / "agent" / f"{agent}.yaml")
+        assert config.agent._target_.startswith("agents.")
         assert config.model == OmegaConf.load(CONF / "model" / f"{model}.yaml")
-
-
-def test_baselines_are_agents(composed):
-    assert set(composed().baselines) <= set(GROUPS["agent"])
 
 
 def test_unknown_option_is_an_error_that_lists_the_known_ones(composed):

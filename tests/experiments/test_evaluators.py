@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.build import build_corpus, build_halves, build_windows
 from experiments.evaluators import packaged_text_halves, searched_corpus, task_halves, text_halves
+from experiments.recipes.build import build_corpus, build_halves, build_windows
 from rap_env.calibration import Corpus, consecutive_windows, local_text, packaged_corpus, refuse_contamination
 from rap_env.errors import ContaminationFound, CorpusUnavailable, InvalidWorkload, UnknownName
 from rap_env.evaluation.divergence import DivergenceEvaluator

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from experiments import records
-from experiments.records import git_state, provenance, read_record, write_record
+from experiments.records import git_state, model_provenance, provenance, read_record, write_record
 from rap_env.errors import RecordExists
+from rap_env.evaluation.identity import ENGINE_VERSION, numeric_platform
 
 
 @pytest.fixture
@@ -143,6 +144,13 @@ def test_provenance_names_versions_hardware_and_time(tmp_path, record):
     assert found["hardware"]["torch_threads"] == torch.get_num_threads()
     assert abs((datetime.now(UTC) - datetime.fromisoformat(found["time_utc"])).total_seconds()) < 60
     assert read_record(write_record(tmp_path / "r.json", record | {"provenance": found}))["provenance"] == found
+
+
+def test_provenance_of_a_model_names_it_and_the_engine(tiny_llm):
+    found = model_provenance(tiny_llm, "c" * 64)
+    assert found["model_digest"] == tiny_llm.digest and found["tokenizer_digest"] == tiny_llm.tokenizer_digest
+    assert found["corpus_digest"] == "c" * 64
+    assert found["engine_version"] == ENGINE_VERSION and found["numeric_platform"] == numeric_platform("cpu")
 
 
 def test_missing_distribution_has_no_version(monkeypatch):

@@ -1,52 +1,23 @@
-"""The smoke experiment runs from a bare cache to a record, goes on after a kill, and refuses bad input in one line."""
+"""A run ends with one record, is never done twice, goes on after a kill, and refuses bad input in one line."""
 
-import collections
-import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
-import train
-from experiments.results import summary_table
+from experiments.recipes.build import build
 from rap_env.memory.workload import Workload
 from rap_env.policies import load_policy
 
 PROJECT = Path(__file__).parents[2]
-SMOKE = "experiment=smoke"
-# Without a warm start PPO asks about many masks, so that there is time to kill it between two of them.
-LONG = (SMOKE, "agent.warm_start=false", "agent.total_steps=128", "evaluation.limit=16")
-
-
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    environment = os.environ | {"RAP_CACHE": str(folder / "cache")}
-    command = [sys.executable, str(PROJECT / "train.py"), *overrides]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
-
-
-def finish(process: subprocess.Popen) -> dict:
-    """Waits for a run that succeeds, and reads the record that it names."""
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    path = Path(output.rpartition("record: ")[2].strip())
-    return json.loads(path.read_text()) | {"path": path, "output": output}
-
-
-def evaluations_in(store: Path) -> int:
-    """Finished evaluations; importance trials are kept beside them."""
-    if not store.is_file():
-        return 0
-    with sqlite3.connect(store.as_uri() + "?mode=ro", uri=True, timeout=30) as connection:
-        identities = connection.execute("SELECT identity FROM evaluations").fetchall()
-    connection.close()
-    return sum(json.loads(identity)["kind"] == "evaluation" for (identity,) in identities)
+SEARCH = "agent=random_search"
 
 
 @pytest.fixture(scope="module")
@@ -55,145 +26,216 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(folder) -> dict:
-    return finish(start(folder, SMOKE))
+def first(run_here, folder) -> dict:
+    return run_here(folder / "first", SEARCH)
 
 
 @pytest.fixture(scope="module")
-def second(folder, first) -> dict:
-    return finish(start(folder, SMOKE))
+def greedy(run_here, folder) -> dict:
+    return run_here(folder / "greedy", "agent=greedy_gsi")
 
 
 @pytest.fixture
-def refusal(tmp_path, monkeypatch, capsys) -> Callable[[str], str]:
-    """Runs train.py in this process on something that it refuses, and returns all that it says."""
+def refusal(train_here, tmp_path):
+    """What train.py says of something that it refuses."""
 
-    def run(override: str) -> str:
-        quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", f"hydra.run.dir={tmp_path / 'run'}"]
-        monkeypatch.setenv("RAP_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(sys, "argv", ["train.py", SMOKE, override, *quiet])
-        with pytest.raises(SystemExit) as stopped:
-            train.main()
-        assert stopped.value.code not in (None, 0)
-        said = capsys.readouterr()
-        return said.out + said.err + (stopped.value.code if isinstance(stopped.value.code, str) else "")
+    def run(*overrides: str) -> str:
+        said, code = train_here(tmp_path / "cache", "experiment=smoke", f"hydra.run.dir={tmp_path / 'run'}", *overrides)
+        assert code not in (None, 0)
+        return said + (code if isinstance(code, str) else "")
 
     return run
 
 
-def test_record_carries_config_and_provenance(first, folder):
-    assert first["path"].is_relative_to(folder)
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_record_carries_config_and_provenance(first):
     assert first["config"]["model"]["name"] == "tiny" and first["config"]["seed"] == 0
+    assert (first["results"]["agent"], first["results"]["seed"]) == ("random_search", 0)
     provenance = first["provenance"]
     assert provenance["versions"].keys() >= {"python", "torch", "transformers", "lm_eval", "stable_baselines3"}
-    assert provenance["hardware"]["cores"] >= 1
-    assert "git" in provenance and len(provenance["model_digest"]) == len(provenance["corpus_digest"]) == 64
+    assert provenance["hardware"]["cores"] >= 1 and "git" in provenance
+    for text in ("model_digest", "tokenizer_digest", "corpus_digest"):
+        assert len(provenance[text]) == 64
+    assert provenance["engine_version"] >= 2 and provenance["numeric_platform"]["device"] == "cpu"
 
 
-def test_record_holds_a_row_for_every_policy_and_scenario(first):
-    rows = first["results"]["policies"]
-    report = first["config"]["workload"]["report"]
-    n_scenarios = len(report["workloads"]) * len(report["budget_ratios"])
-    names = {"learned (ppo)", *first["config"]["baselines"]}
-    assert collections.Counter(row["policy"] for row in rows) == dict.fromkeys(names, n_scenarios)
-    for row in rows:
-        assert row["footprint"]["peak_bytes"] == row["footprint"]["weights_bytes"] + row["footprint"]["kv_cache_bytes"]
-        assert row["violation"] == (row["footprint"]["peak_bytes"] > row["budget_bytes"])
-        assert row["violation"] == (row["policy"] == "dense")
-        assert all(0 <= task["acc"] <= 1 and task["items"] == 4 for task in row["tasks"].values())
-        assert row["score"] == pytest.approx(sum(task["acc"] for task in row["tasks"].values()) / len(row["tasks"]))
-        assert all("_report" in task for task in row["tasks"])
-    assert first["results"]["summary"].keys() == names
-    assert (
-        8 <= first["results"]["ranking"]["evaluations"] <= 8 * 9 // 2
-    )  # the lazy rule needs no more than the exact one
+def test_record_holds_a_row_for_every_scenario_and_reference(first):
+    results = first["results"]
+    assert [(row["batch_size"], row["prompt_tokens"]) for row in results["rows"]] == [(1, 512), (16, 1024)]
+    assert results["evaluators"] == ["embedded"] and results["dense"].keys() == {"search", "embedded"}
+    assert results["references"].keys() == {"dense", "random"}
+    for name, rows in {"searched": results["rows"], **results["references"]}.items():
+        for row in rows:
+            assert row["budget_ratio"] == pytest.approx(0.8, abs=1e-3) and row["decision_milliseconds"] > 0
+            assert row["violation"] == (row["footprint"]["peak_bytes"] > row["budget_bytes"]) == (name == "dense")
+            report = row["reports"]["embedded"]
+            assert all("_report" in task and metrics["items"] == 4 for task, metrics in report["tasks"].items())
+            assert all("_search" in task for task in row["search"]["tasks"])
+            assert report["score"] == report["reward_terms"]["accuracy"]
+    dense = results["references"]["dense"][0]
+    assert dense["dropped"] == [] and dense["search"]["score"] == results["dense"]["search"]
+    assert results["held_out"] == {"decisions": 20, "violations": 0}
 
 
-def test_policy_beside_the_record_can_be_read(first):
-    policy = load_policy(first["path"].parent / "policy")
-    row = next(row for row in first["results"]["policies"] if row["policy"] == "learned (ppo)")
-    mask = policy.decide(Workload(row["batch_size"], row["prompt_tokens"]), row["budget_bytes"])
-    assert [component.name for component in mask.dropped] == row["dropped"]
+def test_objective_is_the_mean_reward_on_the_search_half(first):
+    # no mask exceeds its budget, so that rewards are accuracies
+    scores = [row["search"]["score"] for row in first["results"]["rows"]]
+    assert first["results"]["objective"] == pytest.approx(sum(scores) / 2)
 
 
-def test_table_on_the_screen_shows_every_policy(first):
-    for name in ("learned (ppo)", *first["config"]["baselines"]):
-        assert f" {name} " in first["output"]
+def test_search_costs_its_ranking_and_evaluations_in_tokens(first, greedy):
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        problem = build(compose("config", ["experiment=smoke"]), "embedded").search
+    search, walk = first["results"]["search"], greedy["results"]["search"]
+    assert search["token_budget"] == walk["token_budget"] == 60_000
+    assert search["tokens"] == search["evaluations"] * problem.meter.tokens_each <= 60_000
+    assert search["evaluations"] > 10 and search["ranking_tokens"] == 0
+    assert walk["evaluations"] == 0 and walk["tokens"] == walk["ranking_tokens"] > 0
+    assert search["measured_seconds"] > 0 and walk["measured_seconds"] > 0
 
 
-def test_scores_by_text_are_not_called_accuracy():
-    means = {"budget_gb": 1.0, "footprint_gb": 0.9, "accuracy": -3.5, "reward": -3.6, "violations": 0, "scenarios": 2}
-    columns, cells = summary_table({"dense": means})
-    assert dict(zip(columns, cells[0], strict=True))["minus the loss"] == "-3.500"
-    assert not any("accuracy" in column for column in columns)
-    columns, _cells = summary_table({"dense": means | {"smooth_accuracy": 0.5}})
-    assert {"accuracy", "smooth accuracy"} <= set(columns)
+def test_best_evaluated_mask_ends_the_anytime_curve(first, greedy):
+    results = first["results"]
+    means = [mean for _tokens, mean in results["anytime"]]
+    assert means == sorted(means) and results["anytime"][-1][0] == results["search"]["tokens"]
+    assert means[-1] == pytest.approx(sum(row["best_evaluated"] for row in results["rows"]) / 2)
+    assert greedy["results"]["anytime"] == [] and greedy["results"]["rows"][0]["best_evaluated"] is None
 
 
-def test_same_command_again_answers_from_the_store_with_the_same_results(first, second):
-    assert all(count > 0 for count in first["results"]["fresh_evaluations"].values())
-    assert second["results"]["fresh_evaluations"] == {"search": 0, "report": 0}
-    assert second["path"] != first["path"]
-    assert second["results"]["policies"] == first["results"]["policies"]
-    assert second["results"]["agent"]["evaluations"] == first["results"]["agent"]["evaluations"]
+def test_greedy_walk_is_a_reference_where_its_ranking_was_paid_for(greedy):
+    results = greedy["results"]
+    assert results["references"].keys() == {"dense", "random", "greedy_gsi"}
+    for row, reference in zip(results["rows"], results["references"]["greedy_gsi"], strict=True):
+        assert row["dropped"] == reference["dropped"]
 
 
-def test_wandb_gets_the_table_and_the_picture_without_network(folder, first, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    record = finish(start(folder, SMOKE, "tracker=wandb"))
-    media = record["path"].parent.glob("wandb/offline-run-*/files/media/**/*")
-    assert {path.name.split("_")[0] for path in media if path.is_file()} == {"kept", "summary"}
-    assert record["results"]["summary"] == first["results"]["summary"]
+def test_policy_beside_the_record_can_be_read(first, folder):
+    policy = load_policy(folder / "first" / "policy")
+    for row in first["results"]["rows"]:
+        mask = policy.decide(Workload(row["batch_size"], row["prompt_tokens"]), row["budget_bytes"])
+        assert [component.name for component in mask.dropped] == row["dropped"]
 
 
-def test_killed_run_goes_on_and_repeats_no_finished_evaluation(tmp_path):
-    store = tmp_path / "cache" / "results.db"
-    process = start(tmp_path, *LONG)
-    while not list(tmp_path.glob("cache/training/*/checkpoint.pt")) and process.poll() is None:
-        time.sleep(0.002)
+def test_table_on_the_screen_shows_the_agent_and_the_references(greedy, folder):
+    for name in ("greedy_gsi", "dense", "random"):
+        assert f" {name} " in greedy["said"]
+    assert f"record: {folder / 'greedy' / 'record.json'}" in greedy["said"]
+
+
+def test_same_config_in_another_folder_is_answered_by_the_store(first, run_here, folder):
+    second = run_here(folder / "second", SEARCH)["results"]
+    assert first["results"]["search"]["fresh_evaluations"] > second["search"]["fresh_evaluations"] == 0
+    for same in ("objective", "dense", "anytime"):
+        assert second[same] == first["results"][same]
+    for same in ("tokens", "evaluations", "measured_seconds"):
+        assert second["search"][same] == first["results"]["search"][same]
+    for one, other in zip(first["results"]["rows"], second["rows"], strict=True):
+        assert one | {"decision_milliseconds": 0} == other | {"decision_milliseconds": 0}
+
+
+def test_finished_run_is_skipped_whatever_tracker_and_batches_in_flight(first, run_here, folder):
+    before = files_in(folder / "first")
+    again = run_here(folder / "first", SEARCH, "tracker=jsonl", "in_flight=2")
+    assert again["results"] == first["results"] and again["said"] == ""
+    assert files_in(folder / "first") == before
+
+
+def test_record_of_another_config_is_refused_and_stays(first, train_here, folder):
+    before = files_in(folder / "first")
+    arguments = ("experiment=smoke", SEARCH, f"hydra.run.dir={folder / 'first'}", "seed=1", "decisions=21")
+    said, code = train_here(folder / "cache", *arguments)
+    assert "of a run with another decisions, seed, and records are written once" in code and said == ""
+    assert files_in(folder / "first") == before
+
+
+def test_generated_tokens_are_the_same_for_search_report_and_random_scenarios(run_here, folder, tiny_llm):
+    rows = run_here(folder / "generated", "agent=random", "workload.generated_tokens=64")["results"]["rows"]
+    assert [row["generated_tokens"] for row in rows] == [64, 64]
+    with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+        parts = build(compose("config", ["experiment=smoke", "workload.generated_tokens=64"]), "embedded")
+    drawn = parts.sampler.sample(tiny_llm.shape, np.random.default_rng(0))
+    scenarios = [drawn, *parts.searched, *parts.reported]
+    assert {scenario.workload.generated_tokens for scenario in scenarios} == {64}
+
+
+def test_jobs_of_a_sweep_share_what_neither_agent_nor_seed_changes():
+    def parts(*overrides: str):
+        with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
+            return build(compose("config", ["experiment=smoke", *overrides]), "embedded")
+
+    one, same = parts(), parts("seed=1", "agent=random", "reward=smooth", "workload.search.budget_ratios=[0.7]")
+    assert same.search.llm is one.search.llm and same.search.evaluator is one.search.evaluator
+    assert same.windows is one.windows
+    assert (same.search.reward_weights, len(same.searched)) == ({"smooth_accuracy": 1.0, "overshoot": -5.0}, 2)
+    other = parts("evaluation.limit=3")
+    assert other.search.llm is one.search.llm and other.search.evaluator is not one.search.evaluator
+    assert parts("model.dtype=bfloat16").search.llm is not one.search.llm
+
+
+def test_killed_run_goes_on_in_its_folder_and_repeats_no_finished_evaluation(tmp_path, run_here):
+    run, long = tmp_path / "run", (SEARCH, "evaluation.limit=16", "token_budget=1_000_000", "tracker=jsonl")
+    command = [sys.executable, str(PROJECT / "train.py"), "experiment=smoke", *long, f"hydra.run.dir={run}"]
+    environment = os.environ | {"RAP_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while evaluations_in(tmp_path / "cache" / "results.db") < 10 and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
-    kept = evaluations_in(store)
-    assert kept > 0
-    record = finish(start(tmp_path, *LONG))
-    fresh = record["results"]["fresh_evaluations"]
-    assert record["results"]["agent"]["resumed"]
-    assert record["results"]["agent"]["steps"] == 128
-    assert fresh["search"] > 0, "there was something left to do"
-    assert fresh["search"] + fresh["report"] == evaluations_in(store) - kept
-    assert fresh["search"] < record["results"]["agent"]["evaluations"]
-    assert not list((tmp_path / "cache" / "training").iterdir()), "a finished run leaves no checkpoint"
+    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    kept = evaluations_in(tmp_path / "cache" / "results.db")
+    (run / "metrics.jsonl").write_text("of the killed run\n")
+    record = run_here(run, *long)
+    search = record["results"]["search"]
+    assert 0 < search["fresh_evaluations"] <= search["evaluations"] - 10 and kept >= 10
+    assert "killed" not in (run / "metrics.jsonl").read_text()
+
+
+def evaluations_in(store: Path) -> int:
+    if not store.is_file():
+        return 0
+    with sqlite3.connect(store.as_uri() + "?mode=ro", uri=True, timeout=30) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM evaluations").fetchone()
+    connection.close()
+    return count
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("evaluation.tasks=[rap_serch]", "unknown task 'rap_serch'; did you mean rap_search"),
-        ("evaluation.report_tasks=[rap_search]", "are reported on as well"),
+        ("evaluation.report_tasks=[rap_search]", "would be searched on are reported on as well"),
         ("model.name=tinny", "unknown model or folder 'tinny'; did you mean tiny?"),
-        ("agent.algorithm=pppo", "unknown algorithm 'pppo'; did you mean ppo?"),
-        ("agent.environment=rap/Prunning-v0", "unknown environment 'rap/Prunning-v0'; did you mean rap/Pruning-v0"),
         ("workload.sampler.budget_ratio=[0.01,0.9]", "no pruning mask fits"),
         ("workload.report.budget_ratios=[0.01]", "no pruning mask fits"),
+        ("workload.report.budget_ratios=[]", "workload.report.budget_ratios: expected at least one; got none"),
+        ("workload.search.workloads=[]", "workload.search.workloads: expected at least one; got none"),
         ("workload.sampler.batch_size=[8,4]", "batch_size: expected 0 < smallest <= largest; got 8 and 4"),
+        ("seed=-1", "seed: expected a whole number of at least 0; got -1"),
+        ("seed=abc", "seed: expected a whole number of at least 0; got 'abc'"),
+        ("seed=1.5", "seed: expected a whole number of at least 0; got 1.5"),
+        ("token_budget=null", "token_budget: expected a whole number of at least 0; got None"),
+        ("in_flight=0", "in_flight: expected a whole number of at least 1; got 0"),
+        ("calibration.tokens_per_sample=100_000", "windows of 100,000 tokens are beyond the model's context"),
     ],
 )
-def test_bad_input_is_refused_in_one_line_before_any_work(override, message, refusal):
-    said = refusal(override)
+def test_bad_input_is_refused_in_one_line_before_any_work(override, message, refusal, tmp_path):
+    said = refusal("agent=random", override)
     assert said.startswith("error: ") and message in said
     assert len(said.splitlines()) == 1
+    assert not files_in(tmp_path).keys() - {"cache/results.db"}
 
 
-@pytest.mark.parametrize("override", ["agent=pppo", "baselines=[random,pppo]"])
-def test_unknown_agent_is_refused_with_the_known_ones_before_any_work(override, refusal):
-    said = refusal(override)
-    assert "agent/pppo" in said and "maskable_ppo" in said
-    assert "Traceback" not in said and "GSI ranking" not in said
+def test_budget_that_does_not_pay_for_the_ranking_is_refused_in_one_line(refusal):
+    said = refusal("agent=greedy_gsi", "token_budget=100")
+    assert said.startswith("error: ") and "of 100 tokens are spent" in said and "Traceback" not in said
 
 
-def test_exit_code_tells_the_shell_of_a_refusal(tmp_path):
-    process = start(tmp_path, SMOKE, "model.name=tinny")
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 1
-    assert (output, errors) == ("", "error: unknown model or folder 'tinny'; did you mean tiny?\n")
+def test_unknown_agent_is_refused_with_the_known_ones(refusal):
+    said = refusal("agent=pppo")
+    assert "agent/pppo" in said and "maskable_ppo" in said and "Traceback" not in said
+
+
+def test_refusal_is_all_that_a_single_run_says(train_here, tmp_path):
+    said, code = train_here(tmp_path / "cache", "experiment=smoke", "seed=-1", f"hydra.run.dir={tmp_path / 'run'}")
+    assert (said, code) == ("", "error: seed: expected a whole number of at least 0; got -1")

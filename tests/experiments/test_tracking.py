@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 import subprocess
 import sys
 
@@ -9,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 from matplotlib.image import imread
-from plotly.graph_objects import Figure, Scatter
 
 from experiments.tracking import JsonlTracker, NoTracker, WandbTracker
 
@@ -47,7 +47,6 @@ def use_everything(tracker, rgb) -> None:
         tracker.log(3, {"reward": 1})
         tracker.log_image("eval/mask", rgb)
         tracker.log_table("eval/masks", ["name", "score"], [["dense", np.float64(0.25)], ["empty", None]])
-        tracker.log_figure("eval/curve", Figure(Scatter(x=[0, 1], y=[2.0, None])))
     tracker.close()
 
 
@@ -66,22 +65,20 @@ def test_metrics_stay_valid_json_where_a_number_is_not_finite(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0, "explained_variance": null, "loss": null}\n'
 
 
-def test_resumed_run_appends(tmp_path):
+def test_metrics_of_a_run_that_goes_on_replace_those_of_the_killed_one(tmp_path):
     for step in range(2):
         with JsonlTracker(tmp_path) as tracker:
             tracker.log(step, {"reward": 0})
-    assert [line["step"] for line in metric_lines(tmp_path)] == [0, 1]
+    assert [line["step"] for line in metric_lines(tmp_path)] == [1]
 
 
-def test_images_are_exact_png_files_tables_and_figures_json(tmp_path, rgb):
+def test_images_are_exact_png_files_and_tables_json(tmp_path, rgb):
     use_everything(JsonlTracker(tmp_path), rgb)
     assert np.array_equal(np.round(imread(tmp_path / "eval" / "mask.png")[..., :3] * 255), rgb)
     assert json.loads((tmp_path / "eval" / "masks.json").read_text()) == {
         "columns": ["name", "score"],
         "rows": [["dense", 0.25], ["empty", None]],
     }
-    figure = json.loads((tmp_path / "eval" / "curve.plotly.json").read_text())
-    assert figure["data"][0]["y"] == [2.0, None]
 
 
 def test_name_outside_the_folder_is_refused(tmp_path, rgb):
@@ -125,7 +122,6 @@ def test_wandb_tracker_works_offline_quietly_and_ends_its_service(tmp_path, rgb,
         "columns": ["name", "score"],
         "data": [["dense", 0.25], ["empty", None]],
     }
-    assert list((run / "files" / "media" / "plotly" / "eval").glob("curve_*.plotly.json"))
     binary = next(run.glob("*.wandb")).read_bytes()
     assert b"explained_variance" in binary
     assert capfd.readouterr() == ("", "")
@@ -156,3 +152,32 @@ def test_wandb_mode_follows_the_environment(tmp_path, monkeypatch, variables, mo
         monkeypatch.setenv(name, value)
     WandbTracker(folder=tmp_path, project="rap", config={}).close()
     assert asked["mode"] == mode
+
+
+def exit_codes(folder) -> list[int]:
+    """What the run in a folder told W&B that it ended with; its file has frames in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, position, codes, content = path.read_bytes(), 7, [], b""
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        _checksum, size, kind = struct.unpack("<IHB", data[position : position + 7])
+        content += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole, or the last of several
+            record = Record.FromString(content)
+            codes += [record.exit.exit_code] if record.WhichOneof("record_type") == "exit" else []
+            content = b""
+    return codes
+
+
+@pytest.mark.usefixtures("no_wandb_account")
+def test_wandb_shows_a_run_that_raised_as_failed_and_others_as_finished(tmp_path):
+    with WandbTracker(tmp_path / "sound", "rap", {}) as tracker:
+        tracker.log(0, {"reward": 1})
+    with pytest.raises(RuntimeError, match="run failed"), WandbTracker(tmp_path / "failed", "rap", {}):
+        raise RuntimeError("run failed")
+    assert (exit_codes(tmp_path / "sound"), exit_codes(tmp_path / "failed")) == ([0], [1])

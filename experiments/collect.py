@@ -1,0 +1,54 @@
+"""A table of records, one a line: `python -m experiments.collect outputs/compare/NAME results/NAME.jsonl`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.records import read_records
+from rap_env.errors import InvalidConfig, RapError
+
+
+def write_table(path: Path, records: Sequence[Mapping[str, Any]], mixed: bool = False) -> Path:
+    """Writes records as JSON lines, in place of an older table.
+
+    Args:
+        path: The file; its folder is made if missing.
+        records: At least one.
+        mixed: Whether they may be of several commits, or of code that no commit has.
+
+    Raises:
+        InvalidConfig: There is no record, or they are mixed and may not be.
+    """
+    if not records:
+        raise InvalidConfig(f"{path}: expected at least one record; got none")
+    states = {json.dumps(record["provenance"].get("git"), sort_keys=True) for record in records}
+    if not mixed and (len(states) > 1 or (json.loads(*states) or {"dirty": True})["dirty"]):
+        raise InvalidConfig(
+            f"{path}: expected records of one commit without changes; got {', '.join(sorted(states))}."
+            " Run the others again, or say --mixed"
+        )
+    lines = [json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")) for record in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return draft.replace(path)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.collect", description="Makes a table of records.")
+    parser.add_argument("records", type=Path, nargs="+", help="folders of sweeps, or single records")
+    parser.add_argument("table", type=Path, metavar="TABLE.jsonl")
+    parser.add_argument("--mixed", action="store_true", help="records of several commits, or of changed code")
+    options = parser.parse_args(arguments)
+    try:
+        records = [record for path in options.records for record in read_records(path)]
+        print(f"{len(records)} records: {write_table(options.table, records, options.mixed)}")
+    except (RapError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Recipes: what one Hydra job does, from its config to its record."""

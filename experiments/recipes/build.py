@@ -1,0 +1,168 @@
+"""Builds what a run stands on from its composed config; what an earlier job of this process built is used again."""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.evaluators import Halves
+from experiments.tracking import Tracker
+from rap_env.calibration import Corpus, refuse_contamination
+from rap_env.errors import InvalidConfig
+from rap_env.evaluation.store import ResultStore
+from rap_env.llm.embedded import cache_folder
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.llm.windows import check_windows
+from rap_env.memory.scenario import Scenario, ScenarioSampler, scenario_grid
+from rap_env.problem import PruningProblem
+
+_SMALLEST = {"seed": 0, "token_budget": 0, "in_flight": 1, "decisions": 0}
+_built: dict[str, tuple[str, Any]] = {}  # by name, in the order of building: the JSON of the config, and the part
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What neither agent nor seed changes.
+
+    Attributes:
+        search: Evaluates masks on the search half, for free: searches get a token budget of their own.
+        reports: Evaluate masks on the report halves, by name; the main evaluation's is the first.
+        sampler: Draws the scenarios that policies shall serve.
+        searched: Scenarios that searches know beforehand.
+        reported: Scenarios that are reported on.
+        corpus: Calibration text.
+        windows: Calibration tokens [N, T].
+        counts: For records: items that were left out, or could not be checked for overlaps.
+    """
+
+    search: PruningProblem
+    reports: Mapping[str, PruningProblem]
+    sampler: ScenarioSampler
+    searched: list[Scenario]
+    reported: list[Scenario]
+    corpus: Corpus
+    windows: torch.Tensor
+    counts: Mapping[str, int]
+
+
+def check_values(config: DictConfig) -> None:
+    """Refuses numbers that no run can use, and empty lists of scenarios, before anything is built.
+
+    Raises:
+        InvalidConfig: One was found.
+    """
+    for name, smallest in _SMALLEST.items():
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise InvalidConfig(f"{name}: expected a whole number of at least {smallest}; got {value!r}")
+    for half in ("search", "report"):
+        for name in ("workloads", "budget_ratios"):
+            if not config.workload[half][name]:
+                raise InvalidConfig(f"workload.{half}.{name}: expected at least one; got none")
+
+
+def build(config: DictConfig, main: str) -> Parts:
+    """Builds everything but the agent; cheap checks come before costly work.
+
+    Args:
+        config: The composed config.
+        main: Name of its evaluation.
+
+    Raises:
+        RapError: Whatever is wrong with the config; see `rap_env.errors`.
+    """
+    llm: SwitchableLLM = _once("model", config.model, lambda: instantiate(config.model))
+    sampler: ScenarioSampler = instantiate(config.workload.sampler)
+    sampler.check(llm.shape)
+    searched, reported = (
+        scenario_grid(llm.shape, half.workloads, half.budget_ratios, config.workload.generated_tokens)
+        for half in (config.workload.search, config.workload.report)
+    )
+    evaluations = {main: config.evaluation, **config.report}
+    halves = _once("evaluations", evaluations, lambda: _halves(evaluations, llm))
+    corpus, windows = _once("calibration", config.calibration, lambda: _calibration(config, halves, llm))
+    location = config.store or cache_folder() / "results.db"
+    store = _once("store", str(location), lambda: ResultStore(location))
+    weights = plain(config.reward)
+    return Parts(
+        search=PruningProblem(llm, halves[main].search, store, weights),
+        reports={name: PruningProblem(llm, each.report, store, weights) for name, each in halves.items()},
+        sampler=sampler,
+        searched=searched,
+        reported=reported,
+        corpus=corpus,
+        windows=windows,
+        counts=halves[main].counts,
+    )
+
+
+def _once(name: str, config: Any, build: Callable[[], Any]) -> Any:
+    """What this process built under a name from an equal config; else it is built, and what stood on the old one goes.
+
+    Two models at once may be more than the memory holds.
+    """
+    key = json.dumps({"": config}, default=plain, sort_keys=True)
+    if name in _built and _built[name][0] != key:
+        for later in list(_built)[list(_built).index(name) :]:
+            del _built[later]
+    if name not in _built:
+        _built[name] = key, build()
+    return _built[name][1]
+
+
+def _halves(evaluations: Mapping[str, DictConfig], llm: SwitchableLLM) -> dict[str, Halves]:
+    """The halves of all evaluations, the main one first. Nothing may be searched on that is reported on."""
+    halves = {name: build_halves(evaluation, llm) for name, evaluation in evaluations.items()}
+    main, *others = halves.values()
+    for other in others:
+        refuse_contamination(main.search_text, other.reported)
+    return halves
+
+
+def _calibration(config: DictConfig, halves: Mapping[str, Halves], llm: SwitchableLLM) -> tuple[Corpus, torch.Tensor]:
+    main, *others = halves.values()
+    corpus = build_corpus(config, main.search_text)
+    refuse_contamination(corpus, main.held_out)
+    for other in others:
+        refuse_contamination(corpus, other.reported)
+    return corpus, build_windows(config, corpus, llm, config.calibration.seed)
+
+
+def build_halves(evaluation: DictConfig, llm: SwitchableLLM) -> Halves:
+    """The search and the report half that an evaluation's YAML describes; some of them need the model."""
+    return call_with(instantiate(evaluation, _partial_=True), llm=llm)
+
+
+def build_corpus(config: DictConfig, search_text: Corpus) -> Corpus:
+    """Calibration text; one source takes the text that is searched on."""
+    return call_with(instantiate(config.calibration.corpus, _partial_=True), search_text=search_text)
+
+
+def build_windows(config: DictConfig, corpus: Corpus, llm: SwitchableLLM, seed: int) -> torch.Tensor:
+    """Calibration tokens [N, T], drawn from the corpus as the YAML says."""
+    size = config.calibration.n_samples, config.calibration.tokens_per_sample
+    check_windows(*size, llm.shape.context_tokens)
+    return instantiate(config.calibration.sampling, _partial_=True)(corpus, llm.tokenizer, *size, seed)
+
+
+def build_tracker(config: DictConfig, folder: Path) -> Tracker:
+    """Where metrics go; trackers take the run's folder, and some the composed config."""
+    return call_with(instantiate(config.tracker, _partial_=True), folder=folder, config=plain(config))
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A config as JSON holds it."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def call_with(partial: functools.partial, **offered: Any) -> Any:
+    """Calls what a YAML named with those of the offered arguments that it has parameters for."""
+    parameters = inspect.signature(partial.func).parameters
+    return partial(**{name: value for name, value in offered.items() if name in parameters})
