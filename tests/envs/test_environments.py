@@ -368,7 +368,7 @@ assert 0.3 < outcome.score <= 1.0, outcome.score
 assert reward == outcome.score - 5 * info["reward_terms"]["overshoot"]
 print("stepped")
 """
-    environment = os.environ | {"RAP_CACHE": str(tmp_path)}
+    environment = os.environ | {"RAP_CACHE": str(tmp_path), "OMP_WAIT_POLICY": "passive"}  # beside busy cores
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code], env=environment, capture_output=True, text=True
     )
