@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from agents.base import Agent, Task
 from agents.granularity import check_known
+from rap_env.errors import SearchExhausted
 from rap_env.importance.block_influence import block_influence
+from rap_env.importance.gsi import ImportanceRanking
 from rap_env.importance.single_drops import single_drop_increases
 from rap_env.mask import PruningMask, by_layer
 from rap_env.policies import DensePolicy, MilpPolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy
@@ -105,14 +107,22 @@ class GreedyPerByteAgent(Agent):
     """Greedy sequential importance for each byte that is freed: an order for each search scenario's workload.
 
     Bytes depend on a workload through the tokens in its KV cache alone, so workloads of equally many share an order.
-    What an earlier order evaluated is not paid for again. Other workloads get the nearest order.
+    What an earlier order evaluated is not paid for again. Other workloads get the nearest order, and so do those that
+    the token budget does not pay for any more.
     """
 
     def begin(self, task: Task) -> None:
         super().begin(task)
         window = task.problem.shape.attention_window
         workloads = {scenario.workload.cached_tokens(window): scenario.workload for scenario in task.scenarios}
-        rankings = {tokens: task.rank(workload) for tokens, workload in workloads.items()}
+        rankings: dict[int, ImportanceRanking] = {}
+        for tokens, workload in workloads.items():
+            try:
+                rankings[tokens] = task.rank(workload)
+            except SearchExhausted:
+                if not rankings:
+                    raise
+                break
         self._orders = {tokens: ranking.order for tokens, ranking in rankings.items()}
         self.details["losses"] = {str(tokens): list(ranking.losses) for tokens, ranking in rankings.items()}
 

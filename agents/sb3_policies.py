@@ -93,7 +93,7 @@ class ComponentDQNPolicy(DQNMultiInputPolicy):
 
 
 class MaskableDQN(DQN):
-    """A DQN that explores among the valid actions only, each environment for itself; so the others are never learned."""
+    """A DQN that explores among the valid actions only, each environment for itself."""
 
     def _sample_action(self, learning_starts: int, action_noise=None, n_envs: int = 1) -> tuple[np.ndarray, np.ndarray]:
         generator = self.action_space.np_random
