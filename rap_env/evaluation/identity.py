@@ -32,8 +32,13 @@ def engine_identity(llm: Any) -> dict:
         "model": llm.digest,
         "tokenizer": llm.tokenizer_digest,
         "dtype": str(llm.dtype),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "versions": dict(_versions()),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
 
 
 def numeric_platform(device: torch.device | str) -> dict:
