@@ -20,8 +20,8 @@ def main(arguments: Sequence[str]) -> None:
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="a table (results/NAME.jsonl), a run's record.json, a sweep's folder, or a benchmark's record; those of one"
-        " name are one comparison",
+        help="a table (results/NAME.jsonl), a run's record.json, a sweep's folder, or a benchmark's record;"
+        " those of one name are one comparison",
     )
     parser.add_argument("-o", "--output", type=Path, help="HTML page to write; of several comparisons one each")
     options = parser.parse_args(arguments)
