@@ -50,8 +50,8 @@ class Task:
         removals: Rounds of the importance ranking; None for a full one.
         exact: Whether the ranking tries every component in every round.
         archive: Rewards of all evaluated masks that fit their scenarios; the driver fills it, and `ranking`.
-        progress: Called with (tokens spent, token budget).
-        log: Called with (tokens spent, metrics).
+        progress: Called with (tokens spent, token budget), by learners with (steps, all steps).
+        log: Called with (tokens spent, metrics), by learners with (steps, metrics).
     """
 
     problem: PruningProblem
@@ -184,5 +184,5 @@ class Learner(Agent):
     """Acts through environments on the task's problem, instead of asking."""
 
     def learn(self) -> None:
-        """Trains until its steps are done or the token budget is used up."""
+        """Trains for its steps; what the token budget does not pay for, it has to do without."""
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -37,6 +38,7 @@ _ENVIRONMENTS = {
     _SEQUENTIAL: (SequentialPruningVectorEnv, SequentialPolicy),
 }
 _N_ENVS = 16
+_CURVE_POINTS = 100
 
 
 class _Watch(BaseCallback):
@@ -45,6 +47,12 @@ class _Watch(BaseCallback):
     def __init__(self, task: Task, total_steps: int) -> None:
         super().__init__()
         self._search_task, self._total_steps = task, total_steps
+        self._gains: list[tuple[int, float]] = []
+
+    def curve(self) -> list[list[float]]:
+        """The reward minus the greedy order's in 100 parts of the training, as [steps, mean]."""
+        parts = np.array_split(np.array(self._gains), min(_CURVE_POINTS, len(self._gains)) or 1)
+        return [[int(part[-1, 0]), float(part[:, 1].mean())] for part in parts if len(part)]
 
     def _on_step(self) -> bool:
         task = self._search_task
@@ -57,6 +65,7 @@ class _Watch(BaseCallback):
                 "evaluated": [outcome.evaluated for outcome in outcomes],
             }
             means = {name: sum(column) / len(column) for name, column in columns.items()}
+            self._gains.append((self.num_timesteps, means["gain_over_greedy"]))
             task.log(self.num_timesteps, means | {"tokens": task.problem.budget.spent})
         task.progress(min(self.num_timesteps, self._total_steps), self._total_steps)
         return True
@@ -118,11 +127,13 @@ class Sb3Agent(Learner):
             self._trained = model.policy.component_network
             if self._warm_start:
                 imitate_order(self._trained, problem.shape, self._order, task.sampler, task.seed)
-            model.learn(self._total_steps, callback=_Watch(task, self._total_steps))
+            watch = _Watch(task, self._total_steps)
+            model.learn(self._total_steps, callback=watch)
         self.details |= {
             "steps": model.num_timesteps,
             "evaluated_steps": problem.evaluated_steps,
             "approximated_steps": problem.approximated_steps,
+            "learning_curve": watch.curve(),
         }
 
     def policy(self) -> OneStepPolicy | SequentialPolicy:

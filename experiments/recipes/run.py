@@ -70,7 +70,7 @@ def _task(config: DictConfig, parts: Parts, tracker: Tracker, phases: Phases) ->
         seed=config.seed,
         removals=calibration.removals,
         exact=calibration.exact,
-        progress=phases.start(f"{choices.agent} {config.seed}, tokens"),
+        progress=phases.start(f"{choices.agent} {config.seed}"),
         log=tracker.log,
     )
 

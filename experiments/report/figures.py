@@ -131,21 +131,18 @@ def _learning(comparison: Comparison) -> list[PageFigure]:
     """One figure if there are agents that learn by episodes: the gains over the greedy order."""
     figure = Figure()
     for agent in comparison.agents:
-        details = [run["search"]["details"].get("episodes", {}) for run in comparison.runs(agent)]
-        of_seeds = [episodes.get("gain_over_greedy") for episodes in details]
-        if not all(of_seeds):
-            continue
-        length = min(map(len, of_seeds))
-        mean = np.mean([gains[:length] for gains in of_seeds], axis=0)
-        window = max(1, length // 20)
-        smooth = np.convolve(mean, np.ones(window) / window, mode="valid").tolist()
-        x = list(range(window, length + 1))
-        figure.add_trace(Scatter(x=x, y=smooth, mode="lines", **line_style(comparison, agent)))
+        curves = [run["search"]["details"].get("learning_curve") for run in comparison.runs(agent)]
+        if all(curves):
+            steps, gains = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0).T.tolist()
+            figure.add_trace(Scatter(x=steps, y=gains, mode="lines", **line_style(comparison, agent)))
     if not figure.data:
         return []
     figure.add_hline(y=0, line=GUIDE)
-    figure.update_xaxes(title="training episodes")
+    figure.update_xaxes(title="environment steps")
     figure.update_yaxes(title="reward minus the greedy order's")
     figure.update_layout(height=420, showlegend=True)
-    caption = "Running mean over a twentieth of the training, mean over seeds. Above zero the agent beats the order."
+    caption = (
+        "Means over hundredths of the training and over seeds. Above zero the agent beats the order. After the token"
+        " budget is used up, rewards of masks that were never evaluated are those of the nearest evaluated ones."
+    )
     return [PageFigure("learning", "Learning curves", caption, figure)]

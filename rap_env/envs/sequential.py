@@ -17,9 +17,9 @@ class SequentialPruningEnv(MaskEnv):
 
     ## Action Space
     `Discrete(n + 1)`: action i < n drops component i, action n stops. `action_masks()` allows dropping what is kept
-    until the footprint is within the budget, and only stopping from then on. The environment itself takes any action:
-    naming a dropped component changes nothing, and stopping above the budget ends the episode and pays for the
-    overshoot.
+    until the footprint is within the budget, and only stopping from then on. The environment itself takes any action of
+    the space: naming a dropped component changes nothing, and stopping above the budget ends the episode and pays for
+    the overshoot. Anything else raises `InvalidMask`.
 
     ## Observation Space
     A `Dict`; every entry lies in [0, 1].

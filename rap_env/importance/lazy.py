@@ -46,7 +46,7 @@ class LazyRounds(Rounds):
     def __init__(self, sketch: Meter, rest: Meter | None = None, *, freed: Mapping[str, int]) -> None:
         super().__init__(sketch.llm.shape, freed)
         self._sketch, self._rest = sketch, rest
-        self._sketch_loss, *rest_loss = (-meter.evaluate([self.mask])[0].score for meter in (sketch, rest) if meter)
+        self._sketch_loss, *rest_loss = (-m.evaluate([self.mask], near=self.mask)[0].score for m in (sketch, rest) if m)
         self.loss = self.known[self.mask] = self._mean(self._sketch_loss, *rest_loss)
         self._sketched: dict[str, float] = {}  # increases on the sketch alone, when they were measured last
         self._slack: dict[str, float] = {}  # by how much an increase may be lower than it is thought to be

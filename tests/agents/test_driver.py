@@ -104,7 +104,7 @@ def test_search_ends_as_a_sound_policy_within_its_tokens(name, evaluations, in_f
 def test_only_what_needs_the_ranking_pays_for_it(name, toy_task):
     begin = tokens_to_begin(name)
     assert (begin == 0) == (name in UNRANKED)
-    if begin:
+    if begin and name != "greedy_per_byte":  # which ranks for as many workloads as are paid for
         task = toy_task(begin - 1)
         with pytest.raises(SearchExhausted, match="tokens are spent"):
             run_search(build_agent(name), task)
@@ -113,6 +113,16 @@ def test_only_what_needs_the_ranking_pays_for_it(name, toy_task):
     result = run_search(build_agent(name), task)
     assert (result.tokens, result.evaluations) == (begin, 0)
     assert len(decided(result.policy, task.scenarios)) == 4
+
+
+def test_greedy_per_byte_ranks_for_the_workloads_that_are_paid_for_and_needs_one(toy_task):
+    whole = toy_task(WITHOUT_LIMIT)
+    run_search(build_agent("greedy_per_byte"), whole)
+    short, none = toy_task(whole.problem.budget.spent - 1), toy_task(100)
+    policy = run_search(build_agent("greedy_per_byte"), short).policy
+    assert len(policy.parameters()["orders"]) == 1, "of two workloads"
+    with pytest.raises(SearchExhausted, match="tokens are spent"):
+        run_search(build_agent("greedy_per_byte"), none)
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -132,6 +132,9 @@ def test_training_goes_on_when_the_token_budget_is_used_up(name, make_task, grid
         assert footprint(task.problem.shape, mask, scenario.workload).peak_bytes <= scenario.budget_bytes
     steps, metrics = zip(*logged, strict=True)
     assert list(steps) == sorted(steps) and steps[-1] <= result.details["steps"]
+    curve, gains = result.details["learning_curve"], [each["gain_over_greedy"] for each in metrics]
+    assert 1 < len(curve) <= 100 and curve[-1][0] == steps[-1]
+    assert min(gains) <= min(gain for _step, gain in curve) <= max(gain for _step, gain in curve) <= max(gains)
     assert metrics[0]["evaluated"] > metrics[-1]["evaluated"]
     assert all(m["tokens"] <= task.problem.budget.limit for m in metrics)
 

@@ -85,7 +85,7 @@ def records() -> list[dict[str, Any]]:
             row(w, r, 3.5 - r + 0.1 * seed, [name for name in COMPONENTS if ("mlp", "attention")[w[0] > 1] in name][:2])
             for w, r in scenarios
         ]
-        made.append(record("learned", seed, learnt, 20, episodes={"gain_over_greedy": [-1.0, 0.0, 0.5, 0.5]}))
+        made.append(record("learned", seed, learnt, 20, learning_curve=[[16, -1.0], [32, 0.0], [48, 0.5]]))
         losses = [row(w, r, 6.0 + seed, COMPONENTS[seed : seed + 3]) for w, r in scenarios]
         made.append(record("random", seed, losses))
     return made

@@ -201,7 +201,6 @@ def test_violating_a_budget_never_pays_on_text(tiny_llm, paths):
     assert problem.reward(violating) < fitting.score - 50
 
 
-def test_what_judging_takes_is_predicted(tiny_llm, paths):
+def test_what_evaluating_takes_is_predicted(tiny_llm, paths):
     search = halves_of(tiny_llm, paths).search
     assert 0 < search.peak_bytes(tiny_llm) < search.peak_bytes(tiny_llm, 8)
-    assert task_halves(["rap_search"], ["rap_report"], limit=2).search.peak_bytes(tiny_llm) > 0

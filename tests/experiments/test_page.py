@@ -53,6 +53,11 @@ def test_page_is_byte_identical_for_the_same_records():
     assert page(Comparison(records())) == page(Comparison(json.loads(json.dumps(records()[::-1]))))
 
 
+def test_learning_curves_are_means_over_seeds(comparison):
+    (curve,) = next(one.figure for one in figures(comparison) if one.name == "learning").data
+    assert (list(curve.x), list(curve.y)) == ([16.0, 32.0, 48.0], [-1.0, 0.0, 0.5])
+
+
 def test_page_of_agents_without_episodes_has_no_learning_curves():
     alone = Comparison([record("greedy", 0, [row((1, 512), 0.9, 3.0, ["layer0.mlp"])])])
     assert "learning" not in [one.name for one in figures(alone)]
