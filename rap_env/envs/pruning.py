@@ -18,7 +18,7 @@ class PruningEnv(MaskEnv):
 
     ## Action Space
     `MultiBinary(n)`: one bit for each component in the model's order (attention and MLP of layer 0, of layer 1, ...);
-    1 keeps the component, 0 drops it.
+    1 keeps the component, 0 drops it. Anything else raises `InvalidMask`.
 
     ## Observation Space
     A `Dict`; every entry lies in [0, 1].
