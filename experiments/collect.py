@@ -38,10 +38,13 @@ def write_table(path: Path, records: Sequence[Mapping[str, Any]], mixed: bool = 
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.collect", description="Makes a table of records.")
-    parser.add_argument("records", type=Path, nargs="+", help="folders of sweeps, or single records")
-    parser.add_argument("table", type=Path, metavar="TABLE.jsonl")
-    parser.add_argument("--mixed", action="store_true", help="records of several commits, or of changed code")
+    description = "Writes the records of runs into one table, a record a line, for the reports and the documentation."
+    parser = argparse.ArgumentParser(prog="python -m experiments.collect", description=description)
+    parser.add_argument("records", type=Path, nargs="+", metavar="PATH", help="a sweep's or run's folder, or a record")
+    parser.add_argument("table", type=Path, metavar="TABLE.jsonl", help="is written in place of an older one")
+    parser.add_argument(
+        "--mixed", action="store_true", help="take records of several commits, or of code that was not committed"
+    )
     options = parser.parse_args(arguments)
     try:
         records = [record for path in options.records for record in read_records(path)]

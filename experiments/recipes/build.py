@@ -53,11 +53,13 @@ class Parts:
 
 
 def check_values(config: DictConfig) -> None:
-    """Refuses numbers that no run can use, and empty lists of scenarios, before anything is built.
+    """Refuses missing values, numbers that no run can use, and empty lists of scenarios, before anything is built.
 
     Raises:
         InvalidConfig: One was found.
     """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise InvalidConfig(f"{', '.join(missing)}: expected a value; got none. The option's YAML shows how to give it")
     for name, smallest in _SMALLEST.items():
         value = config[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:

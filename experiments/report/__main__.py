@@ -9,18 +9,21 @@ from experiments.records import read_records
 from experiments.report import benchmark_lines, report_on
 from rap_env.errors import RapError
 
+_DESCRIPTION = "Prints tables of what runs have recorded, as Markdown; with -o also writes a page with the figures."
+
 
 def main(arguments: Sequence[str]) -> None:
     """Prints tables of the records that the paths hold; a single file with a benchmark's record prints its lines."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description="Prints what records say.")
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=_DESCRIPTION)
     parser.add_argument(
         "records",
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="JSON-lines table, record, or folder of records; those of one name are read together",
+        help="a table (results/NAME.jsonl), a run's record.json, a sweep's folder, or a benchmark's record;"
+        " those of one name are one comparison",
     )
-    parser.add_argument("-o", "--output", type=Path, help="page to write; of several comparisons page-NAME.html")
+    parser.add_argument("-o", "--output", type=Path, help="HTML page to write; of several comparisons one each")
     options = parser.parse_args(arguments)
     try:
         print("\n".join(_lines(options.records, options.output)))

@@ -12,13 +12,13 @@ class PruningEnv(MaskEnv):
 
     ## Description
     A request batch arrives while the device has only so many bytes left for weights and KV cache. The agent decides
-    which components the model keeps; the masked model is then evaluated on lm-eval tasks. Attentions
-    create all of the KV cache and MLPs hold most of the weights, so what is cheapest to give up changes with the
-    workload (RAP, arXiv 2505.17138).
+    which components the model keeps; the masked model is then evaluated, by default on the embedded lm-eval tasks.
+    Attentions create all of the KV cache and MLPs hold most of the weights, so what is cheapest to give up changes with
+    the workload (RAP, arXiv 2505.17138).
 
     ## Action Space
     `MultiBinary(n)`: one bit for each component in the model's order (attention and MLP of layer 0, of layer 1, ...);
-    1 keeps the component, 0 drops it.
+    1 keeps the component, 0 drops it. Anything else raises `InvalidMask`.
 
     ## Observation Space
     A `Dict`; every entry lies in [0, 1].
@@ -34,15 +34,17 @@ class PruningEnv(MaskEnv):
     | `component_bytes` | n | bytes that dropping each component frees / dense footprint bytes |
 
     ## Rewards
-    Sum of weights times same-named terms; by default `accuracy - 5 overshoot`. Terms: `accuracy` (score of the tasks),
-    `smooth_accuracy` (mean probability of the right choices), `overshoot` (bytes above the budget / budget),
-    `violation` (1 if above the budget). `info["reward_terms"]` carries them all.
+    Sum of weights times same-named terms; by default `accuracy - 5 overshoot`. Terms: `accuracy` (the evaluator's
+    score: on tasks the mean accuracy, on text minus the mean loss), `smooth_accuracy` (mean probability of the right
+    choices; NaN on text), `overshoot` (bytes above the budget / budget), `violation` (1 if above the budget). The
+    problem's `reward_weights` choose among them, and `info["reward_terms"]` carries them all.
 
     ## Starting State
     A scenario drawn from the sampler, every component kept. `reset(options={"scenario": Scenario(...)})` sets it.
 
     ## Episode End
-    Every episode terminates after its one step; none is truncated.
+    Every episode terminates after its one step; none is truncated. A step that the problem's token budget does not pay
+    for raises `SearchExhausted`.
 
     ## Information
     `scenario`, `mask`, `footprint` (parts in bytes), `overshoot_bytes`, and after the step `tasks` (metrics of each
@@ -55,7 +57,7 @@ class PruningEnv(MaskEnv):
     | `problem` | embedded model and tasks | the `PruningProblem` that evaluates masks |
     | `importance` | greedy sequential importance on packaged text | the `ImportanceSource` of the ranking |
     | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
-    | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask |
+    | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask; the source needs a `Meter` |
     | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |
 
     ## Version History

@@ -41,7 +41,8 @@ class SequentialPruningEnv(MaskEnv):
     A scenario drawn from the sampler, every component kept. `reset(options={"scenario": Scenario(...)})` sets it.
 
     ## Episode End
-    Terminates when the agent stops or nothing is left to drop; truncated after 2 n steps.
+    Terminates when the agent stops or nothing is left to drop; truncated after 2 n steps. In both cases the mask is
+    evaluated; where the problem's token budget does not pay for it, the step raises `SearchExhausted`.
 
     ## Information
     `scenario`, `mask`, `footprint` (parts in bytes), `overshoot_bytes`, and after the last step `tasks` (metrics of
@@ -54,7 +55,7 @@ class SequentialPruningEnv(MaskEnv):
     | `problem` | embedded model and tasks | the `PruningProblem` that evaluates masks |
     | `importance` | greedy sequential importance on packaged text | the `ImportanceSource` of the ranking |
     | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
-    | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask |
+    | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask; the source needs a `Meter` |
     | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |
 
     ## Version History

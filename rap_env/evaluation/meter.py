@@ -74,7 +74,8 @@ class TokenBudget:
         new = [key for key in dict.fromkeys(keys) if not self.has_paid(owner, key)]
         if len(new) * tokens_each > self.left:
             raise SearchExhausted(
-                f"{self.spent:,} of {self.limit:,} tokens are spent; {len(new) * tokens_each:,} more were asked for"
+                f"the token budget is too small: {self.spent:,} of {self.limit:,} tokens are spent;"
+                f" {len(new) * tokens_each:,} more were asked for"
             )
         for key in new:
             self._paid.add((owner, key))

@@ -216,6 +216,7 @@ def evaluations_in(store: Path) -> int:
         ("seed=1.5", "seed: expected a whole number of at least 0; got 1.5"),
         ("token_budget=null", "token_budget: expected a whole number of at least 0; got None"),
         ("in_flight=0", "in_flight: expected a whole number of at least 1; got 0"),
+        ("calibration=local", "calibration.corpus.paths: expected a value; got none"),
         ("calibration.tokens_per_sample=100_000", "windows of 100,000 tokens are beyond the model's context"),
     ],
 )
