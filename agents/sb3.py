@@ -75,7 +75,7 @@ class Sb3Agent(Learner):
     """Trains one algorithm in 16 environments at once, and ends as a network policy for all scenarios of the sampler.
 
     Training that was killed is repeated from its seed: the store answers, so that nothing is measured twice and the
-    weights are the same to the bit.
+    weights are exactly the same.
 
     Args:
         algorithm: `"ppo"`, `"a2c"`, `"dqn"` or `"maskable_ppo"`.

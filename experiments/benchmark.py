@@ -42,22 +42,24 @@ class Bench:
         return scoring.measure(self._llm, instantiate(self._config.model, dtype="float32"), options, progress)
 
     def population(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
-        return population.measure(self._llm, self._judge(), self._ranking(), self._options["population"], progress)
+        return population.measure(
+            self._llm, self._evaluator(), self._ranking(), self._options["population"], progress
+        )
 
     def env(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
         importance = ImportanceSource(self._ranking())
-        return env.measure(self._llm, self._judge(), importance, self._options["env"], progress)
+        return env.measure(self._llm, self._evaluator(), importance, self._options["env"], progress)
 
     def scaling(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
         return scaling.measure(self._llm, self._options["scaling"], progress)
 
     def memory(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
-        return memory.measure(self._llm, self._windows(0), self._judge().plan(self._llm).pairs, progress)
+        return memory.measure(self._llm, self._windows(0), self._evaluator().plan(self._llm).pairs, progress)
 
     def provenance(self) -> dict[str, Any]:
         return provenance() | {"model_digest": self._llm.digest}
 
-    def _judge(self):
+    def _evaluator(self):
         return self._halves().search
 
     def _halves(self) -> Halves:

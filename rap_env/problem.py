@@ -114,7 +114,7 @@ class PruningProblem:
     def evaluate_many(self, cases: Sequence[tuple[PruningMask, Workload, int]]) -> list[Outcome]:
         """Evaluates masks for workloads and memory budgets; those that are not known yet are evaluated together.
 
-        The outcomes are equal to the bit to those of evaluating one after the other.
+        The outcomes are exactly those of evaluating one after the other.
 
         Raises:
             InfeasibleBudget: No mask can meet a budget.

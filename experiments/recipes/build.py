@@ -93,9 +93,13 @@ def build(config: DictConfig, main: str) -> Parts:
     location = config.store or cache_folder() / "results.db"
     store = _once("store", str(location), lambda: ResultStore(location))
     weights = plain(config.reward)
+    search = PruningProblem(llm, halves[main].search, store, weights)
+    reports = {name: PruningProblem(llm, each.report, store, weights) for name, each in halves.items()}
+    for problem in (search, *reports.values()):
+        _ = problem.meter.tokens_each  # encodes the items: what can't be scored is refused now
     return Parts(
-        search=PruningProblem(llm, halves[main].search, store, weights),
-        reports={name: PruningProblem(llm, each.report, store, weights) for name, each in halves.items()},
+        search=search,
+        reports=reports,
         sampler=sampler,
         searched=searched,
         reported=reported,
@@ -165,6 +169,12 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def call_with(partial: functools.partial, **offered: Any) -> Any:
-    """Calls what a YAML named with those of the offered arguments that it has parameters for."""
+    """Calls what a YAML named with those of the offered arguments that it has parameters for.
+
+    Raises:
+        InvalidConfig: The YAML has a key that it has no parameter for; an experiment may have brought that along.
+    """
     parameters = inspect.signature(partial.func).parameters
+    if unknown := sorted(partial.keywords.keys() - parameters.keys()):
+        raise InvalidConfig(f"{partial.func.__name__} takes no {', '.join(unknown)}; it takes {', '.join(parameters)}")
     return partial(**{name: value for name, value in offered.items() if name in parameters})

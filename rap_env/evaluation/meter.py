@@ -119,7 +119,7 @@ class Meter:
         return self.evaluator.tokens(self.llm)
 
     def evaluate(self, masks: Sequence[PruningMask], near: PruningMask | None = None) -> list[Evaluation]:
-        """Evaluates masks, those that are not known yet together; equal to the bit to one after the other.
+        """Evaluates masks, those that are not known yet together; with exactly the results of one after the other.
 
         Args:
             masks: Masks over the model's components.

@@ -218,6 +218,7 @@ def evaluations_in(store: Path) -> int:
         ("in_flight=0", "in_flight: expected a whole number of at least 1; got 0"),
         ("calibration=local", "calibration.corpus.paths: expected a value; got none"),
         ("calibration.tokens_per_sample=100_000", "windows of 100,000 tokens are beyond the model's context"),
+        ("evaluation=packaged_text", "packaged_text_halves takes no limit; it takes llm"),  # the experiment's limit
     ],
 )
 def test_bad_input_is_refused_in_one_line_before_any_work(override, message, refusal, tmp_path):
