@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import log_softmax
 
-from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, speedup
+from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, plain_loss, speedup
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import Pair, ScoringPlan
 from rap_env.llm.architecture import ARCHITECTURES
@@ -54,12 +54,17 @@ def check(llm: SwitchableLLM, workload: Workload, repeats: int = 3) -> dict[str,
         repeats: How often each way is timed.
     """
     device = llm.device.type
-    results = {"exactness": {family: exactness(family, device) for family in ARCHITECTURES}}
-    results["speed"] = speed(llm, repeats)  # while the model is whole
-    results["memory"] = memory(llm, workload)
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
-    return results | {"device": name, "versions": versions, "repeats": repeats}
+    return {
+        "exactness": {family: exactness(family, device) for family in ARCHITECTURES},
+        "speed": speed(llm, repeats),  # while the model is whole
+        "memory": memory(llm, workload),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+        "repeats": repeats,
+    }
 
 
 @torch.inference_mode()
@@ -137,12 +142,13 @@ def speed(llm: SwitchableLLM, repeats: int) -> dict[str, Any]:
     windows = torch.randint(0, llm.shape.vocab_size, (4, min(256, llm.shape.context_tokens)), generator=generator)
     evaluator, dense = PerplexityEvaluator(windows, "random"), PruningMask.all_kept(llm.shape)
     parent, rng = dense.drop(*dense.components[1::4]), random.Random(0)
-    population = list({_swapped(parent, rng) for _ in range(64)})[:32]
+    swaps = ((rng.choice(parent.kept), rng.choice(parent.dropped)) for _ in range(64))
+    population = list({parent.drop(dropped).restore(restored) for dropped, restored in swaps})[:32]
     pairs = random_pairs(128, llm.shape.vocab_size)
     plan = ScoringPlan(pairs, 8192)
 
     def plain_losses(masks: Sequence[PruningMask]) -> list[float]:
-        return [_plain_loss(llm, windows, mask) for mask in masks]
+        return [plain_loss(llm, windows, mask) for mask in masks]
 
     def ours(masks: Sequence[PruningMask]) -> list[float]:
         scores = dict(evaluator.evaluate_many(llm, masks))
@@ -157,19 +163,16 @@ def speed(llm: SwitchableLLM, repeats: int) -> dict[str, Any]:
         "plain": lambda _: [score for score, _greedy in plain_scores(llm, pairs, 32)],
         "ours": lambda _: [score for score, _greedy in next(plan.run(llm, [dense]))[1]],
     }
-    flops = {
-        "forward": forward_flops(llm, dense, windows.numel(), windows.numel()),
-        "scoring": forward_flops(llm, dense, plan.tokens, plan.head_rows),
-    }
     results = {
         "forward": _race(loss_ways, [dense], repeats),
         "importance round": _race(loss_ways, removals, repeats),
         "population of 32": _race(loss_ways, population, repeats),
         "scoring": _race(score_ways, None, repeats),
     }
-    for name, count in flops.items():
+    sizes = {"forward": (windows.numel(), windows.numel()), "scoring": (plan.tokens, plan.head_rows)}
+    for name, (tokens, head_rows) in sizes.items():
         seconds = median(results[name]["speedup"]["our_seconds"])
-        results[name]["share_of_gemm"] = count / seconds / gemm
+        results[name]["share_of_gemm"] = forward_flops(llm, dense, tokens, head_rows) / seconds / gemm
     return results | {"gemm_flops_per_second": gemm}
 
 
@@ -182,18 +185,6 @@ def _race(ways: dict[str, Callable], argument: Any, repeats: int) -> dict[str, A
     if "one by one" in seconds:
         entry["from_sharing"] = speedup(seconds["one by one"], seconds["ours"])
     return entry
-
-
-def _swapped(parent: PruningMask, rng: random.Random) -> PruningMask:
-    return parent.drop(rng.choice(parent.kept)).restore(rng.choice(parent.dropped))
-
-
-@torch.inference_mode()
-def _plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> float:
-    with llm.pruned(mask):
-        logits = llm.model(windows.to(llm.device), use_cache=False).logits[:, :-1].float()
-    targets = windows[:, 1:].to(llm.device)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
 
 
 def random_pairs(n_items: int, vocab_size: int) -> list[Pair]:

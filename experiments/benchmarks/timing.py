@@ -22,6 +22,17 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
+def counted(progress: Callable[[int, int], None], n_steps: int) -> Callable[..., Any]:
+    """A function that reports one more step and returns what it is given, so that calls can stand within it."""
+    done = iter(range(1, n_steps + 1))
+
+    def step(result: Any = None) -> Any:
+        progress(next(done), n_steps)
+        return result
+
+    return step
+
+
 def alternate(ways: Mapping[str, Callable[[int], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, list]]:
     """Calls every way once in each repeat, in turned order every second time, so that drift hits all alike.
 
@@ -54,6 +65,15 @@ def speedup(plain_seconds: Sequence[float], our_seconds: Sequence[float]) -> dic
         "ratio": median(ratios),
         "repeats": len(ratios),
     }
+
+
+@torch.inference_mode()
+def plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> float:
+    """Loss on windows as published searches take it: upstream's whole forward, all logits, one float32 copy."""
+    windows = windows.to(llm.device)
+    with llm.pruned(mask):
+        logits = llm.model(windows, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
 
 
 def gemm_flops_per_second(llm: SwitchableLLM, repeats: int = 5) -> float:

@@ -52,9 +52,9 @@ def _score_against_budget(comparison: Comparison, evaluator: str) -> PageFigure:
             trace = Scatter(x=budgets, y=finite(value[chosen]), error_y=bars, mode="lines+markers")
             figure.add_trace(trace.update(showlegend=column == 1, **style(comparison, agent)), 1, column)
     figure.update_xaxes(title="budget, % of dense")
-    unit = " (nats)" if comparison.is_text(evaluator) else ""
+    unit = " (nats)" if comparison.is_text[evaluator] else ""
     figure.update_yaxes(title=loss_name(comparison, evaluator) + unit, col=1)
-    if comparison.is_text(evaluator) and lowest > 0:
+    if comparison.is_text[evaluator] and lowest > 0:
         figure.update_yaxes(type="log")
     figure.update_layout(height=460)
     caption = (

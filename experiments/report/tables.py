@@ -81,7 +81,7 @@ def spending_table(comparison: Comparison) -> Table:
     """The search half's loss over dense after so many tokens, mean over scenarios and seeds."""
     steps = [comparison.token_budget // part for part in _SPENT_PARTS]
     losses = {
-        agent: [comparison.dense_score(SEARCH) - comparison.best_after(agent, step) for step in steps]
+        agent: [comparison.dense[SEARCH] - comparison.best_after(agent, step) for step in steps]
         for agent in comparison.agents
     }
     ordered = sorted((agent for agent in losses if np.isfinite(losses[agent][-1])), key=lambda agent: losses[agent][-1])
@@ -109,7 +109,7 @@ def perplexity_table(named: Named) -> Table:
     rows = set()
     for comparison in map(Comparison, named.values()):
         main = comparison.evaluators[0]
-        if not comparison.is_text(main):
+        if not comparison.is_text[main]:
             raise ValueError(f"expected an evaluator by text for a table of perplexities; got {main!r}")
         for agent in comparison.agents:
             seeds = np.exp(-comparison.scores(agent, main).mean(axis=1))
@@ -176,7 +176,7 @@ def notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def loss_name(comparison: Comparison, evaluator: str) -> str:
-    return "log-perplexity over dense" if comparison.is_text(evaluator) else "accuracy below dense"
+    return "log-perplexity over dense" if comparison.is_text[evaluator] else "accuracy below dense"
 
 
 def _searched_by(run: Mapping[str, Any]) -> str:
