@@ -6,15 +6,12 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.benchmarks import env, gsi, memory, population, scaling, scoring
+from experiments.benchmarks import part
 from experiments.benchmarks.bench import Bench
 from experiments.progress import phase
 from experiments.recipes.build import plain
 from experiments.recipes.refusals import refusing_in_one_line
 from experiments.records import provenance, write_record
-from rap_env.errors import UnknownName
-
-PARTS = {"gsi": gsi, "scoring": scoring, "population": population, "env": env, "scaling": scaling, "memory": memory}
 
 
 def run(config: DictConfig) -> None:
@@ -24,18 +21,16 @@ def run(config: DictConfig) -> None:
         UnknownName: There is no such part.
         RapError: Bad input.
     """
-    for name in config.parts:
-        if name not in PARTS:
-            raise UnknownName("benchmark part", name, PARTS)
+    parts = {name: part(name) for name in config.parts}
     folder = Path(HydraConfig.get().runtime.output_dir)
     bench = Bench(config)
-    for name in config.parts:
+    for name, module in parts.items():
         with phase(name) as progress:
-            results = PARTS[name].measure(bench, progress)
+            results = module.measure(bench, progress)
         source = provenance() | {"model_digest": bench.llm.digest}
         record = {"config": plain(config), "provenance": source, "results": results}
         path = write_record(folder / f"{name}.json", record)
-        print("\n".join([f"## {name}", *PARTS[name].lines(results), f"record: {path}"]), flush=True)
+        print("\n".join([f"## {name}", *module.lines(results), f"record: {path}"]), flush=True)
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="benchmark")

@@ -17,22 +17,13 @@ from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_p
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import Pair, ScoringPlan
 from rap_env.llm.architecture import ARCHITECTURES
-from rap_env.llm.loading import build_random_llm, build_tiny_llm
+from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, MLP, PruningMask, Site
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 
 GB = 1e9
-LLAMA2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}
 # The masks that RAP publishes for 80% and 60% of the memory (arXiv 2505.17138), and its measured peaks at 8 x 2048.
 RAP_MASKS = {
     "dense": ((), ()),
@@ -218,11 +209,6 @@ def plain_scores(llm: SwitchableLLM, pairs: Sequence[Pair], batch_size: int) -> 
             greedy = bool((logprobs.argmax(-1) == wanted).all())
             scores[index] = logprobs.gather(1, wanted[:, None]).sum().item(), greedy
     return scores
-
-
-def llama2_7b(device: str) -> SwitchableLLM:
-    """A model of Llama-2-7B's shape with random float16 weights, made on the device."""
-    return build_random_llm("llama", LLAMA2_7B, dtype="float16", device=device)
 
 
 def lines(results: dict[str, Any]) -> list[str]:

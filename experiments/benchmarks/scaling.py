@@ -9,19 +9,11 @@ import torch
 
 from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.population import offspring
-from experiments.benchmarks.timing import counted, gemm_flops_per_second, timed
+from experiments.benchmarks.timing import counted, gemm_flops_per_second, random_llama, timed
 from rap_env.evaluation.perplexity import PerplexityEvaluator
-from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
-# Llama shapes by published model: hidden size, intermediate size, layers, heads, KV heads, vocabulary.
-_SHAPES = {
-    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
-    "smollm2-360m": (960, 2560, 32, 15, 5, 49152),
-    "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152),
-    "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
-}
 _WINDOW_TOKENS = 256
 
 
@@ -78,19 +70,7 @@ def _windows(llm: SwitchableLLM, tokens: int) -> torch.Tensor:
 
 
 def _random_case(name: str, llm: SwitchableLLM) -> tuple[SwitchableLLM, torch.Tensor, list[PruningMask]]:
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = _SHAPES[name]
-    sizes = {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": name.startswith("smollm2"),
-    }
-    dtype = str(llm.dtype).removeprefix("torch.")
-    model = build_random_llm("llama", sizes, dtype=dtype, device=str(llm.device))
+    model = random_llama(name, str(llm.dtype).removeprefix("torch."), str(llm.device))
     return model, _windows(model, 2 * _WINDOW_TOKENS), [model.mask]
 
 

@@ -19,43 +19,39 @@ from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
 
 
-class _Tasks:
+def _evaluation(options: Mapping[str, Any]) -> Callable[..., dict]:
     """The same call of `simple_evaluate` for every model."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folders = [str(TASKS_FOLDER), *([options["include_path"]] if options["include_path"] else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
 
-    def __init__(self, evaluation: Mapping[str, Any]) -> None:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        folders = [str(TASKS_FOLDER), *([evaluation["include_path"]] if evaluation["include_path"] else [])]
-        self._manager = TaskManager(include_path=folders, include_defaults=False)
-        self._evaluation = evaluation
-
-    def evaluate(self, lm, log_samples: bool = False) -> dict:
+    def evaluate(lm, log_samples: bool = False) -> dict:
         with isolated_rng(0), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
             return simple_evaluate(
                 model=lm,
-                tasks=self._evaluation["tasks"],
-                task_manager=self._manager,
+                tasks=options["tasks"],
+                task_manager=manager,
                 num_fewshot=0,
-                limit=self._evaluation["limit"],
+                limit=options["limit"],
                 bootstrap_iters=0,
                 log_samples=log_samples,
                 verbosity="ERROR",
             )
 
+    return evaluate
+
 
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Times both in the model's dtype, then compares their results in float32."""
-    llm, options, tasks = bench.llm, bench.options["scoring"], _Tasks(bench.options["evaluation"])
+    llm, options, evaluate = bench.llm, bench.options["scoring"], _evaluation(bench.options["evaluation"])
     step = counted(progress, len(options["plain_batch_sizes"]) + 2 * options["repeats"] + 2)
 
-    def evaluate(lm) -> dict:
-        return step(tasks.evaluate(lm))
-
     plain = {size: _plain(llm, size) for size in options["plain_batch_sizes"]}
-    search_seconds = {size: timed(lambda lm=lm: evaluate(lm))[0] for size, lm in plain.items()}
+    search_seconds = {size: timed(lambda lm=lm: step(evaluate(lm)))[0] for size, lm in plain.items()}
     best = min(search_seconds, key=search_seconds.__getitem__)
     ours = _Counted(llm)
     seconds, results = alternate(
-        {"plain": lambda _: evaluate(plain[best]), "ours": lambda _: evaluate(ours)}, options["repeats"]
+        {"plain": lambda _: step(evaluate(plain[best])), "ours": lambda _: step(evaluate(ours))}, options["repeats"]
     )
     gemm = gemm_flops_per_second(llm)
     plan = ours.last_plan
@@ -74,7 +70,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
         "engine_flops_per_second": rate,
         "engine_share_of_gemm": rate / gemm,
         "results": {name: _accuracies(runs[0]) for name, runs in results.items()},
-        "float32": _compare(tasks, bench.build_llm(dtype="float32"), best, step),
+        "float32": _compare(evaluate, bench.build_llm(dtype="float32"), best, step),
     }
 
 
@@ -102,9 +98,9 @@ def _accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def _compare(tasks: _Tasks, llm: SwitchableLLM, batch_size: int, step: Callable) -> dict[str, Any]:
+def _compare(evaluate: Callable, llm: SwitchableLLM, batch_size: int, step: Callable) -> dict[str, Any]:
     """Metrics and log-likelihoods of both ways."""
-    evaluated = [step(tasks.evaluate(lm, log_samples=True)) for lm in (_plain(llm, batch_size), RapLM(llm))]
+    evaluated = [step(evaluate(lm, log_samples=True)) for lm in (_plain(llm, batch_size), RapLM(llm))]
     accuracies = {name: _accuracies(results) for name, results in zip(("plain", "ours"), evaluated, strict=True)}
     plain, ours = (
         {

@@ -97,16 +97,7 @@ def build(config: DictConfig, main: str) -> Parts:
     reports = {name: PruningProblem(llm, each.report, store, weights) for name, each in halves.items()}
     for problem in (search, *reports.values()):
         _ = problem.meter.tokens_each  # encodes the items: what can't be scored is refused now
-    return Parts(
-        search=search,
-        reports=reports,
-        sampler=sampler,
-        searched=searched,
-        reported=reported,
-        corpus=corpus,
-        windows=windows,
-        counts=halves[main].counts,
-    )
+    return Parts(search, reports, sampler, searched, reported, corpus, windows, halves[main].counts)
 
 
 def _once(name: str, config: Any, build: Callable[[], Any]) -> Any:

@@ -42,22 +42,24 @@ def is_far_off(comparison: Comparison, agent: str) -> bool:
     return bool(np.isfinite(losses[agent]) and losses[agent] > _FAR_OFF * max(0.0, min(losses.values())))
 
 
-def style(comparison: Comparison, agent: str) -> dict:
-    """The same colour and symbol for an agent in every figure; who is far off is drawn when its name is clicked."""
+def style(comparison: Comparison, agent: str, without: str = "") -> dict:
+    """The same colour and symbol for an agent in every figure; who is far off is drawn when its name is clicked.
+
+    Args:
+        comparison: Of all agents.
+        agent: One of them.
+        without: What the trace does not take: `"marker"` or `"line"`.
+    """
     number = comparison.agents.index(agent)
     colour = qualitative.Dark24[number % len(qualitative.Dark24)]
-    return {
+    styles = {
         "name": agent,
         "legendgroup": agent,
         "visible": "legendonly" if is_far_off(comparison, agent) else True,
         "marker": {"color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 8},
         "line": {"color": colour, "width": 2},
     }
-
-
-def line_style(comparison: Comparison, agent: str) -> dict:
-    """The style of a trace without markers."""
-    return {key: value for key, value in style(comparison, agent).items() if key != "marker"}
+    return {key: value for key, value in styles.items() if key != without}
 
 
 def finite(values: np.ndarray) -> list[float | None]:

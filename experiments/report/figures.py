@@ -11,7 +11,6 @@ from experiments.report.drawing import (
     error_bars,
     finite,
     is_far_off,
-    line_style,
     served,
     style,
     workloads,
@@ -73,9 +72,8 @@ def _regret(comparison: Comparison) -> PageFigure:
             if is_far_off(comparison, agent):
                 continue
             value, low, high = with_spread(regret(comparison, agent, half))
-            of_agent = {key: entry for key, entry in style(comparison, agent).items() if key != "line"}
-            bars = error_bars(value, low, high)
-            trace = Scatter(x=finite(value), y=[agent], error_x=bars, mode="markers", showlegend=False, **of_agent)
+            of_agent = style(comparison, agent, without="line") | {"mode": "markers", "showlegend": False}
+            trace = Scatter(x=finite(value), y=[agent], error_x=error_bars(value, low, high), **of_agent)
             figure.add_trace(trace, 1, column)
     figure.update_xaxes(title="regret", rangemode="tozero")
     figure.update_yaxes(ticklabelstandoff=8)
@@ -92,7 +90,7 @@ def _regret(comparison: Comparison) -> PageFigure:
 def _anytime(comparison: Comparison) -> PageFigure:
     figure = Figure()
     for agent in comparison.agents:
-        curves, of_agent = comparison.curves(agent), line_style(comparison, agent)
+        curves, of_agent = comparison.curves(agent), style(comparison, agent, without="marker")
         steps = sorted({tokens for curve in curves for tokens, _score in curve})
         steps = [step for step in steps if np.isfinite(comparison.best_after(agent, step))]
         if not steps:
@@ -134,7 +132,7 @@ def _learning(comparison: Comparison) -> list[PageFigure]:
         curves = [run["search"]["details"].get("learning_curve") for run in comparison.runs(agent)]
         if all(curves):
             steps, gains = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0).T.tolist()
-            figure.add_trace(Scatter(x=steps, y=gains, mode="lines", **line_style(comparison, agent)))
+            figure.add_trace(Scatter(x=steps, y=gains, mode="lines", **style(comparison, agent, without="marker")))
     if not figure.data:
         return []
     figure.add_hline(y=0, line=GUIDE)

@@ -164,7 +164,10 @@ def _run_cells(name: str, of_seeds: list[list[dict[str, Any]]], main: str, keys:
 def notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where records come from that are not all of one commit, one clean checkout and one kind of machine."""
     commits = Counter(_commit(record["provenance"].get("git")) for record in records)
-    machines = {_platform(record["provenance"]): _machine(record["provenance"]) for record in records}
+    machines = {  # of equal arithmetic count as one
+        json.dumps(record["provenance"].get("numeric_platform"), sort_keys=True): _machine(record["provenance"])
+        for record in records
+    }
     found = []
     if len(commits) > 1 or any(" " in commit for commit in commits):
         counted = (f"{commit} ({count})" for commit, count in sorted(commits.items()))
@@ -190,11 +193,6 @@ def _commit(git: Mapping[str, Any] | None) -> str:
     if git is None:
         return "no known commit"
     return git["commit"][:7] + " with uncommitted changes" * git["dirty"]
-
-
-def _platform(provenance: Mapping[str, Any]) -> str:
-    """What floating-point results depend on, as text."""
-    return json.dumps(provenance.get("numeric_platform"), sort_keys=True)
 
 
 def _machine(provenance: Mapping[str, Any]) -> str:
