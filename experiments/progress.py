@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 
 @contextlib.contextmanager
@@ -15,9 +15,8 @@ def phase(name: str) -> Iterator[Callable[[int, int], None]]:
         The function that moves it, called with (done, total).
     """
     console = Console(stderr=True)
-    said, eta = TextColumn("{task.description:>20}"), TextColumn("ETA")
-    columns = (said, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), eta, TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), "ETA", TimeRemainingColumn())
+    with Progress("{task.description:>20}", *columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(name, total=None)
         printed_seconds = 0.0
         first: tuple[int, float] | None = None  # what came before the first report is set-up and tells nothing

@@ -118,9 +118,7 @@ def _hardware() -> dict[str, Any]:
 
 def _plain(value: object) -> object:
     """JSON's form of the few other types that results hold."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, PurePath):
         return str(value)

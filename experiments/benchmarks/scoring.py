@@ -45,7 +45,6 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     """Times both in the model's dtype, then compares their results in float32."""
     llm, options, evaluate = bench.llm, bench.options["scoring"], _evaluation(bench.options["evaluation"])
     step = counted(progress, len(options["plain_batch_sizes"]) + 2 * options["repeats"] + 2)
-
     plain = {size: _plain(llm, size) for size in options["plain_batch_sizes"]}
     search_seconds = {size: timed(lambda lm=lm: step(evaluate(lm)))[0] for size, lm in plain.items()}
     best = min(search_seconds, key=search_seconds.__getitem__)

@@ -126,9 +126,8 @@ def _halves(evaluations: Mapping[str, DictConfig], llm: SwitchableLLM) -> dict[s
 def _calibration(config: DictConfig, halves: Mapping[str, Halves], llm: SwitchableLLM) -> tuple[Corpus, torch.Tensor]:
     main, *others = halves.values()
     corpus = build_corpus(config, main.search_text)
-    refuse_contamination(corpus, main.held_out)
-    for other in others:
-        refuse_contamination(corpus, other.reported)
+    for texts in (main.held_out, *(other.reported for other in others)):
+        refuse_contamination(corpus, texts)
     return corpus, build_windows(config, corpus, llm, config.calibration.seed)
 
 
