@@ -19,6 +19,7 @@ import torch
 import rap_env
 from rap_env.errors import RecordExists
 from rap_env.evaluation.identity import engine_identity
+from rap_env.llm.switchable import SwitchableLLM
 
 REQUIRED_KEYS = ("config", "provenance", "results")
 _DISTRIBUTIONS = (
@@ -43,13 +44,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def model_provenance(llm: Any, corpus_digest: str) -> dict[str, Any]:
-    """What a run's results depend on beside its config and `provenance()`: model, text, and our engine on this machine.
-
-    Args:
-        llm: A `SwitchableLLM`.
-        corpus_digest: Of the calibration text.
-    """
+def model_provenance(llm: SwitchableLLM, corpus_digest: str) -> dict[str, Any]:
+    """The rest that a run's results depend on: model, calibration text, and our engine on this machine."""
     identity = engine_identity(llm)
     return {
         "model_digest": identity["model"],

@@ -35,10 +35,7 @@ class PageFigure:
 
 def is_far_off(comparison: Comparison, agent: str) -> bool:
     """Whether an agent loses so much more than the best that the others would lie on one line."""
-    losses = {
-        name: interquartile_mean(loss_over_dense(comparison, name, comparison.evaluators[0]))
-        for name in comparison.agents
-    }
+    losses = _means(comparison, loss_over_dense, comparison.evaluators[0])
     return bool(np.isfinite(losses[agent]) and losses[agent] > _FAR_OFF * max(0.0, min(losses.values())))
 
 
@@ -83,5 +80,9 @@ def workloads(comparison: Comparison) -> dict[str, list[int]]:
 
 def served(comparison: Comparison, cost: Callable, evaluator: str) -> list[str]:
     """Agents with a finite interquartile mean: the others violate more than a quarter of the budgets."""
-    means = {agent: interquartile_mean(cost(comparison, agent, evaluator)) for agent in comparison.agents}
+    means = _means(comparison, cost, evaluator)
     return sorted((agent for agent, mean in means.items() if np.isfinite(mean)), key=means.__getitem__)
+
+
+def _means(comparison: Comparison, cost: Callable, evaluator: str) -> dict[str, np.ndarray]:
+    return {agent: interquartile_mean(cost(comparison, agent, evaluator)) for agent in comparison.agents}

@@ -5,16 +5,7 @@ from plotly.graph_objects import Figure, Scatter
 from plotly.subplots import make_subplots
 
 from experiments.report.comparison import SEARCH, Comparison
-from experiments.report.drawing import (
-    GUIDE,
-    PageFigure,
-    error_bars,
-    finite,
-    is_far_off,
-    served,
-    style,
-    workloads,
-)
+from experiments.report.drawing import GUIDE, PageFigure, error_bars, finite, is_far_off, served, style, workloads
 from experiments.report.kept import attention_share, kept_figures
 from experiments.report.metrics import SPREAD, loss_over_dense, regret, scenario_means, with_spread
 from experiments.report.tables import loss_name
