@@ -140,18 +140,7 @@ def text_halves(  # noqa: PLR0913 - its arguments are the keys of a YAML
 def packaged_text_halves(
     llm: SwitchableLLM, search_windows: tuple[int, int], report_windows: tuple[int, int], seed: int = 0
 ) -> Halves:
-    """The same on text that ships with this package: even documents for the search, odd ones for the report.
-
-    Args:
-        llm: Its tokenizer cuts the text.
-        search_windows: N windows of T tokens, drawn at random.
-        report_windows: The first N windows of T tokens, or as many as there are.
-        seed: Seed of the drawing.
-
-    Raises:
-        CorpusUnavailable: There are fewer tokens than the windows need.
-        InvalidWorkload: No window, or windows of one token, or beyond the model's context.
-    """
+    """The same by loss on text that ships with this package: even documents for the search, odd ones for the report."""
     corpus = packaged_corpus("evaluation")
     even, odd = (Corpus(f"{corpus.name}, {half}", corpus.documents[i::2]) for i, half in enumerate(("even", "odd")))
     return _text_halves(llm, even, odd, (search_windows, report_windows), seed)

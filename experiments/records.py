@@ -19,18 +19,12 @@ import torch
 import rap_env
 from rap_env.errors import RecordExists
 from rap_env.evaluation.identity import engine_identity
+from rap_env.llm.switchable import SwitchableLLM
 
 REQUIRED_KEYS = ("config", "provenance", "results")
 _DISTRIBUTIONS = (
-    "rap-env",
-    "torch",
-    "transformers",
-    "lm_eval",
-    "gymnasium",
-    "stable_baselines3",
-    "sb3_contrib",
-    "hydra-core",
-    "numpy",
+    *("rap-env", "torch", "transformers", "lm_eval", "gymnasium"),
+    *("stable_baselines3", "sb3_contrib", "hydra-core", "numpy"),
 )
 
 
@@ -50,13 +44,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def model_provenance(llm: Any, corpus_digest: str) -> dict[str, Any]:
-    """What a run's results depend on beside its config and `provenance()`: model, text, and our engine on this machine.
-
-    Args:
-        llm: A `SwitchableLLM`.
-        corpus_digest: Of the calibration text.
-    """
+def model_provenance(llm: SwitchableLLM, corpus_digest: str) -> dict[str, Any]:
+    """The rest that a run's results depend on: model, calibration text, and our engine on this machine."""
     identity = engine_identity(llm)
     return {
         "model_digest": identity["model"],
@@ -125,9 +114,7 @@ def _hardware() -> dict[str, Any]:
 
 def _plain(value: object) -> object:
     """JSON's form of the few other types that results hold."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, PurePath):
         return str(value)
@@ -141,11 +128,7 @@ def _check_keys(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_once(path: Path, text: str) -> None:
-    """Creates a file in one piece, or not at all; missing folders are made.
-
-    Raises:
-        FileExistsError: There is one already; it is left as it is.
-    """
+    """Creates a file in one piece, or not at all, or raises FileExistsError; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -153,30 +136,23 @@ def write_once(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        _publish(draft, path)
+        try:
+            os.link(draft, path)  # unlike a rename, a link never replaces what another process has just written
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links (exFAT, some network shares): not in one piece, but exclusive
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _publish(draft: Path, path: Path) -> None:
-    try:
-        os.link(draft, path)  # unlike a rename, a link never replaces what another process has just written
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without links (exFAT, some network shares): not in one piece, but exclusive
-        with path.open("xb") as file:
-            file.write(draft.read_bytes())
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> Path:
     """Writes a record in one piece, or not at all; missing folders are made.
 
     Args:
-        path: The file to create.
+        path: The file to create; it is returned.
         record: Holds at least `config`, `provenance` and `results`.
-
-    Returns:
-        The path.
 
     Raises:
         RecordExists: There is a record already; it is left as it is.
@@ -202,10 +178,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: The file is not JSON, or a required key is missing.
     """
-    path = Path(path)
-    record = json.loads(path.read_text(encoding="utf-8"))
-    _check_keys(path, record)
-    return record
+    return _parsed(Path(path), Path(path).read_text(encoding="utf-8"))
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -215,14 +188,15 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         ValueError: A line is no record, or the folder holds none.
     """
     path = Path(path)
-    if path.is_dir():
-        paths = sorted(path.rglob("record.json"))
-        if not paths:
-            raise ValueError(f"expected record.json files in {path} or its subfolders; there are none")
-        return [read_record(found) for found in paths]
-    if path.suffix != ".jsonl":
-        return [read_record(path)]
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for record in records:
-        _check_keys(path, record)
-    return records
+    if path.suffix == ".jsonl" and not path.is_dir():
+        return [_parsed(path, line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    paths = sorted(path.rglob("record.json")) if path.is_dir() else [path]
+    if not paths:
+        raise ValueError(f"expected record.json files in {path} or its subfolders; there are none")
+    return [read_record(found) for found in paths]
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    record = json.loads(text)
+    _check_keys(path, record)
+    return record

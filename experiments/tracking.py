@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -24,18 +23,12 @@ class Tracker(Protocol):
         """Reports an image, uint8 [height, width, 3]; a later one of the same name takes its place."""
 
     def close(self, failed: bool = False) -> None:
-        """Flushes and ends; nothing may be logged after it, and a second call does nothing.
-
-        Args:
-            failed: Whether what was tracked came to no end.
-        """
+        """Flushes and ends, as failed or not; nothing may be logged after it, and a second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None)
 
 
@@ -50,18 +43,6 @@ def _cell(value: object) -> str | int | float | bool | None:
 
 class NoTracker(Tracker):
     """Forgets everything."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        pass
-
-    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        pass
-
-    def log_image(self, name: str, rgb: np.ndarray) -> None:
-        pass
-
-    def close(self, failed: bool = False) -> None:
-        pass
 
 
 class JsonlTracker(Tracker):
@@ -121,9 +102,9 @@ class WandbTracker(Tracker):
         import wandb  # here, so that a run without it neither needs nor waits for it
 
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it takes our `agents` for another package, and says so
-        self._wandb = wandb
         Path(folder).mkdir(parents=True, exist_ok=True)
         default_mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        self._wandb = wandb
         self._run = wandb.init(
             dir=str(folder),
             project=project,

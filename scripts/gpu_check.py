@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments.benchmarks import gpu
+from experiments.benchmarks.timing import random_llama
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.memory.workload import Workload
 
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> None:
     if options.tiny:
         results = gpu.check(build_tiny_llm(), Workload(2, 64), repeats=1)
     else:
-        results = gpu.check(gpu.llama2_7b("cuda"), Workload(8, 2048))
+        results = gpu.check(random_llama("llama2-7b", "float16", "cuda"), Workload(8, 2048))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     print("\n".join([*gpu.lines(results), f"record: {options.output}"]))

@@ -7,12 +7,11 @@ import gymnasium
 import numpy as np
 import torch
 
-from experiments.benchmarks.timing import alternate, speedup, timed
-from rap_env.evaluation.harness import HarnessEvaluator
+from experiments.benchmarks.bench import Bench
+from experiments.benchmarks.timing import alternate, counted, speedup, timed
 from rap_env.importance.source import ImportanceSource
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import MLP, PruningMask
-from rap_env.memory.scenario import ScenarioSampler
 from rap_env.policies.walk import fit_to_budget
 from rap_env.problem import PruningProblem
 
@@ -20,53 +19,32 @@ _NAME = "rap/Pruning-v0"
 _STORED_STEPS = 2000
 
 
-def measure(
-    llm: SwitchableLLM,
-    evaluator: HarnessEvaluator,
-    importance: ImportanceSource,
-    options: dict[str, Any],
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Steps on masks that nobody has evaluated yet, then on one that is known.
-
-    Args:
-        llm: The model.
-        evaluator: Scores masks.
-        importance: The ranking that environments show, and that wishes are projected along.
-        options: `environments`, `repeats`.
-        progress: Called with (steps done, steps in all).
-    """
+def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Steps on masks that nobody has evaluated yet, then on one that is known."""
+    llm, evaluator, importance = bench.llm, bench.evaluator, ImportanceSource(bench.order)
+    n, repeats = bench.options["env"]["environments"], bench.options["env"]["repeats"]
+    step, results = counted(progress, 2 * 2 * repeats), {}
     evaluator.evaluate(llm)  # encodes the requests
-    n_steps, done = 2 * 2 * options["repeats"], 0
 
-    def step(result):
-        nonlocal done
-        done += 1
-        progress(done, n_steps)
-        return result
+    def fresh() -> dict[str, Any]:
+        """Arguments of environments without a store: every mask is fresh."""
+        return {"problem": PruningProblem(llm, evaluator), "importance": importance}
 
-    def run(together: bool, repeat: int, actions_of: Callable) -> list[float]:
-        problem = PruningProblem(llm, evaluator)  # without a store: every mask is fresh
-        rewards = _together if together else _in_turn
-        return step(
-            rewards({"problem": problem, "importance": importance}, options["environments"], repeat, actions_of)
-        )
-
-    results = {}
     for name, actions_of in (("random_bits", _random_bits), ("projected_bits", _projected_bits)):
         ways = {
-            "plain": lambda repeat, actions_of=actions_of: run(False, repeat, actions_of),
-            "ours": lambda repeat, actions_of=actions_of: run(True, repeat, actions_of),
+            "plain": lambda repeat, actions_of=actions_of: step(_in_turn(fresh(), n, repeat, actions_of)),
+            "ours": lambda repeat, actions_of=actions_of: step(_together(fresh(), n, repeat, actions_of)),
         }
-        seconds, rewards = alternate(ways, options["repeats"])
+        seconds, rewards = alternate(ways, repeats)
         results[name] = {
             "speedup": speedup(seconds["plain"], seconds["ours"]),
             "identical": rewards["plain"] == rewards["ours"],
         }
+    tokens = evaluator.plan(llm).tokens
     return results | {
-        "concatenated": _concatenated(llm, evaluator.plan(llm).tokens, options["environments"], options["repeats"]),
-        "stored": _stored(PruningProblem(llm, evaluator), importance, options["environments"]),
-        "tokens": evaluator.plan(llm).tokens,
+        "concatenated": _concatenated(llm, tokens, n, repeats),
+        "stored": _stored(fresh(), n),
+        "tokens": tokens,
     }
 
 
@@ -113,9 +91,8 @@ def _concatenated(llm: SwitchableLLM, tokens: int, n: int, repeats: int) -> dict
     return speedup(seconds["plain"], seconds["ours"])
 
 
-def _stored(problem: PruningProblem, importance: ImportanceSource, n: int) -> dict[str, Any]:
+def _stored(arguments: dict[str, Any], n: int) -> dict[str, Any]:
     """Microseconds of an episode (reset and step) whose mask is known, alone and in a vector environment."""
-    arguments = {"problem": problem, "importance": importance, "sampler": ScenarioSampler()}
     env = gymnasium.make(_NAME, **arguments)
     known = np.ones(env.action_space.n, dtype=np.int8)
     env.reset(seed=0)

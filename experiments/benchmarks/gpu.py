@@ -13,34 +13,22 @@ from typing import Any
 import torch
 from torch.nn.functional import log_softmax
 
-from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, speedup
+from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, plain_loss, speedup
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import Pair, ScoringPlan
 from rap_env.llm.architecture import ARCHITECTURES
-from rap_env.llm.loading import build_random_llm, build_tiny_llm
+from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, MLP, PruningMask, Site
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 
 GB = 1e9
-LLAMA2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}
 # The masks that RAP publishes for 80% and 60% of the memory (arXiv 2505.17138), and its measured peaks at 8 x 2048.
 RAP_MASKS = {
     "dense": ((), ()),
     "80%": ((18, 19, 21, 23, 24, 25, 27, 28, 30), (13, 22, 24, 27)),
-    "60%": (
-        (8, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 25, 27, 28, 30),
-        (7, 8, 9, 12, 13, 18, 20, 22, 24, 26, 27),
-    ),
+    "60%": ((8, 10, 12, 13, 14, 18, 19, 21, 22, 23, 24, 25, 27, 28, 30), (7, 8, 9, 12, 13, 18, 20, 22, 24, 26, 27)),
 }
 PUBLISHED_GB = {"dense": 23.70, "80%": 18.45, "60%": 13.61}
 
@@ -54,12 +42,17 @@ def check(llm: SwitchableLLM, workload: Workload, repeats: int = 3) -> dict[str,
         repeats: How often each way is timed.
     """
     device = llm.device.type
-    results = {"exactness": {family: exactness(family, device) for family in ARCHITECTURES}}
-    results["speed"] = speed(llm, repeats)  # while the model is whole
-    results["memory"] = memory(llm, workload)
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
-    return results | {"device": name, "versions": versions, "repeats": repeats}
+    return {
+        "exactness": {family: exactness(family, device) for family in ARCHITECTURES},
+        "speed": speed(llm, repeats),  # while the model is whole
+        "memory": memory(llm, workload),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers")},
+        },
+        "repeats": repeats,
+    }
 
 
 @torch.inference_mode()
@@ -137,12 +130,13 @@ def speed(llm: SwitchableLLM, repeats: int) -> dict[str, Any]:
     windows = torch.randint(0, llm.shape.vocab_size, (4, min(256, llm.shape.context_tokens)), generator=generator)
     evaluator, dense = PerplexityEvaluator(windows, "random"), PruningMask.all_kept(llm.shape)
     parent, rng = dense.drop(*dense.components[1::4]), random.Random(0)
-    population = list({_swapped(parent, rng) for _ in range(64)})[:32]
+    swaps = ((rng.choice(parent.kept), rng.choice(parent.dropped)) for _ in range(64))
+    population = list({parent.drop(dropped).restore(restored) for dropped, restored in swaps})[:32]
     pairs = random_pairs(128, llm.shape.vocab_size)
     plan = ScoringPlan(pairs, 8192)
 
     def plain_losses(masks: Sequence[PruningMask]) -> list[float]:
-        return [_plain_loss(llm, windows, mask) for mask in masks]
+        return [plain_loss(llm, windows, mask) for mask in masks]
 
     def ours(masks: Sequence[PruningMask]) -> list[float]:
         scores = dict(evaluator.evaluate_many(llm, masks))
@@ -157,19 +151,16 @@ def speed(llm: SwitchableLLM, repeats: int) -> dict[str, Any]:
         "plain": lambda _: [score for score, _greedy in plain_scores(llm, pairs, 32)],
         "ours": lambda _: [score for score, _greedy in next(plan.run(llm, [dense]))[1]],
     }
-    flops = {
-        "forward": forward_flops(llm, dense, windows.numel(), windows.numel()),
-        "scoring": forward_flops(llm, dense, plan.tokens, plan.head_rows),
-    }
     results = {
         "forward": _race(loss_ways, [dense], repeats),
         "importance round": _race(loss_ways, removals, repeats),
         "population of 32": _race(loss_ways, population, repeats),
         "scoring": _race(score_ways, None, repeats),
     }
-    for name, count in flops.items():
+    sizes = {"forward": (windows.numel(), windows.numel()), "scoring": (plan.tokens, plan.head_rows)}
+    for name, (tokens, head_rows) in sizes.items():
         seconds = median(results[name]["speedup"]["our_seconds"])
-        results[name]["share_of_gemm"] = count / seconds / gemm
+        results[name]["share_of_gemm"] = forward_flops(llm, dense, tokens, head_rows) / seconds / gemm
     return results | {"gemm_flops_per_second": gemm}
 
 
@@ -182,18 +173,6 @@ def _race(ways: dict[str, Callable], argument: Any, repeats: int) -> dict[str, A
     if "one by one" in seconds:
         entry["from_sharing"] = speedup(seconds["one by one"], seconds["ours"])
     return entry
-
-
-def _swapped(parent: PruningMask, rng: random.Random) -> PruningMask:
-    return parent.drop(rng.choice(parent.kept)).restore(rng.choice(parent.dropped))
-
-
-@torch.inference_mode()
-def _plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> float:
-    with llm.pruned(mask):
-        logits = llm.model(windows.to(llm.device), use_cache=False).logits[:, :-1].float()
-    targets = windows[:, 1:].to(llm.device)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
 
 
 def random_pairs(n_items: int, vocab_size: int) -> list[Pair]:
@@ -227,11 +206,6 @@ def plain_scores(llm: SwitchableLLM, pairs: Sequence[Pair], batch_size: int) -> 
             greedy = bool((logprobs.argmax(-1) == wanted).all())
             scores[index] = logprobs.gather(1, wanted[:, None]).sum().item(), greedy
     return scores
-
-
-def llama2_7b(device: str) -> SwitchableLLM:
-    """A model of Llama-2-7B's shape with random float16 weights, made on the device."""
-    return build_random_llm("llama", LLAMA2_7B, dtype="float16", device=device)
 
 
 def lines(results: dict[str, Any]) -> list[str]:

@@ -1,77 +1,39 @@
 """Part `gsi`: exact and lazy greedy importance against the plain rule with whole forwards, over calibration seeds."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import torch
 from scipy.stats import kendalltau
 
-from experiments.benchmarks.timing import speedup, timed
+from experiments.benchmarks.bench import Bench
+from experiments.benchmarks.timing import counted, plain_loss, speedup, timed
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.importance.gsi import CALIBRATION
 from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds, Rounds
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import Component, PruningMask
+from rap_env.mask import PruningMask
 
 
-@dataclass(frozen=True)
-class GsiOptions:
-    """What part `gsi` does.
-
-    Attributes:
-        seeds: Calibration seeds; each is one repeat.
-        removals: Rounds that all three rules are timed on.
-        quality_removals: Rounds that exact and lazy losses are compared on, at least `removals`.
-        plain_every: The plain rule tries every so many-th component of a round, and its time is scaled up; 1 tries all.
-    """
-
-    seeds: Sequence[int]
-    removals: int
-    quality_removals: int
-    plain_every: int
-
-
-@torch.inference_mode()
-def plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> float:
-    """Calibration loss as published searches take it: upstream's whole forward, all logits, one float32 copy."""
-    with llm.pruned(mask):
-        logits = llm.model(windows, use_cache=False).logits[:, :-1].float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
-
-
-def measure(
-    llm: SwitchableLLM,
-    windows_of: Callable[[int], torch.Tensor],
-    options: GsiOptions,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Runs the three rules round by round, in turn, on each seed's windows."""
-    n_rounds = options.quality_removals * len(options.seeds)
-    runs = []
-    for index, seed in enumerate(options.seeds):
-        done = index * options.quality_removals
-
-        def advance(rounds: int, done: int = done) -> None:
-            progress(done + rounds, n_rounds)
-
-        runs.append({"seed": seed} | _race(llm, windows_of(seed), options, advance))
+def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Runs the three rules round by round, in turn, on each calibration seed's windows."""
+    options = bench.options["gsi"]
+    step = counted(progress, options["quality_removals"] * len(options["seeds"]))
+    runs = [{"seed": seed} | _race(bench.llm, bench.windows(seed), options, step) for seed in options["seeds"]]
     plain, exact, lazy = ([run["seconds"][name] for run in runs] for name in ("plain", "exact", "lazy"))
     return {
         "exact_against_plain": speedup(plain, exact),
         "lazy_against_plain": speedup(plain, lazy),
         "lazy_against_exact": speedup(exact, lazy),
         "runs": runs,
-        "between_seeds": _between_seeds(llm, windows_of, runs),
+        "between_seeds": _between_seeds(bench, runs),
     }
 
 
-def _race(
-    llm: SwitchableLLM, windows: torch.Tensor, options: GsiOptions, advance: Callable[[int], None]
-) -> dict[str, Any]:
+def _race(llm: SwitchableLLM, windows: torch.Tensor, options: dict[str, Any], step: Callable) -> dict[str, Any]:
     freed = {component.name: 1 for component in llm.shape.components}
     meters = {"exact": [_meter(llm, windows)], "lazy": [_meter(llm, part) for part in split_windows(windows)]}
     makers = {"exact": ExactRounds, "lazy": LazyRounds}
@@ -81,40 +43,33 @@ def _race(
     at_removals: dict[str, dict] = {}
     removed: dict[str, list] = {name: [] for name in rules}
     checks = []
-    for index in range(options.quality_removals):
-        before = rules["exact"].mask, rules["exact"].loss
+    for index in range(options["quality_removals"]):
+        mask, loss = rules["exact"].mask, rules["exact"].loss
         for name, rounds in rules.items():
             taken, removal = timed(rounds.remove_least_important)
             removed[name].append(removal)
-            seconds[name] += taken if index < options.removals else 0.0
-        if index < options.removals:
-            sampled = before[0].kept[index % options.plain_every :: options.plain_every]
-            taken, losses = timed(lambda mask=before[0], sampled=sampled: _plain_losses(llm, windows, mask, sampled))
-            seconds["plain"] += taken * len(before[0].kept) / len(sampled)
-            checks.append(_check(losses, rules["exact"], before[1], removed["exact"][-1].name))
-        if index + 1 == options.removals:
+            seconds[name] += taken if index < options["removals"] else 0.0
+        if index < options["removals"]:
+            trials = {c.name: mask.drop(c) for c in mask.kept[index % options["plain_every"] :: options["plain_every"]]}
+            taken, losses = timed(lambda trials=trials: [plain_loss(llm, windows, trial) for trial in trials.values()])
+            seconds["plain"] += taken * len(mask.kept) / len(trials)
+            losses = dict(zip(trials, losses, strict=True))
+            checks.append(_check(losses, rules["exact"], loss, removed["exact"][-1].name))
+        if index + 1 == options["removals"]:
             at_removals = {name: _cost(rounds, meters[name]) for name, rounds in rules.items()}
-        advance(index + 1)
+        step()
     gaps = [lazy.loss / exact.loss - 1 for exact, lazy in zip(removed["exact"], removed["lazy"], strict=True)]
+    orders = {name: [*(r.name for r in removed[name]), *rules[name].left()] for name in rules}
     return {
         "seconds": seconds,
         "cost_at_removals": at_removals,
         "cost": {name: _cost(rounds, meters[name]) for name, rounds in rules.items()},
-        "orders": {name: [*(r.name for r in removed[name]), *rules[name].left()] for name in rules},
+        "orders": orders,
         "losses": {name: [r.loss for r in removed[name]] for name in rules},
         "lazy_loss_above_exact": gaps,
-        "agreement": _agreement(
-            *([*(r.name for r in removed[name]), *rules[name].left()] for name in rules),
-            sizes=(options.removals, options.quality_removals),
-        ),
+        "agreement": _agreement(*orders.values(), (options["removals"], options["quality_removals"])),
         "plain_checks": checks,
     }
-
-
-def _plain_losses(
-    llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask, components: Sequence[Component]
-) -> dict[str, float]:
-    return {component.name: plain_loss(llm, windows, mask.drop(component)) for component in components}
 
 
 def _check(losses: dict[str, float], exact: Rounds, loss_before: float, choice: str) -> dict[str, Any]:
@@ -143,13 +98,13 @@ def _agreement(first: Sequence[str], second: Sequence[str], sizes: Sequence[int]
     return {"kendall_tau": float(kendalltau(range(len(positions)), positions).statistic)} | overlaps
 
 
-def _between_seeds(llm: SwitchableLLM, windows_of: Callable[[int], torch.Tensor], runs: list[dict]) -> dict[str, Any]:
+def _between_seeds(bench: Bench, runs: list[dict]) -> dict[str, Any]:
     """How much the calibration sample matters: agreement of the exact orders, and each mask's loss on each sample."""
     sizes = (len(runs[0]["plain_checks"]), len(runs[0]["losses"]["exact"]))
     orders = [run["orders"]["exact"] for run in runs]
     pairs = [_agreement(first, second, sizes) for first, second in combinations(orders, 2)]
-    meters = [_meter(llm, windows_of(run["seed"])) for run in runs]
-    dense = PruningMask.all_kept(llm.shape)
+    meters = [_meter(bench.llm, bench.windows(run["seed"])) for run in runs]
+    dense = PruningMask.all_kept(bench.llm.shape)
     losses = {
         f"after_{size}": [
             [-meter.evaluate([dense.drop(*order[:size])])[0].score for meter in meters] for order in orders

@@ -3,34 +3,26 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from experiments.benchmarks.bench import Bench
+from experiments.benchmarks.timing import counted
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import ScoringPlan
 from rap_env.importance.gsi import greedy_sequential_importance
-from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.memory.measured import measured_peak, return_freed_memory
 
 
-def measure(
-    llm: SwitchableLLM, windows: torch.Tensor, pairs: list, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
+def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Measures each case's peak above what was in use before, after one run to warm up.
 
     Freed memory is returned to the system from here on, for otherwise what the C library keeps counts too; it slows
     the process down, so this part comes last.
-
-    Args:
-        llm: The model.
-        windows: Calibration tokens of the importance cases.
-        pairs: Requests of the scoring cases.
-        progress: Called with (cases done, cases in all).
     """
+    llm, windows = bench.llm, bench.windows()
+    pairs = bench.evaluator.plan(llm).pairs
     return_freed_memory()
     dense = PruningMask.all_kept(llm.shape)
     masks = [dense.drop(component) for component in dense.components[:8]]
-
     evaluator = PerplexityEvaluator(windows, "calibration")
 
     def rank(exact: bool) -> int:
@@ -51,13 +43,13 @@ def measure(
         "scoring, 1,024 tokens at once": lambda: score(1024, 1),
         "scoring 8 masks, 1,024 tokens at once": lambda: score(1024, 8),
     }
-    results = {}
-    for done, (name, run) in enumerate(cases.items(), 1):
+    results, step = {}, counted(progress, len(cases))
+    for name, run in cases.items():
         run()
         with measured_peak(llm.device) as peak:
             predicted_bytes = run()
         results[name] = {"predicted_bytes": predicted_bytes, "measured_bytes": peak.peak_bytes}
-        progress(done, len(cases))
+        step()
     return {"cases": results}
 
 

@@ -1,13 +1,14 @@
 """Part `population`: masks mutated from a parent, evaluated together against one by one with the same engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, speedup
-from rap_env.evaluation.harness import HarnessEvaluator
+from experiments.benchmarks.bench import Bench
+from experiments.benchmarks.timing import alternate, counted, forward_flops, gemm_flops_per_second, speedup
+from rap_env.evaluation.evaluator import Evaluator
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
@@ -31,32 +32,11 @@ def offspring(parent: PruningMask, n_masks: int, most_swaps: int, rng: np.random
     return sorted(masks, key=lambda mask: mask.digest)
 
 
-def measure(
-    llm: SwitchableLLM,
-    evaluator: HarnessEvaluator,
-    order: Sequence[str],
-    options: dict[str, Any],
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Evaluates a fresh population in each repeat, for single swaps and for EvoPress's one to three.
-
-    Args:
-        llm: The model.
-        evaluator: Scores masks.
-        order: Importance order; the parent drops its first components.
-        options: `masks`, `kept_ratio`, `repeats`.
-        progress: Called with (steps done, steps in all).
-    """
-    n = len(order)
-    parent = PruningMask.all_kept(llm.shape).drop(*order[: n - round(options["kept_ratio"] * n)])
-    n_steps, results, done = 2 * 2 * options["repeats"], {}, 0
-
-    def step(result):
-        nonlocal done
-        done += 1
-        progress(done, n_steps)
-        return result
-
+def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Evaluates a fresh population in each repeat, for single swaps and for EvoPress's one to three."""
+    llm, evaluator, order, options = bench.llm, bench.evaluator, bench.order, bench.options["population"]
+    parent = PruningMask.all_kept(llm.shape).drop(*order[: len(order) - round(options["kept_ratio"] * len(order))])
+    step, results = counted(progress, 2 * 2 * options["repeats"]), {}
     evaluator.evaluate(llm)  # encodes the requests
     for name, most_swaps in (("one_swap", 1), ("one_to_three_swaps", 3)):
         populations = [
@@ -70,7 +50,9 @@ def measure(
     }
 
 
-def _together(llm, evaluator, populations: list[list[PruningMask]], step: Callable) -> dict[str, Any]:
+def _together(
+    llm: SwitchableLLM, evaluator: Evaluator, populations: list[list[PruningMask]], step: Callable
+) -> dict[str, Any]:
     executions: list[int] = []
 
     def together(repeat: int) -> dict:

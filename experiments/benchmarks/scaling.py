@@ -7,31 +7,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.population import offspring
-from experiments.benchmarks.timing import gemm_flops_per_second, timed
+from experiments.benchmarks.timing import counted, gemm_flops_per_second, random_llama, timed
 from rap_env.evaluation.perplexity import PerplexityEvaluator
-from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
-# Llama shapes by published model: hidden size, intermediate size, layers, heads, KV heads, vocabulary.
-_SHAPES = {
-    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
-    "smollm2-360m": (960, 2560, 32, 15, 5, 49152),
-    "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152),
-    "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
-}
 _WINDOW_TOKENS = 256
 
 
-def measure(llm: SwitchableLLM, options: dict[str, Any], progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Times whole evaluations (body, head and loss) on random tokens; what they say does not matter here.
-
-    Args:
-        llm: The model for tokens, layers and masks.
-        options: `tokens`, `layers`, `masks` and `models` to go through, and `repeats`.
-        progress: Called with (steps done, steps in all).
-    """
+def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Times whole evaluations (body, head and loss) on random tokens; what they say does not matter here."""
+    llm, options = bench.llm, bench.options["scaling"]
     dense = PruningMask.all_kept(llm.shape)
     shuffled = np.random.default_rng(0).permutation([component.name for component in dense.components])
     parent = dense.drop(*shuffled[: len(shuffled) // 4])
@@ -45,16 +33,16 @@ def measure(llm: SwitchableLLM, options: dict[str, Any], progress: Callable[[int
         ),
         "models": ("parameters", lambda name: _random_case(name, llm)),
     }
-    n_steps, done, results = sum(len(options[name]) for name in curves), 0, {}
+    step, results = counted(progress, sum(len(options[name]) for name in curves)), {}
     for name, (unit, case_of) in curves.items():
         sizes, seconds = [], []
         for size in options[name]:
             model, tokens, masks = case_of(size)
-            sizes.append(_n_parameters(model) if name == "models" else size)
+            parameters = model.shape.weight_bytes // model.shape.bytes_per_parameter
+            sizes.append(parameters if name == "models" else size)
             seconds.append(_median_seconds(model, tokens, masks, options["repeats"]))
             del model  # before the next one is built
-            done += 1
-            progress(done, n_steps)
+            step()
         results[name] = {"unit": unit, "sizes": sizes, "seconds": seconds, "exponent": exponent(sizes, seconds)}
     return results | {"gemm_flops_per_second": gemm_flops_per_second(llm), "repeats": options["repeats"]}
 
@@ -69,11 +57,6 @@ def _first_layers(dense: PruningMask, n_layers: int) -> PruningMask:
     return dense.drop(*(component for component in dense.components if component.site.layer >= n_layers))
 
 
-def _random_case(name: str, llm: SwitchableLLM) -> tuple[SwitchableLLM, torch.Tensor, list[PruningMask]]:
-    model = _random_model(name, llm)
-    return model, _windows(model, 2 * _WINDOW_TOKENS), [model.mask]
-
-
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
     """The p of the best fit seconds = c * size ** p, by least squares on logarithms; None for fewer than two sizes."""
     return None if len(sizes) < 2 else float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
@@ -86,23 +69,9 @@ def _windows(llm: SwitchableLLM, tokens: int) -> torch.Tensor:
     return torch.randint(0, llm.shape.vocab_size, (tokens // length, length), generator=generator)
 
 
-def _n_parameters(llm: SwitchableLLM) -> int:
-    return llm.shape.weight_bytes // llm.shape.bytes_per_parameter
-
-
-def _random_model(name: str, llm: SwitchableLLM) -> SwitchableLLM:
-    hidden, intermediate, layers, heads, kv_heads, vocabulary = _SHAPES[name]
-    sizes = {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": name.startswith("smollm2"),
-    }
-    return build_random_llm("llama", sizes, dtype=str(llm.dtype).removeprefix("torch."), device=str(llm.device))
+def _random_case(name: str, llm: SwitchableLLM) -> tuple[SwitchableLLM, torch.Tensor, list[PruningMask]]:
+    model = random_llama(name, str(llm.dtype).removeprefix("torch."), str(llm.device))
+    return model, _windows(model, 2 * _WINDOW_TOKENS), [model.mask]
 
 
 def lines(results: dict[str, Any]) -> list[str]:

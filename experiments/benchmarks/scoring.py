@@ -4,14 +4,14 @@ import contextlib
 import io
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, speedup, timed
+from experiments.benchmarks.bench import Bench
+from experiments.benchmarks.timing import alternate, counted, forward_flops, gemm_flops_per_second, speedup, timed
 from rap_env.evaluation.lm import RapLM
 from rap_env.evaluation.scoring import ScoringPlan
 from rap_env.evaluation.tasks import TASKS_FOLDER
@@ -19,82 +19,43 @@ from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
 
 
-@dataclass(frozen=True)
-class ScoringOptions:
-    """What part `scoring` does.
-
-    Attributes:
-        tasks: lm-eval task names.
-        include_path: Folder with further task YAMLs, or None.
-        limit: First items of each task; None takes all.
-        plain_batch_sizes: Those that the HF adapter is tried with; the fastest is the one to beat.
-        repeats: How often both are timed.
-    """
-
-    tasks: Sequence[str]
-    include_path: str | None
-    limit: int | None
-    plain_batch_sizes: Sequence[int]
-    repeats: int
-
-
-class _Tasks:
+def _evaluation(options: Mapping[str, Any]) -> Callable[..., dict]:
     """The same call of `simple_evaluate` for every model."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    folders = [str(TASKS_FOLDER), *([options["include_path"]] if options["include_path"] else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
 
-    def __init__(self, options: ScoringOptions) -> None:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        folders = [str(TASKS_FOLDER), *([options.include_path] if options.include_path else [])]
-        self._manager = TaskManager(include_path=folders, include_defaults=False)
-        self._options = options
-
-    def evaluate(self, lm, log_samples: bool = False) -> dict:
+    def evaluate(lm, log_samples: bool = False) -> dict:
         with isolated_rng(0), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
             return simple_evaluate(
                 model=lm,
-                tasks=list(self._options.tasks),
-                task_manager=self._manager,
+                tasks=options["tasks"],
+                task_manager=manager,
                 num_fewshot=0,
-                limit=self._options.limit,
+                limit=options["limit"],
                 bootstrap_iters=0,
                 log_samples=log_samples,
                 verbosity="ERROR",
             )
 
+    return evaluate
 
-def measure(
-    llm: SwitchableLLM,
-    llm_float32: SwitchableLLM,
-    options: ScoringOptions,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Times both in the model's dtype, then compares their results in float32.
 
-    Args:
-        llm: The model to time.
-        llm_float32: The same model in float32.
-        options: Tasks and repeats.
-        progress: Called with (steps done, steps in all).
-    """
-    tasks = _Tasks(options)
-    n_steps = len(options.plain_batch_sizes) + 2 * options.repeats + 2
-    done = iter(range(1, n_steps + 1))
-
-    def evaluate(lm) -> dict:
-        results = tasks.evaluate(lm)
-        progress(next(done), n_steps)
-        return results
-
-    plain = {size: _plain(llm, size) for size in options.plain_batch_sizes}
-    search_seconds = {size: timed(lambda lm=lm: evaluate(lm))[0] for size, lm in plain.items()}
+def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Times both in the model's dtype, then compares their results in float32."""
+    llm, options, evaluate = bench.llm, bench.options["scoring"], _evaluation(bench.options["evaluation"])
+    step = counted(progress, len(options["plain_batch_sizes"]) + 2 * options["repeats"] + 2)
+    plain = {size: _plain(llm, size) for size in options["plain_batch_sizes"]}
+    search_seconds = {size: timed(lambda lm=lm: step(evaluate(lm)))[0] for size, lm in plain.items()}
     best = min(search_seconds, key=search_seconds.__getitem__)
     ours = _Counted(llm)
     seconds, results = alternate(
-        {"plain": lambda _: evaluate(plain[best]), "ours": lambda _: evaluate(ours)}, options.repeats
+        {"plain": lambda _: step(evaluate(plain[best])), "ours": lambda _: step(evaluate(ours))}, options["repeats"]
     )
     gemm = gemm_flops_per_second(llm)
     plan = ours.last_plan
-    flops = forward_flops(llm, llm.mask, plan.tokens, plan.head_rows)
-    engine = [timed(lambda: next(plan.run(llm, [llm.mask])))[0] for _ in range(options.repeats)]
+    engine = [timed(lambda: next(plan.run(llm, [llm.mask])))[0] for _ in range(options["repeats"])]
+    rate = forward_flops(llm, llm.mask, plan.tokens, plan.head_rows) / sorted(engine)[len(engine) // 2]
     return {
         "simple_evaluate": speedup(seconds["plain"], seconds["ours"]),
         "plain_batch_size": best,
@@ -105,10 +66,10 @@ def measure(
         "head_rows": plan.head_rows,
         "gemm_flops_per_second": gemm,
         "engine_seconds": engine,
-        "engine_flops_per_second": flops / sorted(engine)[len(engine) // 2],
-        "engine_share_of_gemm": flops / sorted(engine)[len(engine) // 2] / gemm,
+        "engine_flops_per_second": rate,
+        "engine_share_of_gemm": rate / gemm,
         "results": {name: _accuracies(runs[0]) for name, runs in results.items()},
-        "float32": _compare(tasks, llm_float32, best, lambda: progress(next(done), n_steps)),
+        "float32": _compare(evaluate, bench.build_llm(dtype="float32"), best, step),
     }
 
 
@@ -136,12 +97,10 @@ def _accuracies(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def _compare(tasks: _Tasks, llm: SwitchableLLM, batch_size: int, advance: Callable[[], None]) -> dict[str, Any]:
-    """Metrics and log-likelihoods of both ways in float32."""
-    evaluated = []
-    for lm in (_plain(llm, batch_size), RapLM(llm)):
-        evaluated.append(tasks.evaluate(lm, log_samples=True))
-        advance()
+def _compare(evaluate: Callable, llm: SwitchableLLM, batch_size: int, step: Callable) -> dict[str, Any]:
+    """Metrics and log-likelihoods of both ways."""
+    evaluated = [step(evaluate(lm, log_samples=True)) for lm in (_plain(llm, batch_size), RapLM(llm))]
+    accuracies = {name: _accuracies(results) for name, results in zip(("plain", "ours"), evaluated, strict=True)}
     plain, ours = (
         {
             (task, sample["doc_id"], index): response[0]
@@ -153,8 +112,8 @@ def _compare(tasks: _Tasks, llm: SwitchableLLM, batch_size: int, advance: Callab
     )
     differences = [abs(float(plain[key]) - float(ours[key])) for key in plain]
     return {
-        "accuracies": {"plain": _accuracies(evaluated[0]), "ours": _accuracies(evaluated[1])},
-        "accuracies_equal": _accuracies(evaluated[0]) == _accuracies(evaluated[1]),
+        "accuracies": accuracies,
+        "accuracies_equal": accuracies["plain"] == accuracies["ours"],
         "log_likelihoods": len(differences),
         "largest_difference": max(differences),
     }

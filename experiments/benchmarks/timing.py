@@ -1,4 +1,4 @@
-"""Timings that can be compared: taken alternately in one run, as ratios, beside the machine's own GEMM rate."""
+"""What measurements share: timings taken alternately in one run, as ratios, beside the machine's own GEMM rate."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 
+from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
+# By published model of Llama's architecture: hidden size, intermediate size, layers, heads, KV heads, vocabulary.
+_LLAMAS = {
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
+    "smollm2-360m": (960, 2560, 32, 15, 5, 49152),
+    "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152),
+    "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
+}
 _GEMM_SIZE = 2048  # rows and columns; larger ones are no faster on the CPUs tried
 
 
@@ -20,6 +28,17 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started, result
+
+
+def counted(progress: Callable[[int, int], None], n_steps: int) -> Callable[..., Any]:
+    """A function that reports one more step and returns what it is given, so that calls can stand within it."""
+    done = iter(range(1, n_steps + 1))
+
+    def step(result: Any = None) -> Any:
+        progress(next(done), n_steps)
+        return result
+
+    return step
 
 
 def alternate(ways: Mapping[str, Callable[[int], Any]], repeats: int) -> tuple[dict[str, list[float]], dict[str, list]]:
@@ -56,11 +75,20 @@ def speedup(plain_seconds: Sequence[float], our_seconds: Sequence[float]) -> dic
     }
 
 
-def gemm_flops_per_second(llm: SwitchableLLM, repeats: int = 5) -> float:
+@torch.inference_mode()
+def plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> float:
+    """Loss on windows as published searches take it: upstream's whole forward, all logits, one float32 copy."""
+    windows = windows.to(llm.device)
+    with llm.pruned(mask):
+        logits = llm.model(windows, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
+
+
+def gemm_flops_per_second(llm: SwitchableLLM) -> float:
     """The best rate of a large matrix product in the model's dtype on its device, in floating point operations."""
     left = torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(llm.device, llm.dtype)
     torch.nn.functional.linear(left, left)
-    best_seconds = min(timed(lambda: torch.nn.functional.linear(left, left))[0] for _ in range(repeats))
+    best_seconds = min(timed(lambda: torch.nn.functional.linear(left, left))[0] for _ in range(5))
     return 2 * _GEMM_SIZE**3 / best_seconds
 
 
@@ -75,3 +103,19 @@ def forward_flops(llm: SwitchableLLM, mask: PruningMask, tokens: int, head_rows:
     """
     kept_parameters = sum(component.weight_bytes for component in mask.kept) // llm.shape.bytes_per_parameter
     return 2 * tokens * kept_parameters + 2 * head_rows * llm.shape.hidden_size * llm.shape.vocab_size
+
+
+def random_llama(name: str, dtype: str, device: str) -> SwitchableLLM:
+    """A model of a published one's shape with random weights, made on the device."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = _LLAMAS[name]
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": name.startswith("smollm2"),
+    }
+    return build_random_llm("llama", sizes, dtype=dtype, device=device)

@@ -97,16 +97,7 @@ def build(config: DictConfig, main: str) -> Parts:
     reports = {name: PruningProblem(llm, each.report, store, weights) for name, each in halves.items()}
     for problem in (search, *reports.values()):
         _ = problem.meter.tokens_each  # encodes the items: what can't be scored is refused now
-    return Parts(
-        search=search,
-        reports=reports,
-        sampler=sampler,
-        searched=searched,
-        reported=reported,
-        corpus=corpus,
-        windows=windows,
-        counts=halves[main].counts,
-    )
+    return Parts(search, reports, sampler, searched, reported, corpus, windows, halves[main].counts)
 
 
 def _once(name: str, config: Any, build: Callable[[], Any]) -> Any:
@@ -135,9 +126,8 @@ def _halves(evaluations: Mapping[str, DictConfig], llm: SwitchableLLM) -> dict[s
 def _calibration(config: DictConfig, halves: Mapping[str, Halves], llm: SwitchableLLM) -> tuple[Corpus, torch.Tensor]:
     main, *others = halves.values()
     corpus = build_corpus(config, main.search_text)
-    refuse_contamination(corpus, main.held_out)
-    for other in others:
-        refuse_contamination(corpus, other.reported)
+    for texts in (main.held_out, *(other.reported for other in others)):
+        refuse_contamination(corpus, texts)
     return corpus, build_windows(config, corpus, llm, config.calibration.seed)
 
 

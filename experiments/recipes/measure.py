@@ -1,9 +1,11 @@
 """From what an agent's search ended as to the results of its record."""
 
+import functools
 import math
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+import timeit
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -34,16 +36,17 @@ def measure(result: SearchResult, task: Task, parts: Parts, decisions: int) -> d
         The results of a record.
     """
     policy, problem, main = result.policy, task.problem, next(iter(parts.reports))
-    best = best_so_far([mask for mask, _spent in evaluated_masks(task)], problem, parts.reported)
+    evaluated = dict(evaluated_masks(task))
+    best = best_so_far(list(evaluated), problem, parts.reported)
     dense, problems = PruningMask.all_kept(problem.shape), {"search": parts.search, **parts.reports}
     return {
-        "objective": objective(policy, parts.search, parts.searched),
+        "objective": statistics.mean(map(parts.search.reward, _outcomes(policy, parts.search, parts.searched))),
         "components": [component.name for component in problem.shape.components],
         "evaluators": list(parts.reports),
         "dense": {name: each.meter.evaluate([dense])[0].score for name, each in problems.items()},
-        "search": _cost(result, task),
-        "anytime": anytime(best, [spent for _mask, spent in evaluated_masks(task)]),
-        "rows": rows(policy, parts.search, parts.reports, parts.reported, best),
+        "search": _cost(result, task, evaluated),
+        "anytime": anytime(best, list(evaluated.values())),
+        "rows": rows(policy, parts.search, parts.reports, parts.reported, best[-1] if len(best) else None),
         "references": {
             name: rows(other, parts.search, {main: parts.reports[main]}, parts.reported)
             for name, other in _references(task).items()
@@ -53,23 +56,17 @@ def measure(result: SearchResult, task: Task, parts: Parts, decisions: int) -> d
     }
 
 
-def objective(policy: Policy, search: PruningProblem, scenarios: Sequence[Scenario]) -> float:
-    """Mean reward on the search half: what sweeps over hyperparameters may look at."""
-    return statistics.mean(search.reward(outcome) for _mask, outcome in _decided(policy, search, scenarios))
-
-
-def _decided(
-    policy: Policy, problem: PruningProblem, scenarios: Sequence[Scenario]
-) -> list[tuple[PruningMask, Outcome]]:
+def _outcomes(policy: Policy, problem: PruningProblem, scenarios: Sequence[Scenario]) -> list[Outcome]:
+    """What comes of the masks that a policy decides on."""
     masks = [policy.decide(scenario.workload, scenario.budget_bytes) for scenario in scenarios]
     cases = [(mask, each.workload, each.budget_bytes) for mask, each in zip(masks, scenarios, strict=True)]
-    return list(zip(masks, problem.evaluate_many(cases), strict=True))
+    return problem.evaluate_many(cases)
 
 
-def _cost(result: SearchResult, task: Task) -> dict[str, Any]:
+def _cost(result: SearchResult, task: Task, evaluated: Iterable[PruningMask]) -> dict[str, Any]:
     """What the search took: tokens as it was charged, seconds as they were measured, whoever measured them."""
     meter, history = task.problem.meter, task.problem.budget.history
-    seconds = [meter.known[mask].seconds for mask, _spent in evaluated_masks(task)]
+    seconds = [meter.known[mask].seconds for mask in evaluated]
     if "ranking" in vars(task):  # without asking for one
         seconds.append(task.ranking.seconds)
     before = [0, *(entry.spent_tokens for entry in history)]
@@ -135,37 +132,28 @@ def rows(
         search: Evaluates on the search half.
         reports: Evaluate on report halves, by name.
         scenarios: What it decides.
-        best: What `best_so_far` returns of the search [masks, scenarios].
+        best: The best search scores that the search has evaluated [scenarios], if it evaluated any mask.
     """
-    reported = {name: _decided(policy, problem, scenarios) for name, problem in reports.items()}
-    made = []
-    for index, (mask, outcome) in enumerate(_decided(policy, search, scenarios)):
-        scenario = scenarios[index]
-        top = float(best[-1, index]) if best is not None and len(best) else -math.inf
-        made.append(
-            _scenario(search.shape, scenario)
-            | {
-                "footprint": outcome.footprint.as_dict(),
-                "violation": not outcome.fits,
-                "dropped": [component.name for component in mask.dropped],
-                "decision_milliseconds": _decision_milliseconds(policy, scenario),
-                "best_evaluated": top if math.isfinite(top) else None,
-                "search": {"score": outcome.score, "tasks": outcome.evaluation.tasks},
-                "reports": {name: _report(reports[name], of[index][1]) for name, of in reported.items()},
-            }
-        )
+    outcomes, made = _outcomes(policy, search, scenarios), []
+    tops = [-math.inf] * len(scenarios) if best is None else best.tolist()
+    reported = {name: _outcomes(policy, problem, scenarios) for name, problem in reports.items()}
+    for index, (scenario, outcome, top) in enumerate(zip(scenarios, outcomes, tops, strict=True)):
+        decide = functools.partial(policy.decide, scenario.workload, scenario.budget_bytes)
+        seconds = timeit.repeat(decide, number=1, repeat=_DECISION_REPEATS)
+        row = {
+            **asdict(scenario.workload),
+            "budget_bytes": scenario.budget_bytes,
+            "budget_ratio": scenario.budget_bytes / dense_bytes(search.shape, scenario.workload),
+            "footprint": outcome.footprint.as_dict(),
+            "violation": not outcome.fits,
+            "dropped": [component.name for component in decide().dropped],
+            "decision_milliseconds": 1000 * statistics.median(seconds),
+            "best_evaluated": top if math.isfinite(top) else None,
+            "search": {"score": outcome.score, "tasks": outcome.evaluation.tasks},
+            "reports": {name: _report(reports[name], of_half[index]) for name, of_half in reported.items()},
+        }
+        made.append(row)
     return made
-
-
-def _scenario(shape, scenario: Scenario) -> dict[str, Any]:
-    workload = scenario.workload
-    return {
-        "batch_size": workload.batch_size,
-        "prompt_tokens": workload.prompt_tokens,
-        "generated_tokens": workload.generated_tokens,
-        "budget_bytes": scenario.budget_bytes,
-        "budget_ratio": scenario.budget_bytes / dense_bytes(shape, workload),
-    }
 
 
 def _report(problem: PruningProblem, outcome: Outcome) -> dict[str, Any]:
@@ -176,15 +164,6 @@ def _report(problem: PruningProblem, outcome: Outcome) -> dict[str, Any]:
         "reward_terms": {term: value for term, value in outcome.reward_terms.items() if math.isfinite(value)},
         "tasks": outcome.evaluation.tasks,
     }
-
-
-def _decision_milliseconds(policy: Policy, scenario: Scenario) -> float:
-    seconds = []
-    for _repeat in range(_DECISION_REPEATS):
-        started = time.perf_counter()
-        policy.decide(scenario.workload, scenario.budget_bytes)
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds)
 
 
 def count_violations(policy: Policy, sampler: ScenarioSampler, decisions: int) -> int:

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from agents.base import Agent, Task
 from agents.driver import run_search
-from experiments.progress import Phases
-from experiments.recipes.build import Parts, build, build_tracker, check_values, plain
+from experiments.progress import phase
+from experiments.recipes.build import build, build_tracker, check_values, plain
 from experiments.recipes.folder import RECORD_NAME, claimed, finished
 from experiments.recipes.measure import measure
 from experiments.records import model_provenance, provenance, write_record
@@ -46,9 +46,19 @@ def _run(config: DictConfig, folder: Path) -> dict:
     choices = HydraConfig.get().runtime.choices
     agent: Agent = instantiate(config.agent)
     parts = build(config, choices.evaluation)
-    with build_tracker(config, folder) as tracker, Phases() as phases:
+    with build_tracker(config, folder) as tracker, phase(f"{choices.agent} {config.seed}") as progress:
         seed_everything(config.seed)
-        task = _task(config, parts, tracker, phases)
+        task = Task(
+            problem=parts.search.with_budget(TokenBudget(config.token_budget)),
+            windows=parts.windows,
+            sampler=parts.sampler,
+            scenarios=parts.searched,
+            seed=config.seed,
+            removals=config.calibration.removals,
+            exact=config.calibration.exact,
+            progress=progress,
+            log=tracker.log,
+        )
         result = run_search(agent, task, config.in_flight)
         results = {"agent": choices.agent, "seed": config.seed} | measure(result, task, parts, config.decisions)
         source = provenance() | model_provenance(parts.search.llm, parts.corpus.digest)
@@ -58,21 +68,6 @@ def _run(config: DictConfig, folder: Path) -> dict:
         _show(record, tracker)
     print(f"record: {path}", flush=True)
     return results
-
-
-def _task(config: DictConfig, parts: Parts, tracker: Tracker, phases: Phases) -> Task:
-    choices, calibration = HydraConfig.get().runtime.choices, config.calibration
-    return Task(
-        problem=parts.search.with_budget(TokenBudget(config.token_budget)),
-        windows=parts.windows,
-        sampler=parts.sampler,
-        scenarios=parts.searched,
-        seed=config.seed,
-        removals=calibration.removals,
-        exact=calibration.exact,
-        progress=phases.start(f"{choices.agent} {config.seed}"),
-        log=tracker.log,
-    )
 
 
 def _show(record: dict[str, Any], tracker: Tracker) -> None:

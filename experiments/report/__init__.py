@@ -1,17 +1,14 @@
 """Reports over records: tables, figures and one page. Nothing here runs a model."""
 
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import benchmarks
+from experiments.benchmarks import part
 from experiments.report.comparison import Comparison
 from experiments.report.kept import kept_picture
 from experiments.report.page import write_page
 from experiments.report.tables import run_table, table_lines
-from rap_env.errors import UnknownName
 
 __all__ = ["benchmark_lines", "kept_picture", "report_on", "run_table"]
 
@@ -36,13 +33,10 @@ def report_on(records: Sequence[dict[str, Any]], page: Path | None) -> list[str]
     return [*lines, "", f"page: {write_page(Comparison(records), page)}"] if page else lines
 
 
-def benchmark_lines(part: str, record: Mapping[str, Any]) -> list[str]:
+def benchmark_lines(name: str, record: Mapping[str, Any]) -> list[str]:
     """What a benchmark printed when it wrote its record.
 
     Raises:
         UnknownName: There is no such part.
     """
-    known = [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]
-    if part not in known:
-        raise UnknownName("benchmark part", part, known)
-    return [f"## {part}", *importlib.import_module(f"experiments.benchmarks.{part}").lines(record["results"])]
+    return [f"## {name}", *part(name).lines(record["results"])]

@@ -25,6 +25,8 @@ class Comparison:
         records: In the order of agent and seed.
         scenarios: (workload as text, budget ratio) of each row.
         evaluators: Names of the report's evaluators; the first is the main one.
+        dense: The dense model's score on each evaluator and on the search half.
+        is_text: Whether a report evaluator's score is minus a loss instead of an accuracy.
         token_budget: Tokens that each search may forward.
 
     Raises:
@@ -36,10 +38,10 @@ class Comparison:
         _check(records)
         self.records = sorted(records, key=lambda record: (record["results"]["agent"], record["results"]["seed"]))
         first = self.records[0]["results"]
-        self.components, self.evaluators, self._dense = first["components"], first["evaluators"], first["dense"]
+        self.components, self.evaluators, self.dense = first["components"], first["evaluators"], first["dense"]
         self.scenarios = [(workload_name(row), round(row["budget_ratio"], 4)) for row in first["rows"]]
         self.token_budget = first["search"]["token_budget"]
-        self._is_text = {name: has_loss(first["rows"][0]["reports"][name]) for name in self.evaluators}
+        self.is_text = {name: has_loss(first["rows"][0]["reports"][name]) for name in self.evaluators}
         runs: dict[str, list[dict[str, Any]]] = {}
         for record in self.records:
             runs.setdefault(record["results"]["agent"], []).append(record["results"])
@@ -75,13 +77,6 @@ class Comparison:
     def mean_search(self, agent: str, key: str) -> float:
         """Mean over the seeds of what a search took: `tokens`, `seconds`, `measured_seconds`."""
         return float(np.mean([run["search"][key] for run in self.runs(agent)]))
-
-    def dense_score(self, evaluator: str) -> float:
-        return self._dense[evaluator]
-
-    def is_text(self, evaluator: str) -> bool:
-        """Whether a report evaluator's score is minus a loss instead of an accuracy."""
-        return self._is_text[evaluator]
 
 
 def _check(records: Sequence[dict[str, Any]]) -> None:

@@ -35,29 +35,28 @@ class PageFigure:
 
 def is_far_off(comparison: Comparison, agent: str) -> bool:
     """Whether an agent loses so much more than the best that the others would lie on one line."""
-    losses = {
-        name: interquartile_mean(loss_over_dense(comparison, name, comparison.evaluators[0]))
-        for name in comparison.agents
-    }
+    losses = _means(comparison, loss_over_dense, comparison.evaluators[0])
     return bool(np.isfinite(losses[agent]) and losses[agent] > _FAR_OFF * max(0.0, min(losses.values())))
 
 
-def style(comparison: Comparison, agent: str) -> dict:
-    """The same colour and symbol for an agent in every figure; who is far off is drawn when its name is clicked."""
+def style(comparison: Comparison, agent: str, without: str = "") -> dict:
+    """The same colour and symbol for an agent in every figure; who is far off is drawn when its name is clicked.
+
+    Args:
+        comparison: Of all agents.
+        agent: One of them.
+        without: What the trace does not take: `"marker"` or `"line"`.
+    """
     number = comparison.agents.index(agent)
     colour = qualitative.Dark24[number % len(qualitative.Dark24)]
-    return {
+    styles = {
         "name": agent,
         "legendgroup": agent,
         "visible": "legendonly" if is_far_off(comparison, agent) else True,
         "marker": {"color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 8},
         "line": {"color": colour, "width": 2},
     }
-
-
-def line_style(comparison: Comparison, agent: str) -> dict:
-    """The style of a trace without markers."""
-    return {key: value for key, value in style(comparison, agent).items() if key != "marker"}
+    return {key: value for key, value in styles.items() if key != without}
 
 
 def finite(values: np.ndarray) -> list[float | None]:
@@ -81,5 +80,9 @@ def workloads(comparison: Comparison) -> dict[str, list[int]]:
 
 def served(comparison: Comparison, cost: Callable, evaluator: str) -> list[str]:
     """Agents with a finite interquartile mean: the others violate more than a quarter of the budgets."""
-    means = {agent: interquartile_mean(cost(comparison, agent, evaluator)) for agent in comparison.agents}
+    means = _means(comparison, cost, evaluator)
     return sorted((agent for agent, mean in means.items() if np.isfinite(mean)), key=means.__getitem__)
+
+
+def _means(comparison: Comparison, cost: Callable, evaluator: str) -> dict[str, np.ndarray]:
+    return {agent: interquartile_mean(cost(comparison, agent, evaluator)) for agent in comparison.agents}

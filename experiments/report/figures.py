@@ -5,17 +5,7 @@ from plotly.graph_objects import Figure, Scatter
 from plotly.subplots import make_subplots
 
 from experiments.report.comparison import SEARCH, Comparison
-from experiments.report.drawing import (
-    GUIDE,
-    PageFigure,
-    error_bars,
-    finite,
-    is_far_off,
-    line_style,
-    served,
-    style,
-    workloads,
-)
+from experiments.report.drawing import GUIDE, PageFigure, error_bars, finite, is_far_off, served, style, workloads
 from experiments.report.kept import attention_share, kept_figures
 from experiments.report.metrics import SPREAD, loss_over_dense, regret, scenario_means, with_spread
 from experiments.report.tables import loss_name
@@ -52,9 +42,9 @@ def _score_against_budget(comparison: Comparison, evaluator: str) -> PageFigure:
             trace = Scatter(x=budgets, y=finite(value[chosen]), error_y=bars, mode="lines+markers")
             figure.add_trace(trace.update(showlegend=column == 1, **style(comparison, agent)), 1, column)
     figure.update_xaxes(title="budget, % of dense")
-    unit = " (nats)" if comparison.is_text(evaluator) else ""
+    unit = " (nats)" if comparison.is_text[evaluator] else ""
     figure.update_yaxes(title=loss_name(comparison, evaluator) + unit, col=1)
-    if comparison.is_text(evaluator) and lowest > 0:
+    if comparison.is_text[evaluator] and lowest > 0:
         figure.update_yaxes(type="log")
     figure.update_layout(height=460)
     caption = (
@@ -73,9 +63,8 @@ def _regret(comparison: Comparison) -> PageFigure:
             if is_far_off(comparison, agent):
                 continue
             value, low, high = with_spread(regret(comparison, agent, half))
-            of_agent = {key: entry for key, entry in style(comparison, agent).items() if key != "line"}
-            bars = error_bars(value, low, high)
-            trace = Scatter(x=finite(value), y=[agent], error_x=bars, mode="markers", showlegend=False, **of_agent)
+            of_agent = style(comparison, agent, without="line") | {"mode": "markers", "showlegend": False}
+            trace = Scatter(x=finite(value), y=[agent], error_x=error_bars(value, low, high), **of_agent)
             figure.add_trace(trace, 1, column)
     figure.update_xaxes(title="regret", rangemode="tozero")
     figure.update_yaxes(ticklabelstandoff=8)
@@ -92,7 +81,7 @@ def _regret(comparison: Comparison) -> PageFigure:
 def _anytime(comparison: Comparison) -> PageFigure:
     figure = Figure()
     for agent in comparison.agents:
-        curves, of_agent = comparison.curves(agent), line_style(comparison, agent)
+        curves, of_agent = comparison.curves(agent), style(comparison, agent, without="marker")
         steps = sorted({tokens for curve in curves for tokens, _score in curve})
         steps = [step for step in steps if np.isfinite(comparison.best_after(agent, step))]
         if not steps:
@@ -134,7 +123,7 @@ def _learning(comparison: Comparison) -> list[PageFigure]:
         curves = [run["search"]["details"].get("learning_curve") for run in comparison.runs(agent)]
         if all(curves):
             steps, gains = np.mean([curve[: min(map(len, curves))] for curve in curves], axis=0).T.tolist()
-            figure.add_trace(Scatter(x=steps, y=gains, mode="lines", **line_style(comparison, agent)))
+            figure.add_trace(Scatter(x=steps, y=gains, mode="lines", **style(comparison, agent, without="marker")))
     if not figure.data:
         return []
     figure.add_hline(y=0, line=GUIDE)

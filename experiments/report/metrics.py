@@ -15,14 +15,13 @@ from experiments.report.comparison import SEARCH, Comparison
 FEWEST_FOR_INTERVAL = 5  # seeds; resampling fewer says nothing that their range does not say
 SPREAD = f"the range over seeds, from {FEWEST_FOR_INTERVAL} seeds on a 95% bootstrap interval"  # of brackets and bars
 _RESAMPLES = 2000
-_CONFIDENCE = 0.95
 
 Statistic = Callable[[np.ndarray], np.ndarray]  # [..., seeds, scenarios] -> [...] or [..., scenarios]
 
 
 def loss_over_dense(comparison: Comparison, agent: str, evaluator: str) -> np.ndarray:
     """The dense model's score minus the agent's: by text the increase of log-perplexity, by tasks lost accuracy."""
-    return comparison.dense_score(evaluator) - comparison.scores(agent, evaluator)
+    return comparison.dense[evaluator] - comparison.scores(agent, evaluator)
 
 
 def regret(comparison: Comparison, agent: str, evaluator: str) -> np.ndarray:
@@ -74,7 +73,6 @@ def with_spread(
         of_seeds = statistic(costs[:, None])
         return statistic(costs), of_seeds.min(axis=0), of_seeds.max(axis=0)
     chosen = np.random.default_rng(0).integers(len(costs), size=(_RESAMPLES, len(costs)))
-    tail = 50 * (1 - _CONFIDENCE)
     resampled = statistic(costs[chosen])
-    low, high = np.percentile(resampled, [tail, 100 - tail], axis=0, method="nearest")  # infinities don't interpolate
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0, method="nearest")  # infinities don't interpolate
     return statistic(costs), low, high

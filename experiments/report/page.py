@@ -71,8 +71,8 @@ def _summary(comparison: Comparison) -> str:
 
 
 def _dense(comparison: Comparison, evaluator: str) -> str:
-    score = comparison.dense_score(evaluator)
-    quality = f"perplexity {math.exp(-score):.2f}" if comparison.is_text(evaluator) else f"accuracy {score:.3f}"
+    score = comparison.dense[evaluator]
+    quality = f"perplexity {math.exp(-score):.2f}" if comparison.is_text[evaluator] else f"accuracy {score:.3f}"
     return f"{quality} on {evaluator}"
 
 

@@ -81,7 +81,7 @@ def spending_table(comparison: Comparison) -> Table:
     """The search half's loss over dense after so many tokens, mean over scenarios and seeds."""
     steps = [comparison.token_budget // part for part in _SPENT_PARTS]
     losses = {
-        agent: [comparison.dense_score(SEARCH) - comparison.best_after(agent, step) for step in steps]
+        agent: [comparison.dense[SEARCH] - comparison.best_after(agent, step) for step in steps]
         for agent in comparison.agents
     }
     ordered = sorted((agent for agent in losses if np.isfinite(losses[agent][-1])), key=lambda agent: losses[agent][-1])
@@ -109,7 +109,7 @@ def perplexity_table(named: Named) -> Table:
     rows = set()
     for comparison in map(Comparison, named.values()):
         main = comparison.evaluators[0]
-        if not comparison.is_text(main):
+        if not comparison.is_text[main]:
             raise ValueError(f"expected an evaluator by text for a table of perplexities; got {main!r}")
         for agent in comparison.agents:
             seeds = np.exp(-comparison.scores(agent, main).mean(axis=1))
@@ -164,7 +164,10 @@ def _run_cells(name: str, of_seeds: list[list[dict[str, Any]]], main: str, keys:
 def notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Where records come from that are not all of one commit, one clean checkout and one kind of machine."""
     commits = Counter(_commit(record["provenance"].get("git")) for record in records)
-    machines = {_platform(record["provenance"]): _machine(record["provenance"]) for record in records}
+    machines = {  # of equal arithmetic count as one
+        json.dumps(record["provenance"].get("numeric_platform"), sort_keys=True): _machine(record["provenance"])
+        for record in records
+    }
     found = []
     if len(commits) > 1 or any(" " in commit for commit in commits):
         counted = (f"{commit} ({count})" for commit, count in sorted(commits.items()))
@@ -176,7 +179,7 @@ def notes(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def loss_name(comparison: Comparison, evaluator: str) -> str:
-    return "log-perplexity over dense" if comparison.is_text(evaluator) else "accuracy below dense"
+    return "log-perplexity over dense" if comparison.is_text[evaluator] else "accuracy below dense"
 
 
 def _searched_by(run: Mapping[str, Any]) -> str:
@@ -190,11 +193,6 @@ def _commit(git: Mapping[str, Any] | None) -> str:
     if git is None:
         return "no known commit"
     return git["commit"][:7] + " with uncommitted changes" * git["dirty"]
-
-
-def _platform(provenance: Mapping[str, Any]) -> str:
-    """What floating-point results depend on, as text."""
-    return json.dumps(provenance.get("numeric_platform"), sort_keys=True)
 
 
 def _machine(provenance: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.benchmark import PARTS, Bench
-from experiments.benchmarks import memory
+from experiments.benchmarks import PARTS, memory, part
+from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.gsi import _agreement
 from experiments.benchmarks.population import offspring, swapped
 from experiments.benchmarks.scaling import exponent
@@ -49,12 +49,12 @@ def results_of(tmp_path, monkeypatch):
     def run(name: str) -> dict:
         reports = []
         bench = Bench(config)
-        results = getattr(bench, name)(lambda done, total: reports.append((done, total)))
+        results = part(name).measure(bench, lambda done, total: reports.append((done, total)))
         assert reports and reports[-1][0] == reports[-1][1]
-        assert all(isinstance(line, str) and line for line in PARTS[name].lines(results))
+        assert all(isinstance(line, str) and line for line in part(name).lines(results))
         path = write_record(tmp_path / f"{name}.json", {"config": {}, "provenance": {}, "results": results})
         record = read_record(path)
-        assert benchmark_lines(name, record) == [f"## {name}", *PARTS[name].lines(results)]
+        assert benchmark_lines(name, record) == [f"## {name}", *part(name).lines(results)]
         return record["results"]
 
     return run
