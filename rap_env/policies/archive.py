@@ -7,12 +7,12 @@ from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import dense_bytes, footprint
 from rap_env.memory.workload import Workload
-from rap_env.policies.base import policy_kind
+from rap_env.policies.base import Policy, policy_kind
 from rap_env.policies.walk import fit_to_budget
 
 
 @policy_kind
-class ArchivePolicy:
+class ArchivePolicy(Policy):
     """A Pareto front over (weight bytes, KV bytes per token, score) with a lookup.
 
     A mask's score does not depend on the workload, and its bytes do through these two sums alone. So a mask is
@@ -46,9 +46,6 @@ class ArchivePolicy:
     def parameters(self) -> dict[str, Any]:
         entries = [[[component.name for component in mask.dropped], score] for mask, score in self._entries]
         return {"entries": entries, "order": list(self._order)}
-
-    def tensors(self) -> dict:
-        return {}
 
     @classmethod
     def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping) -> "ArchivePolicy":
