@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rap_env.errors import CorpusUnavailable, UnknownName
+from rap_env.errors import CorpusUnavailable, check_known
 
 # WikiText marks an article by a line " = Title = "; its sections have " = = Title = = " and stay in the article.
 _WIKITEXT_ARTICLE = re.compile(r"^(?= = [^=\n]*[^=\s] = *$)", re.MULTILINE)
@@ -57,9 +57,7 @@ def packaged_corpus(name: str = "calibration") -> Corpus:
         UnknownName: There is no such text.
     """
     files = {file.stem: file for file in TEXT_FOLDER.glob("*.jsonl")}
-    if name not in files:
-        raise UnknownName("packaged text", name, files)
-    lines = files[name].read_text(encoding="utf-8").strip().split("\n")
+    lines = files[check_known("packaged text", name, files)].read_text(encoding="utf-8").strip().split("\n")
     return Corpus(f"packaged {name} text", tuple(json.loads(line)["text"] for line in lines))
 
 

@@ -56,14 +56,13 @@ class ArchivePolicy(Policy):
 
 def _pareto_front(evaluated: Iterable[tuple[PruningMask, float]]) -> list[tuple[PruningMask, float]]:
     """Masks that are better than all that need no more of either sum, the best first."""
-    front: list[tuple[PruningMask, float, tuple[int, int]]] = []
-    ranked = [(mask, score, _sums(mask)) for mask, score in evaluated]
-    for mask, score, sums in sorted(ranked, key=lambda entry: (-entry[1], entry[2], entry[0].digest)):
-        if not any(weights <= sums[0] and kv <= sums[1] for _mask, _score, (weights, kv) in front):
-            front.append((mask, score, sums))
-    return [(mask, score) for mask, score, _sums in front]
-
-
-def _sums(mask: PruningMask) -> tuple[int, int]:
-    """Weight bytes and KV bytes per token of what a mask keeps."""
-    return sum(row.weight_bytes for row in mask.kept), sum(row.kv_bytes_per_token for row in mask.kept)
+    costs = {}
+    for mask, score in evaluated:
+        weights, kv = sum(row.weight_bytes for row in mask.kept), sum(row.kv_bytes_per_token for row in mask.kept)
+        costs[mask, score] = weights, kv
+    front: list[tuple[PruningMask, float]] = []
+    for entry in sorted(costs, key=lambda entry: (-entry[1], costs[entry], entry[0].digest)):
+        weights, kv = costs[entry]
+        if not any(costs[better][0] <= weights and costs[better][1] <= kv for better in front):
+            front.append(entry)
+    return front
