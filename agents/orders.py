@@ -129,12 +129,8 @@ class GreedyPerByteAgent(Agent):
         return NearestOrderPolicy(self.task.problem.shape, self._orders)
 
 
-class MilpAgent(Agent):
-    """Measures what each component costs on its own; the policy solves for the best sum when it is asked (Puzzle)."""
-
-    def begin(self, task: Task) -> None:
-        super().begin(task)
-        self._increases = self.details["increases"] = single_drop_increases(task.calibration)
+class MilpAgent(OneShotAgent):
+    """Measures what `OneShotAgent` does; the policy solves for the cheapest sum when it is asked (Puzzle)."""
 
     def policy(self) -> MilpPolicy:
-        return MilpPolicy(self.task.problem.shape, self._increases)
+        return MilpPolicy(self.task.problem.shape, self.details["increases"])
