@@ -77,7 +77,6 @@ class _Driver:
     def __init__(self, agent: Agent, task: Task, in_flight: int) -> None:
         self._agent, self._task, self._in_flight = agent, task, in_flight
         self._waiting: deque[list[Case]] = deque()
-        self._evaluated: set[PruningMask] = set()
         self._without_news = 0
         self._best: dict[Scenario, float] = {}
         self._looked_at: set[PruningMask] = set()
@@ -105,8 +104,8 @@ class _Driver:
         task, problem = self._task, self._task.problem
         paid = set(problem.meter.affordable([case.mask for case in cases]))
         cases = [case for case in cases if case.mask in paid]
-        self._without_news = 0 if paid - self._evaluated else self._without_news + 1 if paid else _PATIENCE
-        self._evaluated |= paid
+        news = paid - problem.meter.known.keys()
+        self._without_news = 0 if news else self._without_news + 1 if paid else _PATIENCE
         outcomes = problem.evaluate_many([(c.mask, c.scenario.workload, c.scenario.budget_bytes) for c in cases])
         rewards = [problem.reward(outcome) for outcome in outcomes]
         evaluated = [Evaluated(*case, *of_case) for case, *of_case in zip(cases, outcomes, rewards, strict=True)]

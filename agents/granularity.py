@@ -2,11 +2,10 @@
 
 import functools
 import itertools
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from rap_env.errors import UnknownName
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import Component, PruningMask, by_layer
 from rap_env.memory.footprint import bytes_by_name, dense_bytes
@@ -120,13 +119,6 @@ GRANULARITIES: dict[str, type[Granularity]] = {
     "equal_counts": EqualCounts,
     "layer": LayerGranularity,
 }
-
-
-def check_known(kind: str, name: str, known: Collection[str]) -> str:
-    """A name, once it is sure to be known; raises `UnknownName` otherwise."""
-    if name not in known:
-        raise UnknownName(kind, name, known)
-    return name
 
 
 def distinct_searches(name: str, shape: ModelShape, scenarios: Sequence[Scenario]) -> list[Granularity]:

@@ -31,25 +31,22 @@ def imitate_order(
     Returns:
         The last batch's loss.
     """
+    if network.sequential:
+        examples_of, loss_of = _sequential_examples, functional.cross_entropy
+    else:
+        examples_of, loss_of = _one_step_examples, functional.binary_cross_entropy_with_logits
     generator = np.random.default_rng(seed)
-    examples = []
-    for _ in range(_SCENARIOS):
-        scenario = sampler.sample(shape, generator)
-        walk = _sequential_examples if network.sequential else _one_step_examples
-        examples += walk(shape, scenario, order)
+    scenarios = (sampler.sample(shape, generator) for _ in range(_SCENARIOS))
+    examples = [example for scenario in scenarios for example in examples_of(shape, scenario, order)]
     observations = {
         name: torch.from_numpy(np.stack([observation[name] for observation, _ in examples])) for name in examples[0][0]
     }
     targets = torch.from_numpy(np.stack([target for _, target in examples]))
     optimizer = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE)
-    loss = torch.tensor(float("nan"))
     for _ in range(_STEPS):
         batch = torch.from_numpy(generator.integers(len(examples), size=_BATCH))
         scores = network({name: entry[batch] for name, entry in observations.items()})[:, : network.n_actions]
-        if network.sequential:
-            loss = functional.cross_entropy(scores, targets[batch])
-        else:
-            loss = functional.binary_cross_entropy_with_logits(scores, targets[batch])
+        loss = loss_of(scores, targets[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,11 +1,11 @@
 """Agents that search nothing: they rank components by what calibration text says, or not even that."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 
 from agents.base import Agent, Task
-from agents.granularity import check_known
-from rap_env.errors import SearchExhausted
+from rap_env.errors import SearchExhausted, check_known
 from rap_env.importance.block_influence import block_influence
 from rap_env.importance.gsi import ImportanceRanking
 from rap_env.importance.single_drops import single_drop_increases
@@ -75,9 +75,8 @@ class ShortGptAgent(OrderAgent):
 
     def rank(self) -> Sequence[str]:
         shape = self.task.problem.shape
-        parts = [[site] for site in shape.sites]
-        if self._granularity == "layer":
-            parts = [list(layer) for _, layer in itertools.groupby(shape.sites, key=lambda site: site.layer)]
+        part_of = operator.attrgetter("layer" if self._granularity == "layer" else "name")
+        parts = [list(part) for _, part in itertools.groupby(shape.sites, key=part_of)]
         influences = self.details["block_influence"] = block_influence(self.task.calibration, parts)
         ranked = [site for _, part in sorted(zip(influences, parts, strict=True)) for site in part]
         return [component.name for site in ranked for component in shape.components if component.site == site]
@@ -130,12 +129,8 @@ class GreedyPerByteAgent(Agent):
         return NearestOrderPolicy(self.task.problem.shape, self._orders)
 
 
-class MilpAgent(Agent):
-    """Measures what each component costs on its own; the policy solves for the best sum when it is asked (Puzzle)."""
-
-    def begin(self, task: Task) -> None:
-        super().begin(task)
-        self._increases = self.details["increases"] = single_drop_increases(task.calibration)
+class MilpAgent(OneShotAgent):
+    """Measures what `OneShotAgent` does; the policy solves for the cheapest sum when it is asked (Puzzle)."""
 
     def policy(self) -> MilpPolicy:
-        return MilpPolicy(self.task.problem.shape, self._increases)
+        return MilpPolicy(self.task.problem.shape, self.details["increases"])

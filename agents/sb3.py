@@ -21,7 +21,7 @@ from agents.sb3_policies import (
 from agents.training_problem import TrainingProblem
 from agents.vec_env import TrainingVecEnv
 from rap_env.envs.vector import PruningVectorEnv, SequentialPruningVectorEnv
-from rap_env.errors import SearchExhausted, UnknownName
+from rap_env.errors import SearchExhausted, check_known
 from rap_env.mask import PruningMask
 from rap_env.policies import OneStepPolicy, SequentialPolicy
 from rap_env.rng import isolated_rng
@@ -100,19 +100,15 @@ class Sb3Agent(Learner):
         network: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        if algorithm not in _ALGORITHMS:
-            raise UnknownName("algorithm", algorithm, _ALGORITHMS)
-        if environment not in _ENVIRONMENTS:
-            raise UnknownName("environment", environment, _ENVIRONMENTS)
+        check_known("algorithm", algorithm, _ALGORITHMS)
+        check_known("environment", environment, _ENVIRONMENTS)
         if environment == _ONE_STEP and algorithm in ("dqn", "maskable_ppo"):
             raise ValueError(f"{algorithm} acts one component at a time: use environment={_SEQUENTIAL}")
         if algorithm == "dqn" and warm_start:
             raise ValueError("dqn learns rewards, and imitation gives it preferences: use warm_start=false")
         self._envs, self._policy = _ENVIRONMENTS[environment]
         self._algorithm, self._total_steps, self._warm_start = algorithm, total_steps, warm_start
-        self._network = dict(network or {})
-        self._hyperparameters = dict(hyperparameters or {})
+        self._network, self._hyperparameters = dict(network or {}), dict(hyperparameters or {})
 
     def begin(self, task: Task) -> None:
         super().begin(task)

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Generator, Sequence
 
 from agents.base import ArchiveAgent, Case, Evaluated, Task
-from agents.granularity import GRANULARITIES, Granularity, check_known, distinct_searches
+from agents.granularity import GRANULARITIES, Granularity, distinct_searches
+from rap_env.errors import check_known
 from rap_env.mask import PruningMask
 
 STARTS = ("random", "greedy")

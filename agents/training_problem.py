@@ -57,8 +57,7 @@ class TrainingProblem:
 
     def __init__(self, task: Task, project: bool) -> None:
         self._problem, self._archive, self._project = task.problem, task.archive, project
-        self.shape, self.check_budget = task.problem.shape, task.problem.check_budget
-        self._order = task.importance.static
+        self.shape, self._order = task.problem.shape, task.importance.static
         self._greedy = OrderPolicy(self.shape, self._order)
         self._ascending: list[PruningMask] = []  # evaluated masks by score
         self.evaluated_steps = self.approximated_steps = 0

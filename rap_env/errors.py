@@ -1,7 +1,7 @@
 """The errors this package raises on bad input; each message says what was expected, what came, and what is known."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class RapError(Exception):
@@ -31,6 +31,13 @@ class UnknownName(RapError, KeyError):
 
     def __reduce__(self) -> tuple:
         return type(self), self._arguments  # so that it crosses process borders
+
+
+def check_known(kind: str, name: str, known: Collection[str]) -> str:
+    """A name, once it is sure to be known; raises `UnknownName` otherwise."""
+    if name not in known:
+        raise UnknownName(kind, name, known)
+    return name
 
 
 class InvalidMask(RapError, ValueError):

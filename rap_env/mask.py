@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rap_env.errors import InvalidMask, UnknownName
+from rap_env.errors import InvalidMask, check_known
 
 ATTENTION = "attention"
 MLP = "mlp"
@@ -128,9 +128,7 @@ class PruningMask:
 
     def _positions(self, name: str | Site | Component) -> tuple[int, ...]:
         positions = _positions(self.components)
-        if str(name) not in positions:
-            raise UnknownName("component", str(name), positions)
-        return positions[str(name)]
+        return positions[check_known("component", str(name), positions)]
 
     def _with(self, names: Iterable[str | Site | Component], value: bool) -> "PruningMask":
         keep = list(self.keep)
@@ -148,11 +146,7 @@ class PruningMask:
         return self._with(names, False)
 
     def restore(self, *names: str | Site | Component) -> "PruningMask":
-        """A copy in which the named components are kept; a site's name restores all its parts.
-
-        Raises:
-            UnknownName: The model has no such component or site.
-        """
+        """A copy in which the named components are kept; takes, and refuses, the names that `drop` does."""
         return self._with(names, True)
 
     def keeps(self, name: str | Site | Component) -> bool:

@@ -98,15 +98,6 @@ class PruningProblem:
         """The same model, evaluator, store and reward with a token budget of its own; by default without limit."""
         return PruningProblem(self.llm, self.evaluator, self.store, self.reward_weights, budget)
 
-    def check_budget(self, workload: Workload, budget_bytes: int) -> None:
-        """Refuses what no mask can meet, before any work is done.
-
-        Raises:
-            InfeasibleBudget: Even with every component dropped the footprint exceeds the budget.
-            InvalidWorkload: The workload is beyond the model's context.
-        """
-        check_feasible(self.shape, workload, budget_bytes)
-
     def evaluate(self, mask: PruningMask, workload: Workload, budget_bytes: int) -> Outcome:
         """Evaluates a mask for a workload and a memory budget; raises what `evaluate_many` raises."""
         return self.evaluate_many([(mask, workload, budget_bytes)])[0]
@@ -125,7 +116,7 @@ class PruningProblem:
         """
         started = time.perf_counter()
         for _mask, workload, budget_bytes in cases:
-            self.check_budget(workload, budget_bytes)
+            check_feasible(self.shape, workload, budget_bytes)
         needed = [footprint(self.shape, mask, workload) for mask, workload, _budget_bytes in cases]
         fresh = self.meter.ensure_known([mask for mask, _workload, _budget_bytes in cases])
         seconds = time.perf_counter() - started

@@ -9,26 +9,13 @@ import torch
 
 
 def global_states() -> dict:
-    """The states of Python's, numpy's and torch's global generators (CUDA's too), as tensors and plain values."""
-    name, keys, *numbers = np.random.get_state()
-    version, words, gauss = random.getstate()
+    """The states of Python's, numpy's and torch's global generators (CUDA's too)."""
     return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *numbers],
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-
-
-def restore_global_states(states: dict) -> None:
-    """Puts back what `global_states` returned."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *numbers = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 @contextlib.contextmanager
@@ -47,7 +34,11 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
             seed_everything(seed)
         yield
     finally:
-        restore_global_states(states)
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        if states["cuda"]:
+            torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def seed_everything(seed: int) -> None:

@@ -56,9 +56,8 @@ class Overlap:
     words: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (
-            f"document {self.document} at word {self.word} and {self.task} item {self.item}: '{' '.join(self.words)}'"
-        )
+        shared = " ".join(self.words)
+        return f"document {self.document} at word {self.word} and {self.task} item {self.item}: '{shared}'"
 
 
 def find_overlaps(documents: Iterable[str], items: Mapping[str, Sequence[str]], n: int = 13) -> list[Overlap]:

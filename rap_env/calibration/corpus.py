@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rap_env.errors import CorpusUnavailable, UnknownName
+from rap_env.errors import CorpusUnavailable, check_known
 
 # WikiText marks an article by a line " = Title = "; its sections have " = = Title = = " and stay in the article.
 _WIKITEXT_ARTICLE = re.compile(r"^(?= = [^=\n]*[^=\s] = *$)", re.MULTILINE)
@@ -57,9 +57,7 @@ def packaged_corpus(name: str = "calibration") -> Corpus:
         UnknownName: There is no such text.
     """
     files = {file.stem: file for file in TEXT_FOLDER.glob("*.jsonl")}
-    if name not in files:
-        raise UnknownName("packaged text", name, files)
-    lines = files[name].read_text(encoding="utf-8").strip().split("\n")
+    lines = files[check_known("packaged text", name, files)].read_text(encoding="utf-8").strip().split("\n")
     return Corpus(f"packaged {name} text", tuple(json.loads(line)["text"] for line in lines))
 
 
@@ -74,14 +72,13 @@ def local_corpus(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Corp
     Raises:
         CorpusUnavailable: A path is missing, not text, or has nothing in it.
     """
-    paths = _as_paths(paths)
     documents: list[str] = []
     for file in _files(paths):
         parts = [part for part in _WIKITEXT_ARTICLE.split(_read(file)) if part.strip()]
         if not parts:
             raise CorpusUnavailable(f"calibration text {file} is empty")
         documents += parts
-    return Corpus(", ".join(path.name for path in paths), tuple(documents))
+    return Corpus(", ".join(path.name for path in _as_paths(paths)), tuple(documents))
 
 
 def local_text(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
@@ -93,15 +90,15 @@ def local_text(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
     Raises:
         CorpusUnavailable: A path is missing or not text, or a folder has no `*.txt` file.
     """
-    return "".join(_read(file) for file in _files(_as_paths(paths)))
+    return "".join(map(_read, _files(paths)))
 
 
 def _as_paths(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> list[Path]:
     return [Path(os.path.expanduser(path)) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
+def _files(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Iterator[Path]:
+    for path in _as_paths(paths):
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not files:
             raise CorpusUnavailable(f"calibration folder {path} has no .txt file")

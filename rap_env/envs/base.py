@@ -1,6 +1,6 @@
 """What both pruning environments share: scenario, step, observation, info and rendering."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -9,24 +9,13 @@ from gymnasium.error import ResetNeeded
 from rap_env.envs.defaults import embedded_defaults
 from rap_env.envs.observation import observation_space, observe
 from rap_env.envs.render import Scene, render_ansi
-from rap_env.errors import UnknownName
+from rap_env.errors import check_known
 from rap_env.importance.source import ImportanceSource
 from rap_env.mask import PruningMask, full_order
-from rap_env.memory.footprint import Footprint, footprint
+from rap_env.memory.footprint import Footprint, check_feasible, dense_bytes, footprint
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.memory.workload import Workload
 from rap_env.problem import Outcome, PruningProblem
-
-
-class Move(NamedTuple):
-    """How the episode ended with an action, if it did."""
-
-    terminated: bool
-    truncated: bool
-
-    @property
-    def ends_episode(self) -> bool:
-        return self.terminated or self.truncated
 
 
 class MaskEnv(gymnasium.Env):
@@ -34,6 +23,9 @@ class MaskEnv(gymnasium.Env):
 
     A step has two halves, so that a vector environment can evaluate the masks of many environments between them: `act`
     changes the mask, `finish` pays. A mask is evaluated when its episode ends, and only then.
+
+    Attributes:
+        scenario: What the present episode is about; None before the first reset.
     """
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
@@ -46,10 +38,9 @@ class MaskEnv(gymnasium.Env):
         gsi: str = "static",
         render_mode: str | None = None,
     ) -> None:
-        if gsi not in ("static", "current"):
-            raise UnknownName("gsi mode", gsi, ("static", "current"))
-        if render_mode not in (None, *self.metadata["render_modes"]):
-            raise UnknownName("render mode", render_mode, self.metadata["render_modes"])
+        self._gsi = check_known("gsi mode", gsi, ("static", "current"))
+        if render_mode is not None:
+            check_known("render mode", render_mode, self.metadata["render_modes"])
         self.problem = problem or embedded_defaults().problem
         self.importance = importance or embedded_defaults().importance
         self.sampler = sampler or ScenarioSampler()
@@ -58,8 +49,7 @@ class MaskEnv(gymnasium.Env):
         full_order(self.shape.components, self.importance.static)
         self.observation_space = observation_space(self.shape)
         self.render_mode = render_mode
-        self._gsi = gsi
-        self._scenario: Scenario | None = None
+        self.scenario: Scenario | None = None
         self._mask = PruningMask.all_kept(self.shape)
         self._outcome: Outcome | None = None
         self._is_running = False
@@ -68,8 +58,8 @@ class MaskEnv(gymnasium.Env):
         super().reset(seed=seed)
         given = (options or {}).get("scenario")
         if given is not None:
-            self.problem.check_budget(given.workload, given.budget_bytes)
-        self._scenario = given or self.sampler.sample(self.shape, self.np_random)
+            check_feasible(self.shape, given.workload, given.budget_bytes)
+        self.scenario = given or self.sampler.sample(self.shape, self.np_random)
         self._mask = PruningMask.all_kept(self.shape)
         self._outcome = None
         self._is_running = True
@@ -78,11 +68,11 @@ class MaskEnv(gymnasium.Env):
     def step(self, action):
         if not self._is_running:
             raise ResetNeeded("there is no running episode: call reset before the next step")
-        move = self.act(action)
-        return self.finish(move, self.problem.evaluate(*self.case) if move.ends_episode else None)
+        ends = self.act(action)
+        return self.finish(*ends, self.problem.evaluate(*self.case) if any(ends) else None)
 
-    def act(self, action) -> Move:
-        """Changes the mask as the action says.
+    def act(self, action) -> tuple[bool, bool]:
+        """Changes the mask as the action says, and tells whether that terminates or truncates the episode.
 
         Raises:
             InvalidMask: The action is not in the space; the mask stays as it was.
@@ -92,39 +82,29 @@ class MaskEnv(gymnasium.Env):
     @property
     def case(self) -> tuple[PruningMask, Workload, int]:
         """What the problem is asked when the episode ends: mask, workload, budget in bytes."""
-        return self._mask, self._scenario.workload, self._scenario.budget_bytes
+        return self._mask, self.scenario.workload, self.scenario.budget_bytes
 
-    def finish(self, move: Move, outcome: Outcome | None):
-        """Ends the step that `act` began and returns what `step` returns.
-
-        Args:
-            move: What `act` returned.
-            outcome: The mask's, if the episode ends; else None.
-        """
-        self._outcome, self._is_running = outcome, not move.ends_episode
+    def finish(self, terminated: bool, truncated: bool, outcome: Outcome | None):
+        """Ends the step that `act` began and returns what `step` returns; an outcome belongs to an episode's end."""
+        self._outcome, self._is_running = outcome, outcome is None
         reward = self.problem.reward(outcome) if outcome else 0.0
-        return self._observe(), reward, move.terminated, move.truncated, self._info()
-
-    @property
-    def scenario(self) -> Scenario | None:
-        """What the present episode is about; None before the first reset."""
-        return self._scenario
+        return self._observe(), reward, terminated, truncated, self._info()
 
     def _observe(self) -> dict[str, np.ndarray]:
         order = self.importance.static if self._gsi == "static" else self.importance.current(self._mask)
-        return observe(self.shape, self._scenario, self._mask, order)
+        return observe(self.shape, self.scenario, self._mask, order)
 
     def _footprint(self) -> Footprint:
         """Bytes of the present mask; the outcome's own once it is evaluated."""
-        return self._outcome.footprint if self._outcome else footprint(self.shape, self._mask, self._scenario.workload)
+        return self._outcome.footprint if self._outcome else footprint(self.shape, self._mask, self.scenario.workload)
 
     def _info(self) -> dict[str, Any]:
         needed = self._footprint()
         info: dict[str, Any] = {
-            "scenario": self._scenario,
+            "scenario": self.scenario,
             "mask": self._mask,
             "footprint": needed.as_dict(),
-            "overshoot_bytes": max(0, needed.peak_bytes - self._scenario.budget_bytes),
+            "overshoot_bytes": max(0, needed.peak_bytes - self.scenario.budget_bytes),
         }
         if self._outcome is not None:
             info |= {
@@ -137,19 +117,18 @@ class MaskEnv(gymnasium.Env):
         return info
 
     def render(self) -> str | np.ndarray | None:
-        if self.render_mode is None or self._scenario is None:
+        if self.render_mode is None or self.scenario is None:
             return None
-        outcome, workload = self._outcome, self._scenario.workload
+        outcome, workload = self._outcome, self.scenario.workload
+        tasks = outcome.evaluation.tasks if outcome else {}
         scene = Scene(
             mask=self._mask,
             workload=workload,
             footprint=self._footprint(),
-            dense_footprint=footprint(self.shape, PruningMask.all_kept(self.shape), workload),
-            budget_bytes=self._scenario.budget_bytes,
+            dense_bytes=dense_bytes(self.shape, workload),
+            budget_bytes=self.scenario.budget_bytes,
             reward=self.problem.reward(outcome) if outcome else None,
-            accuracy={name: task.get("acc", float("nan")) for name, task in outcome.evaluation.tasks.items()}
-            if outcome
-            else {},
+            accuracy={name: metrics.get("acc", float("nan")) for name, metrics in tasks.items()},
         )
         if self.render_mode == "ansi":
             return render_ansi(scene)

@@ -42,17 +42,13 @@ def observe(shape, scenario: Scenario, mask: PruningMask, order: tuple[str, ...]
         mask: What is kept now.
         order: Component names from the least to the most important.
     """
-    fixed = _scenario_entries(shape, scenario)  # shared by all observations of a scenario, so handed out as copies
+    fixed, smallest = _scenario_entries(shape, scenario)
     kept = np.array(mask.keep, dtype=np.int8)
-    smallest = fixed["_smallest"]
     return {
-        "memory_budget": fixed["memory_budget"].copy(),
-        "batch_size": fixed["batch_size"].copy(),
-        "sequence_length": fixed["sequence_length"].copy(),
+        **{name: entry.copy() for name, entry in fixed.items()},  # all observations of a scenario share them
         "gsi_ranking": _ranks(shape, order).copy(),
         "kept": kept,
         "footprint": _scalar(smallest + float(kept @ fixed["component_bytes"].astype(np.float64))),
-        "component_bytes": fixed["component_bytes"].copy(),
     }
 
 
@@ -72,17 +68,18 @@ def _scalar(value: float) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=256)
-def _scenario_entries(shape, scenario: Scenario) -> dict:
+def _scenario_entries(shape, scenario: Scenario) -> tuple[dict[str, np.ndarray], float]:
+    """Entries that no mask changes, and the footprint with every component dropped, both relative to the dense one."""
     workload = scenario.workload
     sizes, smallest = component_bytes(shape, workload), smallest_bytes(shape, workload)
     dense = smallest + sum(sizes)
-    return {
+    entries = {
         "memory_budget": _scalar(scenario.budget_bytes / dense),
         "batch_size": _scalar(math.log2(workload.batch_size) / math.log2(_LARGEST_BATCH)),
         "sequence_length": _scalar(math.log2(workload.sequence_tokens) / math.log2(shape.context_tokens)),
         "component_bytes": np.array(sizes, dtype=np.float32) / np.float32(dense),
-        "_smallest": smallest / dense,
     }
+    return entries, smallest / dense
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 import numpy as np
 from gymnasium import spaces
 
-from rap_env.envs.base import MaskEnv, Move
+from rap_env.envs.base import MaskEnv
 from rap_env.mask import PruningMask
 
 
@@ -68,6 +68,6 @@ class PruningEnv(MaskEnv):
         super().__init__(**arguments)
         self.action_space = spaces.MultiBinary(len(self.shape.components))
 
-    def act(self, action: np.ndarray) -> Move:
+    def act(self, action: np.ndarray) -> tuple[bool, bool]:
         self._mask = PruningMask.from_bits(self.shape, action)
-        return Move(terminated=True, truncated=False)
+        return True, False

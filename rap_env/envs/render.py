@@ -21,7 +21,7 @@ class Scene:
         mask: The components kept so far.
         workload: The request batch.
         footprint: Predicted bytes of the masked model.
-        dense_footprint: Predicted bytes of the unpruned model for the same workload.
+        dense_bytes: Predicted peak bytes of the unpruned model for the same workload.
         budget_bytes: The memory budget.
         reward: The last reward, or None before there is one.
         accuracy: Accuracy between 0 and 1 of each task; empty before there is one.
@@ -30,7 +30,7 @@ class Scene:
     mask: PruningMask
     workload: Workload
     footprint: Footprint
-    dense_footprint: Footprint
+    dense_bytes: int
     budget_bytes: int
     reward: float | None
     accuracy: Mapping[str, float]
@@ -43,7 +43,7 @@ class Scene:
     @property
     def axis_bytes(self) -> int:
         """The largest of all the bytes that are drawn."""
-        return max(self.footprint.peak_bytes, self.dense_footprint.peak_bytes, self.budget_bytes, 1)
+        return max(self.footprint.peak_bytes, self.dense_bytes, self.budget_bytes, 1)
 
 
 def format_bytes(n_bytes: int) -> str:
@@ -59,10 +59,6 @@ def describe_fit(scene: Scene) -> str:
     if scene.overshoot_bytes > 0:
         return f"exceeds the budget by {format_bytes(scene.overshoot_bytes)}"
     return f"fits with {format_bytes(-scene.overshoot_bytes)} to spare"
-
-
-def describe_reward(scene: Scene) -> str:
-    return "no reward yet" if scene.reward is None else f"reward {scene.reward:+.3f}"
 
 
 def describe_accuracy(scene: Scene) -> str:
@@ -97,7 +93,7 @@ def render_ansi(scene: Scene) -> str:
     cells = _BAR_CHARACTERS / scene.axis_bytes
     weights, peak, dense = (
         round(cells * n_bytes)
-        for n_bytes in (scene.footprint.weights_bytes, scene.footprint.peak_bytes, scene.dense_footprint.peak_bytes)
+        for n_bytes in (scene.footprint.weights_bytes, scene.footprint.peak_bytes, scene.dense_bytes)
     )
     rows = [
         ("workload", str(scene.workload)),
@@ -109,7 +105,7 @@ def render_ansi(scene: Scene) -> str:
         ("", " " * round(cells * scene.budget_bytes) + "^ budget " + format_bytes(scene.budget_bytes)),
         ("", f"= weights {format_bytes(scene.footprint.weights_bytes)}"),
         ("", f"~ KV cache {format_bytes(scene.footprint.kv_cache_bytes)}"),
-        ("", f"- freed from the dense model's {format_bytes(scene.dense_footprint.peak_bytes)}"),
+        ("", f"- freed from the dense model's {format_bytes(scene.dense_bytes)}"),
         ("total", f"{format_bytes(scene.footprint.peak_bytes)}, {describe_fit(scene)}"),
         ("accuracy", describe_accuracy(scene)),
         ("reward", "none yet" if scene.reward is None else f"{scene.reward:+.3f}"),

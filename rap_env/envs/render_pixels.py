@@ -13,7 +13,6 @@ from rap_env.envs.render import (
     Scene,
     describe_accuracy,
     describe_fit,
-    describe_reward,
     format_bytes,
     kept_shares,
 )
@@ -95,10 +94,10 @@ def _draw_components(axes: Axes, mask: PruningMask) -> None:
 def _draw_footprint(axes: Axes, scene: Scene) -> None:
     """The stacked bar of bytes, the dense model's outline, and the budget as a line."""
     weights, kv_cache = scene.footprint.weights_bytes, scene.footprint.kv_cache_bytes
-    dense = scene.dense_footprint.peak_bytes
     axes.barh(0, weights, color=_WEIGHTS_COLOUR, height=0.8)
     axes.barh(0, kv_cache, left=weights, color=_KV_CACHE_COLOUR, height=0.8)
-    axes.barh(0, dense, fill=False, edgecolor=_FAINT_COLOUR, linewidth=1.0, linestyle=(0, (4, 2)), height=0.8)
+    outline = {"fill": False, "edgecolor": _FAINT_COLOUR, "linestyle": (0, (4, 2))}
+    axes.barh(0, scene.dense_bytes, linewidth=1.0, height=0.8, **outline)
     if scene.overshoot_bytes > 0:
         over = {"hatch": "xx", "edgecolor": _OVERSHOOT_COLOUR, "linewidth": 0}
         axes.barh(0, scene.overshoot_bytes, left=scene.budget_bytes, fill=False, height=0.8, **over)
@@ -118,14 +117,12 @@ def _draw_footprint(axes: Axes, scene: Scene) -> None:
     )
     axes.set(xlim=(0, 1.01 * scene.axis_bytes), ylim=(-0.65, 0.65), xticks=[], yticks=[])
     _strip_axes(axes)
-    dense_handle = Patch(fill=False, edgecolor=_FAINT_COLOUR, linestyle=(0, (4, 2)))
-    dense_handle.set_label(f"dense {format_bytes(dense)}")
     _legend(
         axes,
         [
             Patch(color=_WEIGHTS_COLOUR, label=f"weights {format_bytes(weights)}"),
             Patch(color=_KV_CACHE_COLOUR, label=f"KV cache {format_bytes(kv_cache)}"),
-            dense_handle,
+            Patch(**outline, label=f"dense {format_bytes(scene.dense_bytes)}"),
         ],
         "upper left",
         (0.0, -0.4),
@@ -140,7 +137,8 @@ def render_rgb(scene: Scene) -> np.ndarray:
     heading = {"fontsize": 15, "fontweight": "bold", "color": _TEXT_COLOUR, "va": "top"}
     caption = {"fontsize": 12, "fontweight": "bold", "color": _TEXT_COLOUR, "va": "bottom"}
     figure.text(left, 0.95, str(scene.workload), **heading)
-    figure.text(right, 0.95, describe_reward(scene), ha="right", **heading)
+    reward = "no reward yet" if scene.reward is None else f"reward {scene.reward:+.3f}"
+    figure.text(right, 0.95, reward, ha="right", **heading)
 
     figure.text(left, 0.80, str(scene.mask), **caption)
     _draw_components(figure.add_axes((left, 0.54, right - left, 0.245)), scene.mask)

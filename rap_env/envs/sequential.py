@@ -3,7 +3,7 @@
 import numpy as np
 from gymnasium import spaces
 
-from rap_env.envs.base import MaskEnv, Move
+from rap_env.envs.base import MaskEnv
 from rap_env.envs.observation import valid_actions
 from rap_env.errors import InvalidMask
 
@@ -73,10 +73,10 @@ class SequentialPruningEnv(MaskEnv):
 
     def action_masks(self) -> np.ndarray:
         """Booleans [n + 1], for MaskablePPO."""
-        fits = self._footprint().peak_bytes <= self._scenario.budget_bytes
+        fits = self._footprint().peak_bytes <= self.scenario.budget_bytes
         return valid_actions(np.array(self._mask.keep), fits)
 
-    def act(self, action: int) -> Move:
+    def act(self, action: int) -> tuple[bool, bool]:
         components = self.shape.components
         action = action.item() if isinstance(action, np.generic | np.ndarray) else action
         if not isinstance(action, int) or not 0 <= action <= len(components):  # -1 would name the last component
@@ -85,5 +85,4 @@ class SequentialPruningEnv(MaskEnv):
         if action < len(components):
             self._mask = self._mask.drop(components[action])
         terminated = action == len(components) or not self._mask.kept
-        truncated = not terminated and self._steps >= 2 * len(components)
-        return Move(terminated, truncated)
+        return terminated, not terminated and self._steps >= 2 * len(components)

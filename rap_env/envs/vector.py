@@ -57,12 +57,10 @@ class PruningVectorEnv(VectorEnv):
         if num_envs < 1:
             raise ValueError(f"expected at least 1 environment; got num_envs={num_envs}")
         super().__init__()
-        self.num_envs = num_envs
+        self.num_envs, self._is_running = num_envs, False
         self.envs = tuple(self.single_class(**arguments) for _ in range(num_envs))
         first = self.envs[0]
-        self.problem = first.problem
-        self.render_mode = first.render_mode
-        self._is_running = False
+        self.problem, self.render_mode = first.problem, first.render_mode
         self.metadata = first.metadata | {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space = first.observation_space
         self.single_action_space = first.action_space
@@ -112,21 +110,20 @@ class PruningVectorEnv(VectorEnv):
         if not self._is_running:
             raise ResetNeeded("there are no running episodes: call reset before the next step")
         self._is_running = False  # until the whole step is taken: an error leaves some environments in the middle of it
-        moves = [env.act(action) for env, action in zip(self.envs, actions, strict=True)]
-        ended = [env for env, move in zip(self.envs, moves, strict=True) if move.ends_episode]
+        ends = [env.act(action) for env, action in zip(self.envs, actions, strict=True)]
+        ended = [env for env, flags in zip(self.envs, ends, strict=True) if any(flags)]
         outcomes = iter(self.problem.evaluate_many([env.case for env in ended]))
         infos: dict[str, Any] = {}
         observations, rewards = [], np.zeros(self.num_envs)
-        for index, (env, move) in enumerate(zip(self.envs, moves, strict=True)):
-            outcome = next(outcomes) if move.ends_episode else None
-            observation, rewards[index], _, _, info = env.finish(move, outcome)
-            if move.ends_episode:
+        for index, (env, flags) in enumerate(zip(self.envs, ends, strict=True)):
+            outcome = next(outcomes) if any(flags) else None
+            observation, rewards[index], _, _, info = env.finish(*flags, outcome)
+            if outcome is not None:
                 infos = self._add_info(infos, {"final_obs": observation, "final_info": info}, index)
                 observation, info = env.reset()
             observations.append(observation)
             infos = self._add_info(infos, info, index)
-        terminations = np.array([move.terminated for move in moves])
-        truncations = np.array([move.truncated for move in moves])
+        terminations, truncations = np.array(ends).T.copy()
         self._is_running = True
         return self._stack(observations), rewards, terminations, truncations, infos
 

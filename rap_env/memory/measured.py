@@ -2,8 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,50 +48,38 @@ def measured_peak(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
     """
     device, peak = torch.device(device), PeakMemory()
     if device.type == "cuda":
-        meter = _allocator(device, peak)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        highest = functools.partial(torch.cuda.max_memory_allocated, device)
     else:
-        _trim()
-        meter = _high_water_mark(peak) if _reset_high_water_mark() else _sampling(peak)
-    with meter:
+        _call_glibc("malloc_trim", 0)  # a block that took freed memory again would seem to need nothing
+        if _reset_high_water_mark():
+            before, highest = _status_bytes("VmHWM"), functools.partial(_status_bytes, "VmHWM")
+        else:
+            before, highest = psutil.Process().memory_info().rss, _sampling()
+    try:
         yield peak
-
-
-@contextlib.contextmanager
-def _allocator(device: torch.device, peak: PeakMemory) -> Iterator[None]:
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    try:
-        yield
     finally:
-        peak.peak_bytes = torch.cuda.max_memory_allocated(device) - before
+        peak.peak_bytes = highest() - before
 
 
-@contextlib.contextmanager
-def _high_water_mark(peak: PeakMemory) -> Iterator[None]:
-    before = _status_bytes("VmHWM")
-    try:
-        yield
-    finally:
-        peak.peak_bytes = _status_bytes("VmHWM") - before
-
-
-@contextlib.contextmanager
-def _sampling(peak: PeakMemory) -> Iterator[None]:
+def _sampling() -> Callable[[], int]:
+    """Starts to read the resident memory; the function that is returned ends that and says the most that was read."""
     process, ended = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
+    samples = [process.memory_info().rss]
 
     def sample() -> None:
         while not ended.wait(_SAMPLING_SECONDS):
-            peak.peak_bytes = max(peak.peak_bytes, process.memory_info().rss - before)
+            samples[0] = max(samples[0], process.memory_info().rss)
+
+    def end() -> int:
+        ended.set()
+        thread.join()
+        return max(samples[0], process.memory_info().rss)
 
     thread = threading.Thread(target=sample, name="measured_peak", daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        peak.peak_bytes = max(peak.peak_bytes, process.memory_info().rss - before)
+    return end
 
 
 def _reset_high_water_mark() -> bool:
@@ -118,11 +107,6 @@ def return_freed_memory() -> bool:
         Whether the C library can do so; only glibc can.
     """
     return _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES) == 1
-
-
-def _trim() -> None:
-    """Gives back what the C library keeps of freed memory: a block that took it again would seem to need nothing."""
-    _call_glibc("malloc_trim", 0)
 
 
 def _call_glibc(name: str, *arguments: int) -> int | None:

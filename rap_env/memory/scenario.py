@@ -1,5 +1,6 @@
 """Scenarios: which workload meets which memory budget."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,15 +52,11 @@ class ScenarioSampler:
         budget_ratio: Sequence[float] = (0.6, 0.95),
         generated_tokens: int = 0,
     ) -> None:
-        for name, (low, high) in {
-            "batch_size": batch_size,
-            "prompt_tokens": prompt_tokens,
-            "budget_ratio": budget_ratio,
-        }.items():
+        ranges = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "budget_ratio": budget_ratio}
+        for name, (low, high) in ranges.items():
             if not 0 < low <= high < math.inf:
                 raise InvalidWorkload(f"{name}: expected 0 < smallest <= largest; got {low} and {high}")
-        self._batch_size, self._prompt_tokens = tuple(batch_size), tuple(prompt_tokens)
-        self._budget_ratio = tuple(budget_ratio)
+        self._batch_size, self._prompt_tokens, self._budget_ratio = map(tuple, ranges.values())
         self._generated_tokens = generated_tokens
 
     def check(self, shape) -> None:
@@ -69,10 +66,8 @@ class ScenarioSampler:
             InfeasibleBudget: The smallest budget ratio can't be met at some corner.
             InvalidWorkload: The longest sequences are beyond the model's context.
         """
-        for batch_size in self._batch_size:
-            for prompt_tokens in self._prompt_tokens:
-                workload = Workload(batch_size, prompt_tokens, self._generated_tokens)
-                Scenario.from_ratio(shape, workload, self._budget_ratio[0])
+        corners = list(itertools.product(self._batch_size, self._prompt_tokens))
+        scenario_grid(shape, corners, self._budget_ratio[:1], self._generated_tokens)
 
     def sample(self, shape, generator: np.random.Generator) -> Scenario:
         """Draws one scenario for a model."""

@@ -36,11 +36,6 @@ class Workload:
         """Longest length that each sequence reaches."""
         return self.prompt_tokens + self.generated_tokens
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens over the whole batch at its largest."""
-        return self.batch_size * self.sequence_tokens
-
     def cached_tokens(self, window: int | None = None) -> int:
         """Tokens over the whole batch that the KV cache holds at its largest.
 

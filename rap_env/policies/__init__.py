@@ -2,10 +2,9 @@
 
 from rap_env.policies.archive import ArchivePolicy
 from rap_env.policies.base import Policy, load_policy, save_policy
-from rap_env.policies.fixed import DensePolicy, OrderPolicy, RandomPolicy
+from rap_env.policies.fixed import DensePolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy
 from rap_env.policies.learned import OneStepPolicy, SequentialPolicy
 from rap_env.policies.milp import MilpPolicy
-from rap_env.policies.orders import NearestOrderPolicy
 
 __all__ = [
     "ArchivePolicy",

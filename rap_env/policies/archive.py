@@ -7,12 +7,12 @@ from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import dense_bytes, footprint
 from rap_env.memory.workload import Workload
-from rap_env.policies.base import policy_kind
+from rap_env.policies.base import Policy, policy_kind
 from rap_env.policies.walk import fit_to_budget
 
 
 @policy_kind
-class ArchivePolicy:
+class ArchivePolicy(Policy):
     """A Pareto front over (weight bytes, KV bytes per token, score) with a lookup.
 
     A mask's score does not depend on the workload, and its bytes do through these two sums alone. So a mask is
@@ -47,9 +47,6 @@ class ArchivePolicy:
         entries = [[[component.name for component in mask.dropped], score] for mask, score in self._entries]
         return {"entries": entries, "order": list(self._order)}
 
-    def tensors(self) -> dict:
-        return {}
-
     @classmethod
     def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping) -> "ArchivePolicy":
         dense = PruningMask.all_kept(shape)
@@ -59,14 +56,13 @@ class ArchivePolicy:
 
 def _pareto_front(evaluated: Iterable[tuple[PruningMask, float]]) -> list[tuple[PruningMask, float]]:
     """Masks that are better than all that need no more of either sum, the best first."""
-    front: list[tuple[PruningMask, float, tuple[int, int]]] = []
-    ranked = [(mask, score, _sums(mask)) for mask, score in evaluated]
-    for mask, score, sums in sorted(ranked, key=lambda entry: (-entry[1], entry[2], entry[0].digest)):
-        if not any(weights <= sums[0] and kv <= sums[1] for _mask, _score, (weights, kv) in front):
-            front.append((mask, score, sums))
-    return [(mask, score) for mask, score, _sums in front]
-
-
-def _sums(mask: PruningMask) -> tuple[int, int]:
-    """Weight bytes and KV bytes per token of what a mask keeps."""
-    return sum(row.weight_bytes for row in mask.kept), sum(row.kv_bytes_per_token for row in mask.kept)
+    costs = {}
+    for mask, score in evaluated:
+        weights, kv = sum(row.weight_bytes for row in mask.kept), sum(row.kv_bytes_per_token for row in mask.kept)
+        costs[mask, score] = weights, kv
+    front: list[tuple[PruningMask, float]] = []
+    for entry in sorted(costs, key=lambda entry: (-entry[1], costs[entry], entry[0].digest)):
+        weights, kv = costs[entry]
+        if not any(costs[better][0] <= weights and costs[better][1] <= kv for better in front):
+            front.append(entry)
+    return front

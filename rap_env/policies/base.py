@@ -5,7 +5,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +20,7 @@ _DESCRIPTION, _FORMAT = "policy.json", 2
 _KINDS: dict[str, type["Policy"]] = {}
 
 
-class Policy(Protocol):
+class Policy:
     """Everything that an agent ends as.
 
     Attributes:
@@ -37,16 +37,20 @@ class Policy(Protocol):
         Raises:
             InfeasibleBudget: No mask of this policy can meet the budget.
         """
+        raise NotImplementedError
 
     def parameters(self) -> dict[str, Any]:
         """What JSON can hold of the policy: the arguments of its constructor besides shape and tensors."""
+        raise NotImplementedError
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its weights by name; empty for policies that learn none."""
+        return {}
 
     @classmethod
     def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping[str, torch.Tensor]) -> "Policy":
         """Builds the policy again from what was saved."""
+        return cls(shape, **parameters)
 
 
 def policy_kind(cls: type) -> type:

@@ -12,12 +12,12 @@ from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import check_feasible, footprint
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
-from rap_env.policies.base import policy_kind
+from rap_env.policies.base import Policy, policy_kind
 from rap_env.policies.network import ComponentNetwork
 from rap_env.policies.walk import fit_to_budget
 
 
-class _NetworkPolicy:
+class _NetworkPolicy(Policy):
     """A `ComponentNetwork`, and the static importance order that its observations carry.
 
     Raises:

@@ -12,11 +12,11 @@ from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import check_feasible, component_bytes, dense_bytes
 from rap_env.memory.workload import Workload
-from rap_env.policies.base import policy_kind
+from rap_env.policies.base import Policy, policy_kind
 
 
 @policy_kind
-class MilpPolicy:
+class MilpPolicy(Policy):
     """Mixed-integer programming on component costs, as Puzzle chooses blocks (arXiv 2411.19146).
 
     With x = 1 for what is dropped:
@@ -69,10 +69,3 @@ class MilpPolicy:
     def parameters(self) -> dict[str, Any]:
         names = (component.name for component in self.shape.components)
         return {"costs": dict(zip(names, self._costs.tolist(), strict=True))}
-
-    def tensors(self) -> dict:
-        return {}
-
-    @classmethod
-    def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping) -> "MilpPolicy":
-        return cls(shape, **parameters)

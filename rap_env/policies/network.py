@@ -5,18 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rap_env.errors import UnknownName
+from rap_env.errors import check_known
 from rap_env.llm.shape import ModelShape
 
-ENTRIES = (  # of an observation that the network reads
-    "memory_budget",
-    "batch_size",
-    "sequence_length",
-    "footprint",
-    "gsi_ranking",
-    "component_bytes",
-    "kept",
-)
+# Entries of an observation that the network reads.
+ENTRIES = ("memory_budget", "batch_size", "sequence_length", "footprint", "gsi_ranking", "component_bytes", "kept")
 _SCENARIO_FEATURES = 5  # budget, batch, length, footprint, excess
 _COMPONENT_FEATURES = 5  # rank, bytes, kept, share of the KV cache, depth
 
@@ -43,12 +36,9 @@ class ComponentNetwork(nn.Module):
     def __init__(self, shape: ModelShape, sequential: bool, width: int = 64, blind_to: Sequence[str] = ()) -> None:
         super().__init__()
         for name in blind_to:
-            if name not in ENTRIES:
-                raise UnknownName("observation entry", name, ENTRIES)
-        self.blind_to = tuple(blind_to)
+            check_known("observation entry", name, ENTRIES)
         n = len(shape.components)
-        self.sequential = sequential
-        self.width = width
+        self.sequential, self.width, self.blind_to = sequential, width, tuple(blind_to)
         self.n_actions = n + sequential
         self.body = nn.Sequential(
             nn.Linear(_SCENARIO_FEATURES + _COMPONENT_FEATURES, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
@@ -72,26 +62,14 @@ class ComponentNetwork(nn.Module):
         """
         observation = observation | {name: torch.zeros_like(observation[name]) for name in self.blind_to}
         budget, footprint = observation["memory_budget"], observation["footprint"]
-        scenario = torch.cat(
-            [
-                budget,
-                observation["batch_size"],
-                observation["sequence_length"],
-                footprint,
-                10.0 * (footprint - budget).clamp(-0.1, 0.1),
-            ],
-            dim=-1,
-        )
-        batch, n = observation["gsi_ranking"].shape
-        components = torch.stack(
-            [2.0 * observation["gsi_ranking"] - 1.0, n * observation["component_bytes"], observation["kept"].float()],
-            dim=-1,
-        )
-        features = torch.cat(
-            [components, self.static.expand(batch, n, 2), scenario[:, None].expand(batch, n, _SCENARIO_FEATURES)],
-            dim=-1,
-        )
-        hidden = self.body(features)
+        excess = 10.0 * (footprint - budget).clamp(-0.1, 0.1)
+        sizes = observation["batch_size"], observation["sequence_length"]
+        scenario = torch.cat([budget, *sizes, footprint, excess], dim=-1)
+        ranking, freed, kept = (observation[name] for name in ("gsi_ranking", "component_bytes", "kept"))
+        batch, n = ranking.shape
+        components = torch.stack([2.0 * ranking - 1.0, n * freed, kept.float()], dim=-1)
+        of_all = self.static.expand(batch, n, 2), scenario[:, None].expand(batch, n, _SCENARIO_FEATURES)
+        hidden = self.body(torch.cat([components, *of_all], dim=-1))
         scores = self.score(hidden)[..., 0] + self.particular(scenario)
         pooled = hidden.mean(dim=1)
         outputs = [scores, self.stop(pooled)] if self.stop is not None else [scores]

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from agents.granularity import GRANULARITIES, Granularity, check_known, distinct_searches
-from rap_env.errors import UnknownName
+from agents.granularity import GRANULARITIES, Granularity, distinct_searches
+from rap_env.errors import UnknownName, check_known
 from rap_env.mask import ATTENTION, KINDS, Component, PruningMask
 from rap_env.memory.footprint import dense_bytes, footprint
 from rap_env.memory.scenario import Scenario, scenario_grid

@@ -36,7 +36,7 @@ def scene() -> Scene:
         mask=dense_mask(30).drop("layer3.attention", "layer11.mlp"),
         workload=Workload(8, 2048, 64),
         footprint=Footprint(weights_bytes=200_000_000, kv_cache_bytes=250_000_000, activation_bytes=1),
-        dense_footprint=Footprint(weights_bytes=270_000_000, kv_cache_bytes=330_000_000, activation_bytes=1),
+        dense_bytes=600_000_000,
         budget_bytes=500_000_000,
         reward=0.5,
         accuracy={"arc_easy": 0.612, "piqa": 0.7},
