@@ -42,9 +42,7 @@ class Bench:
         return scoring.measure(self._llm, instantiate(self._config.model, dtype="float32"), options, progress)
 
     def population(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
-        return population.measure(
-            self._llm, self._evaluator(), self._ranking(), self._options["population"], progress
-        )
+        return population.measure(self._llm, self._evaluator(), self._ranking(), self._options["population"], progress)
 
     def env(self, progress: Callable[[int, int], None]) -> dict[str, Any]:
         importance = ImportanceSource(self._ranking())

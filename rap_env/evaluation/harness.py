@@ -36,19 +36,12 @@ _of_any_length = np.errstate(divide="ignore", invalid="ignore")  # lm-eval divid
 
 @dataclass(frozen=True)
 class _Item:
-    """A row of a task's data set.
-
-    Attributes:
-        index: Which row.
-        requests: lm-eval's, one for each choice; `acc_mutual_info` adds those without context.
-        n_choices: Number of choices.
-        right: The choices that lm-eval counts as right, perhaps none; None if the task has marks of its own only.
-    """
+    """A row of a task's data set."""
 
     index: int
-    requests: tuple
+    requests: tuple  # lm-eval's, one for each choice; `acc_mutual_info` adds those without context
     n_choices: int
-    right: tuple[int, ...] | None
+    right: tuple[int, ...] | None  # what lm-eval counts as right; None if the task has marks of its own only
 
     @property
     def text(self) -> str:

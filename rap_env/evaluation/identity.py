@@ -22,9 +22,6 @@ def engine_identity(llm: Any) -> dict:
 
     Args:
         llm: Has `digest`, `tokenizer_digest`, `dtype` and `device`.
-
-    Returns:
-        JSON values only.
     """
     return {
         "engine": ENGINE_VERSION,
@@ -32,13 +29,11 @@ def engine_identity(llm: Any) -> dict:
         "model": llm.digest,
         "tokenizer": llm.tokenizer_digest,
         "dtype": str(llm.dtype),
-        "versions": dict(_versions()),
+        "versions": {name: _version(name) for name in ("torch", "transformers")},
     }
 
 
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+_version = functools.cache(importlib.metadata.version)
 
 
 def numeric_platform(device: torch.device | str) -> dict:

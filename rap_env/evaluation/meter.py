@@ -17,17 +17,11 @@ from rap_env.rng import isolated_rng
 
 
 class Spending(NamedTuple):
-    """One entry of a token budget's history.
+    """One entry of a token budget's history."""
 
-    Attributes:
-        owner: What asked: an evaluator's identity as a digest.
-        key: What was asked about, as a rule a mask.
-        spent_tokens: Tokens that were spent when this was paid.
-    """
-
-    owner: str
-    key: object
-    spent_tokens: int
+    owner: str  # what asked: an evaluator's identity as a digest
+    key: object  # what was asked about, as a rule a mask
+    spent_tokens: int  # the entry's own included
 
 
 class TokenBudget:
@@ -144,21 +138,19 @@ class Meter:
         unknown = [mask for mask in dict.fromkeys(masks) if mask not in self.known]
         if not unknown:
             return set()
-        measured: set[PruningMask] = set()
 
         def measure(indices: Sequence[int]) -> Iterator[tuple[int, dict]]:
             position = {unknown[index]: index for index in indices}
             with isolated_rng():
                 for mask, evaluation in self.evaluator.evaluate_many(self.llm, list(position), near):
                     self.known[mask] = self._checked(evaluation)
-                    measured.add(mask)
                     self.fresh_evaluations += 1
                     yield position[mask], asdict(evaluation)
 
-        results, _indices = measured_once(self.store, [self.identity(mask) for mask in unknown], measure)
+        results, measured = measured_once(self.store, [self.identity(mask) for mask in unknown], measure)
         for mask, result in zip(unknown, results, strict=True):
             self.known.setdefault(mask, Evaluation(**result))
-        return measured
+        return {unknown[index] for index in measured}
 
     def affordable(self, masks: Sequence[PruningMask]) -> list[PruningMask]:
         """Those of the masks, in their order, that the budget still pays for; what was paid before costs nothing."""
