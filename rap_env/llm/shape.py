@@ -69,9 +69,7 @@ class ModelShape:
     def from_model(cls, model: nn.Module) -> "ModelShape":
         """Counts a model's own tensors, so that biases, query norms, ties and number formats are exactly its own.
 
-        Raises:
-            UnknownName: The architecture table does not know the family.
-            UnsupportedArchitecture: The layers are not alike, or not pre-norm.
+        Raises what `from_config` raises.
         """
         config, layers = model.config, decoder_layers(model)
         attention = layers[0].module.self_attn
@@ -102,11 +100,7 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelShape":
-        """Builds a shape again from `to_dict`.
-
-        Raises:
-            TypeError, KeyError: It is not what `to_dict` returned.
-        """
+        """Builds a shape again from `to_dict`; `TypeError` or `KeyError` where it is something else."""
         rows = [row | {"site": Site(**row["site"])} for row in values["components"]]
         return cls(**{**values, "components": tuple(Component(**row) for row in rows)})
 
