@@ -72,7 +72,7 @@ class ScoringPlan:
         assert all(context and continuation for context, continuation in pairs), "see fit_to_context"
         self.pairs = pairs
         requests = sorted(_requests(pairs, batch_tokens), key=lambda request: len(request.tree))
-        self._batches = list(_cut(requests, batch_tokens))
+        self._batches = _cut(requests, batch_tokens)
 
     @property
     def tokens(self) -> int:
@@ -85,12 +85,7 @@ class ScoringPlan:
         return len(self._batches)
 
     def peak_bytes(self, shape, n_masks: int = 1) -> int:
-        """Predicted peak of what scoring needs beside the weights.
-
-        Args:
-            shape: The model's `ModelShape`.
-            n_masks: Masks that are scored together; log2 of them are held as streams.
-        """
+        """Predicted peak of what scoring so many masks together needs beside the weights of a `ModelShape`."""
         largest = max((sum(len(request.tree) for request in batch) for batch in self._batches), default=0)
         return working_bytes(shape, largest, 2 + max(1, n_masks).bit_length(), _HEAD_ROWS)
 
@@ -100,11 +95,7 @@ class ScoringPlan:
         return sum(1 + sum(map(len, request.owners)) for batch in self._batches for request in batch)
 
     def run(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[Score]]]:
-        """Scores all pairs under each mask, whatever mask is applied.
-
-        Args:
-            llm: The model.
-            masks: Distinct masks; what they have in common in front is run once.
+        """Scores all pairs under each of several distinct masks, whatever mask is applied.
 
         Yields:
             Each mask with the pairs' scores, as soon as its last batch is done.
@@ -145,17 +136,16 @@ def _requests(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[_Request]:
         yield request
 
 
-def _cut(requests: list[_Request], batch_tokens: int) -> Iterator[list[_Request]]:
+def _cut(requests: list[_Request], batch_tokens: int) -> list[list[_Request]]:
     """Cuts requests into batches of at most `batch_tokens` tokens (at least one request each)."""
-    batch, tokens = [], 0
+    batches, tokens = [], 0
     for request in requests:
-        if batch and tokens + len(request.tree) > batch_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(request)
+        if not batches or tokens + len(request.tree) > batch_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(request)
         tokens += len(request.tree)
-    if batch:
-        yield batch
+    return batches
 
 
 class _Reading:

@@ -15,15 +15,10 @@ PACKED_ATTENTION = "rap_packed"
 
 @dataclass(frozen=True)
 class TokenTree:
-    """A context and the continuations that follow it, each read as if it were the only one.
+    """A context and the continuations that follow it, each read as if it were the only one."""
 
-    Attributes:
-        context: Tokens of the trunk, at least one.
-        branches: Tokens of each branch, at least one each.
-    """
-
-    context: tuple[int, ...]
-    branches: tuple[tuple[int, ...], ...] = ()
+    context: tuple[int, ...]  # at least one token
+    branches: tuple[tuple[int, ...], ...] = ()  # at least one token each
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.branches))
