@@ -143,15 +143,10 @@ class HarnessEvaluator(Evaluator):
         return other
 
     def tokens(self, llm: SwitchableLLM) -> int:
-        """Tokens that evaluating one mask forwards; raises what `plan` raises."""
         return self.plan(llm).tokens
 
     def plan(self, llm: SwitchableLLM) -> ScoringPlan:
-        """How the requests are forwarded with a model's tokenizer.
-
-        Raises:
-            EvaluationFailed: The named item has a context or a choice that can't be scored.
-        """
+        """How the requests are forwarded with a model's tokenizer; `EvaluationFailed` names an item that can't be."""
         key = llm.tokenizer, llm.shape.context_tokens
         if self._planned[0] != key:
             lm = _Encoder(llm)

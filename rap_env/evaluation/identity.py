@@ -40,8 +40,8 @@ def numeric_platform(device: torch.device | str) -> dict:
     """What floating-point results depend on beside the code: two machines that differ here may round differently.
 
     Returns:
-        JSON values: for a CPU its maker and features and the build of PyTorch with its BLAS and oneDNN, for a GPU its
-        name and the versions of its libraries. The same in all processes of a machine.
+        For a CPU its maker and features and the build of PyTorch with its BLAS and oneDNN, for a GPU its name and the
+        versions of its libraries. The same in all processes of a machine.
     """
     return dict(_platform(torch.device(device).type, str(device)))
 
