@@ -42,7 +42,7 @@ CLAIMS = sa.Table(
     sa.Column("owner", sa.Text, nullable=False),
     sa.Column("renewed_at", sa.Double, nullable=False),  # seconds since 1970
 )
-_LOCK = sa.select(sa.func.pg_advisory_xact_lock(APPLICATION_ID))  # ends with the transaction
+_LOCK = f"SELECT pg_advisory_xact_lock({APPLICATION_ID})"  # ends with the transaction
 # SQLITE_ERROR is "no such table" here, as the statements are fixed.
 _SQLITE_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT, sqlite3.SQLITE_ERROR)
 _POSTGRESQL_DAMAGE = ("XX", "42P01", "42703")  # internal error or corruption, no such table, no such column
@@ -63,11 +63,11 @@ class Database:
     def __init__(self, location: str | Path | sa.URL) -> None:
         self.location = _path_or_url(location)
         self.name = str(self.location)
-        open_engine = _open_sqlite if isinstance(self.location, Path) else _open_postgresql
+        is_file = isinstance(self.location, Path)
+        self._begin = ("BEGIN IMMEDIATE",) if is_file else ("BEGIN", _LOCK)
         with _IN_USE, _explained(self.name):
-            self._engine = open_engine(self.location)
+            self._engine = (_open_sqlite if is_file else _open_postgresql)(self.location)
             _ENGINES.add(self._engine)
-        self.dialect = self._engine.dialect.name
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[sa.Connection]:
@@ -79,11 +79,8 @@ class Database:
     def transaction(self) -> Iterator[sa.Connection]:
         """A connection that alone may write until the block ends; a block that raises has written nothing."""
         with self.connection() as connection:
-            if self.dialect == "sqlite":
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            else:
-                connection.exec_driver_sql("BEGIN")
-                connection.execute(_LOCK)
+            for statement in self._begin:
+                connection.exec_driver_sql(statement)
             try:
                 yield connection
                 connection.exec_driver_sql("COMMIT")
@@ -244,7 +241,7 @@ def _open_postgresql(url: sa.URL) -> sa.Engine:
     except ImportError as error:
         raise StoreUnavailable(f"{url} needs psycopg: pip install 'rap-env[postgresql]' ({error})") from error
     with setup.begin() as connection:
-        connection.execute(_LOCK)  # IF NOT EXISTS alone fails when two processes create at once
+        connection.exec_driver_sql(_LOCK)  # IF NOT EXISTS alone fails when two processes create at once
         inspector = sa.inspect(connection)
         present = {table.name for table in _METADATA.sorted_tables if inspector.has_table(table.name)}
         for name in sorted(present):

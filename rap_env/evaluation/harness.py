@@ -36,19 +36,12 @@ _of_any_length = np.errstate(divide="ignore", invalid="ignore")  # lm-eval divid
 
 @dataclass(frozen=True)
 class _Item:
-    """A row of a task's data set.
-
-    Attributes:
-        index: Which row.
-        requests: lm-eval's, one for each choice; `acc_mutual_info` adds those without context.
-        n_choices: Number of choices.
-        right: The choices that lm-eval counts as right, perhaps none; None if the task has marks of its own only.
-    """
+    """A row of a task's data set."""
 
     index: int
-    requests: tuple
+    requests: tuple  # lm-eval's, one for each choice; `acc_mutual_info` adds those without context
     n_choices: int
-    right: tuple[int, ...] | None
+    right: tuple[int, ...] | None  # what lm-eval counts as right; None if the task has marks of its own only
 
     @property
     def text(self) -> str:
@@ -150,15 +143,10 @@ class HarnessEvaluator(Evaluator):
         return other
 
     def tokens(self, llm: SwitchableLLM) -> int:
-        """Tokens that evaluating one mask forwards; raises what `plan` raises."""
         return self.plan(llm).tokens
 
     def plan(self, llm: SwitchableLLM) -> ScoringPlan:
-        """How the requests are forwarded with a model's tokenizer.
-
-        Raises:
-            EvaluationFailed: The named item has a context or a choice that can't be scored.
-        """
+        """How the requests are forwarded with a model's tokenizer; `EvaluationFailed` names an item that can't be."""
         key = llm.tokenizer, llm.shape.context_tokens
         if self._planned[0] != key:
             lm = _Encoder(llm)

@@ -22,9 +22,6 @@ def engine_identity(llm: Any) -> dict:
 
     Args:
         llm: Has `digest`, `tokenizer_digest`, `dtype` and `device`.
-
-    Returns:
-        JSON values only.
     """
     return {
         "engine": ENGINE_VERSION,
@@ -32,21 +29,19 @@ def engine_identity(llm: Any) -> dict:
         "model": llm.digest,
         "tokenizer": llm.tokenizer_digest,
         "dtype": str(llm.dtype),
-        "versions": dict(_versions()),
+        "versions": {name: _version(name) for name in ("torch", "transformers")},
     }
 
 
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+_version = functools.cache(importlib.metadata.version)
 
 
 def numeric_platform(device: torch.device | str) -> dict:
     """What floating-point results depend on beside the code: two machines that differ here may round differently.
 
     Returns:
-        JSON values: for a CPU its maker and features and the build of PyTorch with its BLAS and oneDNN, for a GPU its
-        name and the versions of its libraries. The same in all processes of a machine.
+        For a CPU its maker and features and the build of PyTorch with its BLAS and oneDNN, for a GPU its name and the
+        versions of its libraries. The same in all processes of a machine.
     """
     return dict(_platform(torch.device(device).type, str(device)))
 

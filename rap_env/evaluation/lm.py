@@ -58,7 +58,10 @@ class RapLM(HFLM):
         if self.prefix_token_id is None:
             raise EvaluationFailed(f"the tokenizer of {llm.name} has neither BOS nor EOS; lm-eval needs one of them")
         if mask is not None:
-            llm.apply(_read_mask(Path(mask).expanduser(), llm))
+            path = Path(mask).expanduser()
+            if not path.is_file():
+                raise InvalidMask(f"expected a file that holds a pruning mask; there is no {path}")
+            llm.apply(PruningMask.from_json(llm.shape, path.read_text(encoding="utf-8")))
 
     def plan(self, requests: Sequence[tuple]) -> ScoringPlan:
         """How requests are forwarded.
@@ -74,9 +77,3 @@ class RapLM(HFLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> list[Score]:
         return next(self.plan(requests).run(self.llm, [self.llm.mask]))[1] if requests else []
-
-
-def _read_mask(path: Path, llm: SwitchableLLM) -> PruningMask:
-    if not path.is_file():
-        raise InvalidMask(f"expected a file that holds a pruning mask; there is no {path}")
-    return PruningMask.from_json(llm.shape, path.read_text(encoding="utf-8"))

@@ -17,17 +17,11 @@ from rap_env.rng import isolated_rng
 
 
 class Spending(NamedTuple):
-    """One entry of a token budget's history.
+    """One entry of a token budget's history."""
 
-    Attributes:
-        owner: What asked: an evaluator's identity as a digest.
-        key: What was asked about, as a rule a mask.
-        spent_tokens: Tokens that were spent when this was paid.
-    """
-
-    owner: str
-    key: object
-    spent_tokens: int
+    owner: str  # what asked: an evaluator's identity as a digest
+    key: object  # what was asked about, as a rule a mask
+    spent_tokens: int  # the entry's own included
 
 
 class TokenBudget:
@@ -144,34 +138,32 @@ class Meter:
         unknown = [mask for mask in dict.fromkeys(masks) if mask not in self.known]
         if not unknown:
             return set()
-        measured: set[PruningMask] = set()
 
         def measure(indices: Sequence[int]) -> Iterator[tuple[int, dict]]:
             position = {unknown[index]: index for index in indices}
             with isolated_rng():
                 for mask, evaluation in self.evaluator.evaluate_many(self.llm, list(position), near):
-                    self.known[mask] = self._checked(evaluation)
-                    measured.add(mask)
+                    self._check(evaluation)
+                    self.known[mask] = evaluation
                     self.fresh_evaluations += 1
                     yield position[mask], asdict(evaluation)
 
-        results, _indices = measured_once(self.store, [self.identity(mask) for mask in unknown], measure)
+        results, measured = measured_once(self.store, [self.identity(mask) for mask in unknown], measure)
         for mask, result in zip(unknown, results, strict=True):
             self.known.setdefault(mask, Evaluation(**result))
-        return measured
+        return {unknown[index] for index in measured}
 
     def affordable(self, masks: Sequence[PruningMask]) -> list[PruningMask]:
         """Those of the masks, in their order, that the budget still pays for; what was paid before costs nothing."""
-        left = self.budget.left
-        if self.evaluator.setup_tokens and not self.budget.has_paid(self.owner, "setup"):
+        left, affordable = self.budget.left, []
+        if not self.budget.has_paid(self.owner, "setup"):
             left -= self.evaluator.setup_tokens
-        paid: dict[PruningMask, None] = {}
         for mask in dict.fromkeys(masks):
             price = 0 if self.budget.has_paid(self.owner, mask) else self.tokens_each
             if price <= left:
-                paid[mask] = None
+                affordable.append(mask)
                 left -= price
-        return list(paid)
+        return affordable
 
     def identity(self, mask: PruningMask) -> dict:
         """The key of an evaluation: everything that its result depends on."""
@@ -181,10 +173,9 @@ class Meter:
             "dropped": [component.name for component in mask.dropped],
         }
 
-    def _checked(self, evaluation: Evaluation) -> Evaluation:
+    def _check(self, evaluation: Evaluation) -> None:
         if not math.isfinite(evaluation.score):
             raise EvaluationFailed(
                 f"the score on {self.evaluator.name} is {evaluation.score} in {self.llm.dtype}, not a finite number:"
                 " activations overflow in float16; load the model with dtype=bfloat16 or float32"
             )
-        return evaluation

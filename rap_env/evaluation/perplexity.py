@@ -25,11 +25,6 @@ def tokens_digest(windows: torch.Tensor) -> str:
     return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
-def head_rows(shape) -> int:
-    """How many rows of all of a vocabulary's logits `token_losses` needs the memory of."""
-    return math.ceil(_TILE_ROWS * _TILE_WORDS / max(shape.vocab_size, _TILE_WORDS))
-
-
 def token_losses(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Losses [B, T - 1] of predicting every token of each window but the first, in float64.
 
@@ -126,7 +121,8 @@ class TextEvaluator(Evaluator):
         """
         tokens = self.windows[self.batches()[0]].numel()
         passing = 2 + max(1, n_masks).bit_length()  # what `run_masks` was given, what it gave last, what waits in it
-        return working_bytes(llm.shape, tokens, passing + held_streams, head_rows(llm.shape))
+        head_rows = math.ceil(_TILE_ROWS * _TILE_WORDS / max(llm.shape.vocab_size, _TILE_WORDS))
+        return working_bytes(llm.shape, tokens, passing + held_streams, head_rows)
 
     def batches(self) -> list[slice]:
         """Windows that are forwarded at once."""

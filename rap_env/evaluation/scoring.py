@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations, for as few forwarded tokens and logits as the requests allow."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -46,23 +46,15 @@ def fit_to_context(context: Sequence[int], continuation: Sequence[int], context_
 
 @dataclass
 class _Request:
-    """A tree with the pairs that it answers: `owners[b]` are those whose last input token ends branch b - 1, and
-    `owners[0]` those whose continuation is one token, predicted from the context alone."""
+    """A context, and by branch the pairs whose continuation is the branch and one token more: without any branch those
+    of a single token, which is predicted from the context alone."""
 
     context: tuple[int, ...]
-    branches: list[tuple[int, ...]] = field(default_factory=list)
-    owners: list[list[int]] = field(default_factory=lambda: [[]])
+    owners: dict[tuple[int, ...], list[int]]
 
     @property
     def tree(self) -> TokenTree:
-        return TokenTree(self.context, tuple(self.branches))
-
-    def add(self, branch: tuple[int, ...], owners: list[int]) -> None:
-        if branch:
-            self.branches.append(branch)
-            self.owners.append(owners)
-        else:
-            self.owners[0] = owners
+        return TokenTree(self.context, tuple(branch for branch in self.owners if branch))
 
 
 class ScoringPlan:
@@ -80,7 +72,7 @@ class ScoringPlan:
         assert all(context and continuation for context, continuation in pairs), "see fit_to_context"
         self.pairs = pairs
         requests = sorted(_requests(pairs, batch_tokens), key=lambda request: len(request.tree))
-        self._batches = list(_cut(requests, batch_tokens))
+        self._batches = _cut(requests, batch_tokens)
 
     @property
     def tokens(self) -> int:
@@ -93,26 +85,17 @@ class ScoringPlan:
         return len(self._batches)
 
     def peak_bytes(self, shape, n_masks: int = 1) -> int:
-        """Predicted peak of what scoring needs beside the weights.
-
-        Args:
-            shape: The model's `ModelShape`.
-            n_masks: Masks that are scored together; log2 of them are held as streams.
-        """
+        """Predicted peak of what scoring so many masks together needs beside the weights of a `ModelShape`."""
         largest = max((sum(len(request.tree) for request in batch) for batch in self._batches), default=0)
         return working_bytes(shape, largest, 2 + max(1, n_masks).bit_length(), _HEAD_ROWS)
 
     @property
     def head_rows(self) -> int:
         """Positions whose logits are computed."""
-        return sum(1 + sum(map(len, request.branches)) for batch in self._batches for request in batch)
+        return sum(1 + sum(map(len, request.owners)) for batch in self._batches for request in batch)
 
     def run(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[Score]]]:
-        """Scores all pairs under each mask, whatever mask is applied.
-
-        Args:
-            llm: The model.
-            masks: Distinct masks; what they have in common in front is run once.
+        """Scores all pairs under each of several distinct masks, whatever mask is applied.
 
         Yields:
             Each mask with the pairs' scores, as soon as its last batch is done.
@@ -143,27 +126,26 @@ def _requests(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[_Request]:
         branches.setdefault(context, {}).setdefault(continuation[:-1], []).append(index)
     for context, owners_of in branches.items():
         room = min(_BRANCHING * len(context), batch_tokens - len(context))
-        request, left = _Request(context), room
+        request, left = _Request(context, {}), room
         for branch, owners in owners_of.items():
-            if branch and request.branches and len(branch) > left:
+            if branch and left < room and len(branch) > left:
                 yield request
-                request, left = _Request(context), room
-            request.add(branch, owners)
+                request, left = _Request(context, {}), room
+            request.owners[branch] = owners
             left -= len(branch)
         yield request
 
 
-def _cut(requests: list[_Request], batch_tokens: int) -> Iterator[list[_Request]]:
+def _cut(requests: list[_Request], batch_tokens: int) -> list[list[_Request]]:
     """Cuts requests into batches of at most `batch_tokens` tokens (at least one request each)."""
-    batch, tokens = [], 0
+    batches, tokens = [], 0
     for request in requests:
-        if batch and tokens + len(request.tree) > batch_tokens:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(request)
+        if not batches or tokens + len(request.tree) > batch_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(request)
         tokens += len(request.tree)
-    if batch:
-        yield batch
+    return batches
 
 
 class _Reading:
@@ -177,7 +159,7 @@ class _Reading:
         for request, start in zip(batch, starts, strict=True):
             first_row, end = len(positions), start + len(request.context)
             positions.append(end - 1)
-            for branch, owners in zip([(), *request.branches], request.owners, strict=True):
+            for branch, owners in request.owners.items():
                 rows = [first_row, *range(len(positions), len(positions) + len(branch))]
                 positions += range(end, end + len(branch))
                 end += len(branch)
@@ -192,10 +174,7 @@ class _Reading:
 
     def read(self, llm: SwitchableLLM, stream: torch.Tensor) -> Iterator[tuple[int, float, bool]]:
         """Pair, log-probability and greediness of each predicted token, from the final stream [N, H]."""
-        logprobs, greedy = self._logprobs(llm, stream[self._positions])
-        return zip(self._pairs, logprobs.tolist(), greedy.tolist(), strict=True)
-
-    def _logprobs(self, llm: SwitchableLLM, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        states = stream[self._positions]
         logprobs = torch.empty(len(self._rows), device=states.device)
         greedy = torch.empty(len(self._rows), dtype=torch.bool, device=states.device)
         lanes = n_lanes(len(states), states.device)
@@ -213,4 +192,4 @@ class _Reading:
                 greedy[first:last] = logits[rows, tokens] == logits.amax(-1)[rows]
 
         in_lanes(read_rows, cut([1] * (len(starts) - 1), lanes))
-        return logprobs, greedy
+        return zip(self._pairs, logprobs.tolist(), greedy.tolist(), strict=True)

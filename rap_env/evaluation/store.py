@@ -12,18 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from rap_env.evaluation.database import CLAIMS, EVALUATIONS, Database, damaged
 from rap_env.evaluation.owners import is_gone, this_process
 
 _FIND = sa.select(EVALUATIONS.c.identity, EVALUATIONS.c.result).where(EVALUATIONS.c.digest == sa.bindparam("digest"))
-_COUNT = sa.select(sa.func.count()).select_from(EVALUATIONS)
-_INSERT = {
-    "sqlite": sqlite.insert(EVALUATIONS).on_conflict_do_nothing(index_elements=["digest"]),
-    "postgresql": postgresql.insert(EVALUATIONS).on_conflict_do_nothing(index_elements=["digest"]),
-}
-_RENEW = sa.update(CLAIMS).where(CLAIMS.c.owner == sa.bindparam("me")).values(renewed_at=sa.bindparam("now"))
 
 
 def _json(kind: str, value: Mapping, **options: object) -> str:
@@ -46,14 +39,6 @@ def identity_digest(identity: Mapping) -> str:
     return hashlib.sha256(_canonical_json(identity).encode()).hexdigest()
 
 
-def _exact_json(result: Mapping) -> str:
-    text = _json("a result", result)
-    # A stored result must equal the fresh one, or a search would depend on who evaluated first.
-    if json.loads(text) != dict(result):
-        raise ValueError(f"expected lists and string keys, as tuples and other keys change in JSON; got {result!r}")
-    return text
-
-
 class ResultStore:
     """Finished evaluations under their full identity, in SQLite or PostgreSQL; safe among threads and processes.
 
@@ -61,26 +46,23 @@ class ResultStore:
     refused like any other damage, because stores appear complete and only a lost store leaves no bytes. The check at
     opening reads the file once. A store may be pickled and may be open across a fork.
 
+    Opening and every method may raise `StoreDamaged` and `StoreUnavailable`; an identity or a result that is not made
+    of finite JSON values is a `ValueError`.
+
     Args:
         location: A path (`~` is the home folder), `sqlite:///path`, or `postgresql+psycopg://user@host/database`.
 
     Raises:
         ValueError: The location is neither, or names a store in memory.
         StoreDamaged: What is there can't be read, or has another schema; it is left as it was found.
-        StoreUnavailable: It can't be opened now: no permission, no server, no driver, locked for too long.
+        StoreUnavailable: It can't be used now: no permission, no server, no driver, locked for too long, full.
     """
 
     def __init__(self, location: str | Path | sa.URL) -> None:
         self._database = Database(location)
 
     def get(self, identity: Mapping) -> dict | None:
-        """The stored result of exactly this identity, or None.
-
-        Raises:
-            ValueError: The identity is not made of finite JSON values.
-            StoreDamaged: The store can't be read, or the row found belongs to another identity.
-            StoreUnavailable: The store can't be reached now.
-        """
+        """The stored result of exactly this identity, or None; a row of another identity counts as damage."""
         asked = _canonical_json(identity)
         digest = hashlib.sha256(asked.encode()).hexdigest()
         with self._database.connection() as connection:
@@ -99,20 +81,19 @@ class ResultStore:
         """Stores a result; on disk when this returns, and the claim on it ends. The first result of an identity stays.
 
         Raises:
-            ValueError: Identity or result hold NaN or infinity, or the result would not come back equal from JSON.
-            StoreDamaged: The store can't be read.
-            StoreUnavailable: The store can't be written now: locked for too long, full, read-only, unreachable.
+            ValueError: Also if the result would not come back equal from JSON.
         """
-        values = {
-            "digest": identity_digest(identity),
-            "identity": _canonical_json(identity),
-            "result": _exact_json(result),
-            "created_at": datetime.now(UTC).isoformat(),
-        }
+        digest, text = identity_digest(identity), _json("a result", result)
+        # A stored result must equal the fresh one, or a search would depend on who evaluated first.
+        if json.loads(text) != dict(result):
+            raise ValueError(f"expected lists and string keys, as tuples and other keys change in JSON; got {result!r}")
+        row = (digest, _canonical_json(identity), text, datetime.now(UTC).isoformat())
         with self._database.transaction() as connection:
-            connection.execute(_INSERT[self._database.dialect], values)
-            connection.execute(sa.delete(CLAIMS).where(CLAIMS.c.digest == values["digest"]))
-            connection.execute(_RENEW, {"me": this_process(), "now": time.time()})
+            if connection.scalar(sa.select(EVALUATIONS.c.digest).where(EVALUATIONS.c.digest == digest)) is None:
+                connection.execute(sa.insert(EVALUATIONS).values(row))
+            connection.execute(sa.delete(CLAIMS).where(CLAIMS.c.digest == digest))
+            mine = sa.update(CLAIMS).where(CLAIMS.c.owner == this_process())
+            connection.execute(mine.values(renewed_at=time.time()))
 
     def claim(self, identities: Sequence[Mapping]) -> list[bool]:
         """Takes the right to measure what has no result and is claimed by nobody, this process included.
@@ -122,11 +103,6 @@ class ResultStore:
 
         Returns:
             For each identity whether it is the caller's to measure now.
-
-        Raises:
-            ValueError: An identity is not made of finite JSON values.
-            StoreDamaged: The store can't be read.
-            StoreUnavailable: As of `put`.
         """
         digests = [identity_digest(identity) for identity in identities]
         with self._database.transaction() as connection:
@@ -141,14 +117,14 @@ class ResultStore:
         return [digest in free for digest in digests]
 
     def release(self, identities: Sequence[Mapping]) -> None:
-        """Gives up this process's claims, so that others may measure; claims of others stay. Raises what `put` does."""
+        """Gives up this process's claims, so that others may measure; claims of others stay."""
         digests = [identity_digest(identity) for identity in identities]
         with self._database.transaction() as connection:
             connection.execute(sa.delete(CLAIMS).where(CLAIMS.c.digest.in_(digests), CLAIMS.c.owner == this_process()))
 
     def __len__(self) -> int:
         with self._database.connection() as connection:
-            return connection.execute(_COUNT).scalar_one()
+            return connection.scalar(sa.select(sa.func.count()).select_from(EVALUATIONS))
 
     def __bool__(self) -> bool:
         return True  # without this an empty store is false, and `if store:` would never fill it

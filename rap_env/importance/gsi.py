@@ -50,11 +50,8 @@ class ImportanceRanking:
         """Names from the least to the most loss for each byte that dropping the component frees at a workload.
 
         Takes the increases of the dense model as they are, so it costs no evaluation. To rank by loss per byte on the
-        shrinking model, give `greedy_sequential_importance` the workload.
-
-        Args:
-            shape: The model's `ModelShape`.
-            workload: The request batch; long ones make attentions expensive to keep, short ones MLPs.
+        shrinking model, give `greedy_sequential_importance` the workload. Long requests make attentions expensive to
+        keep, short ones MLPs.
         """
         freed = bytes_by_name(shape, workload)
         return tuple(sorted(self.increases, key=lambda name: price(self.increases[name], freed[name])))

@@ -20,7 +20,7 @@ def price(increase: float, freed: float) -> float:
 
 
 class Rounds:
-    """The shrinking model of one greedy search; a subclass says which masks a round evaluates.
+    """The shrinking model of one greedy search; a subclass plays the rounds (`remove_least_important`).
 
     Args:
         shape: The model's `ModelShape`.
@@ -46,19 +46,12 @@ class Rounds:
         self.seconds = 0.0
         self._freed = freed
 
-    def remove_least_important(self) -> Removal:
-        """Plays one round."""
-        raise NotImplementedError
-
     def left(self) -> list[str]:
         """Names of what was not removed, the least important first."""
         return sorted((component.name for component in self.mask.kept), key=self._price)
 
     def _price(self, name: str) -> float:
         return price(self.increases.get(name, 0.0), self._freed[name])
-
-    def _cheapest(self) -> str:
-        return min(self.increases, key=self._price)
 
     def _losses(self, meter: Meter, names: Sequence[str], near: PruningMask | None = None) -> dict[str, float]:
         """Losses of the present mask without each of some components, evaluated together."""
@@ -82,6 +75,6 @@ class ExactRounds(Rounds):
         self.known |= {self.mask.drop(name): loss for name, loss in losses.items()}
         self.increases = {name: loss - self.loss for name, loss in losses.items()}
         self.first_increases = self.first_increases or self.increases
-        name = self._cheapest()
+        name = min(self.increases, key=self._price)
         self.mask, self.loss = self.mask.drop(name), losses[name]
         return Removal(name, self.loss)

@@ -16,23 +16,14 @@ from rap_env.mask import ATTENTION
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a pre-norm decoder family keeps its parts; each string is an attribute path.
+    """Where a pre-norm decoder family keeps its parts; each string is an attribute path."""
 
-    Attributes:
-        decoder: From the causal LM to the module that holds the layers.
-        attention_norm: From a layer to the norm in front of the attention.
-        mlp_norm: From a layer to the norm in front of the MLP.
-        mlp_modules: From a layer to the modules that hold the MLP's weights.
-        final_norm: From the decoder to the norm after the last layer.
-        mlp: Runs the MLP of a layer on normed hidden states [batch, tokens, hidden].
-    """
-
-    decoder: str
-    attention_norm: str
-    mlp_norm: str
-    mlp_modules: tuple[str, ...]
-    final_norm: str
-    mlp: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    decoder: str  # from the causal LM to the module that holds the layers
+    attention_norm: str  # from a layer to the norm in front of the attention
+    mlp_norm: str  # from a layer to the norm in front of the MLP
+    mlp_modules: tuple[str, ...]  # from a layer to the modules that hold the MLP's weights
+    final_norm: str  # from the decoder to the norm after the last layer
+    mlp: Callable[[nn.Module, torch.Tensor], torch.Tensor]  # of a layer, on normed states [batch, tokens, hidden]
 
 
 def _opt_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -106,8 +97,6 @@ def submodule(module: nn.Module, path: str) -> nn.Module:
 class DecoderLayer:
     """A transformers decoder layer seen as two residual functions.
 
-    Shapes: B sequences, T tokens, H hidden size.
-
     Args:
         layer: The upstream module, unchanged.
         architecture: The family's row of the table.
@@ -126,7 +115,7 @@ class DecoderLayer:
         self._packed_attention.config._attn_implementation = PACKED_ATTENTION
 
     def run(self, kind: str, hidden: torch.Tensor, context: dict) -> torch.Tensor:
-        """Adds one site's output to the residual stream, [B, T, H] -> [B, T, H].
+        """Adds one site's output to the residual stream, [batch, tokens, hidden] -> the same.
 
         Args:
             kind: `"attention"` or `"mlp"`.

@@ -61,24 +61,22 @@ def check_weights(source: str, model: nn.Module, report: Mapping[str, Any]) -> N
     Raises:
         ModelUnavailable: Files and config disagree on the weights or on the family.
     """
+    named, family = model.config.architectures or [], type(model).__name__.removesuffix("ForCausalLM")
     if sizes := sorted(report["mismatched_keys"]):
         name, in_files, by_config = sizes[0]
-        raise ModelUnavailable(
-            f"can't load {source!r}: {len(sizes)} weights in its files have other sizes than by its config, first"
+        problem = (
+            f"{len(sizes)} weights in its files have other sizes than by its config, first"
             f" {name!r} with {list(in_files)} for {list(by_config)}; all layers have to be alike"
         )
-    if missing := sorted(report["missing_keys"]):
-        raise ModelUnavailable(f"can't load {source!r}: its files lack {len(missing)} weights, first {missing[0]!r}")
-    if unexpected := sorted(report["unexpected_keys"]):
-        raise ModelUnavailable(
-            f"can't load {source!r}: its files hold {len(unexpected)} weights that its config has no place for, first"
-            f" {unexpected[0]!r}"
-        )
-    named, family = model.config.architectures or [], type(model).__name__.removesuffix("ForCausalLM")
-    if named and not any(name.lower().startswith(family.lower()) for name in named):
-        raise ModelUnavailable(
-            f"can't load {source!r}: its config names the architecture {named[0]}, but the model_type of {family}"
-        )
+    elif missing := sorted(report["missing_keys"]):
+        problem = f"its files lack {len(missing)} weights, first {missing[0]!r}"
+    elif more := sorted(report["unexpected_keys"]):
+        problem = f"its files hold {len(more)} weights that its config has no place for, first {more[0]!r}"
+    elif named and not any(name.lower().startswith(family.lower()) for name in named):
+        problem = f"its config names the architecture {named[0]}, but the model_type of {family}"
+    else:
+        return
+    raise ModelUnavailable(f"can't load {source!r}: {problem}")
 
 
 def forget_quantisation(model: nn.Module) -> None:

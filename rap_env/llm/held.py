@@ -16,23 +16,15 @@ class HeldStreams:
         llm: The model.
         hidden: The residual stream [B, T, H] in front of the first site.
         context: What `open_stream` returned with it.
-
-    Attributes:
-        first: The stream in front of the first site.
-        context: As given.
     """
 
     def __init__(self, llm: SwitchableLLM, hidden: torch.Tensor, context: dict) -> None:
-        self._llm, self.first, self.context = llm, hidden, context
+        self._llm, self.first, self.context = llm, hidden, context  # `first`: in front of the first site
         self._mask = PruningMask.all_kept(llm.shape)
         self._streams = [hidden]  # in front of site 0, 1, ... as far as it was run
 
     def move_to(self, mask: PruningMask) -> None:
-        """Turns to another mask and keeps the streams as far as the first site that differs.
-
-        Raises:
-            InvalidMask: The mask's components are not the model's.
-        """
+        """Turns to another mask of the model and keeps the streams as far as the first site that differs."""
         self._llm.check(mask)
         del self._streams[parting([self._mask, mask], 0) + 1 :]
         self._mask = mask

@@ -132,23 +132,15 @@ def _explain(error: Exception, source: str) -> Exception:
 def build_tiny_llm(
     model_type: str = "llama", n_layers: int = 4, seed: int = 0, dtype: str = "float32", device: str = "cpu"
 ) -> SwitchableLLM:
-    """Builds a random model of a few thousand parameters with a byte-level tokenizer, for tests and dry runs.
-
-    Args:
-        model_type: A family of the architecture table.
-        n_layers: Decoder layers.
-        seed: Seed of the weights.
-        dtype: As in `load_llm`.
-        device: As in `load_llm`.
-    """
+    """Builds a random model of a few thousand parameters, for tests and dry runs; see `build_random_llm`."""
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": n_layers, "vocab_size": 257}
+    sizes["initializer_range"] = 0.2  # large enough for every component to matter
     if model_type == "opt":
         sizes |= {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 512}
     else:
         sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192}
     if model_type == "mistral":
         sizes |= {"sliding_window": None}
-    sizes |= {"initializer_range": 0.2}  # large enough for every component to matter
     return build_random_llm(model_type, sizes, seed, dtype, device)
 
 
@@ -165,8 +157,8 @@ def build_random_llm(
         device: As in `load_llm`.
     """
     config = AutoConfig.for_model(model_type, bos_token_id=256, eos_token_id=256, pad_token_id=256, **sizes)
-    with isolated_rng(seed):
-        model = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[dtype]).to(device=device)
+    with isolated_rng(seed), torch.device(device):  # made where they stay: 7 billion weights take minutes on a CPU
+        model = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[dtype])
     return SwitchableLLM(model, _byte_tokenizer(), f"random-{model_type}")
 
 

@@ -15,15 +15,10 @@ PACKED_ATTENTION = "rap_packed"
 
 @dataclass(frozen=True)
 class TokenTree:
-    """A context and the continuations that follow it, each read as if it were the only one.
+    """A context and the continuations that follow it, each read as if it were the only one."""
 
-    Attributes:
-        context: Tokens of the trunk, at least one.
-        branches: Tokens of each branch, at least one each.
-    """
-
-    context: tuple[int, ...]
-    branches: tuple[tuple[int, ...], ...] = ()
+    context: tuple[int, ...]  # at least one token
+    branches: tuple[tuple[int, ...], ...] = ()  # at least one token each
 
     def __len__(self) -> int:
         return len(self.context) + sum(map(len, self.branches))
@@ -47,19 +42,11 @@ class TokenTree:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Trees of one length that lie side by side, so that attention sees them as a batch of equal sequences.
+    """B trees of T tokens each that lie side by side, so that attention sees them as a batch of equal sequences."""
 
-    Attributes:
-        start: The first tree's first token in the stream.
-        trees: B, the number of trees.
-        length: T, the tokens of each.
-        visible: Which token may attend to which [B, 1, T, T]; None if all trees are plain sequences.
-    """
-
-    start: int
-    trees: int
-    length: int
-    visible: torch.Tensor | None
+    tokens: slice  # where they lie in the stream
+    trees: int  # B
+    visible: torch.Tensor | None  # which token may attend to which [B, 1, T, T]; None if all are plain sequences
 
 
 class Packing:
@@ -82,41 +69,33 @@ class Packing:
         self.starts, self._buckets, start = [], [], 0
         for length, group in groupby(trees, key=len):
             equal = list(group)
-            self.starts += range(start, start + length * len(equal), length)
-            self._buckets.append(_Bucket(start, len(equal), length, _visible(equal, device, window)))
-            start += length * len(equal)
+            tokens = slice(start, start := start + length * len(equal))
+            self.starts += range(tokens.start, tokens.stop, length)
+            self._buckets.append(_Bucket(tokens, len(equal), _visible(equal, device, window)))
 
     def cut(self, n_parts: int) -> list[tuple[slice, "Packing"]]:
         """At most so many parts of about equal length, each with the tokens of the stream that it stands for."""
         if n_parts not in self._cuts:
+            bounds = [*self.starts, len(self.tokens)]
             self._cuts[n_parts] = [
-                (slice(self.starts[part.start], self._end(part.stop)), self._part(part))
+                (slice(bounds[part.start], bounds[part.stop]), Packing(self._trees[part], self._device, self._window))
                 for part in cut([len(tree) for tree in self._trees], n_parts)
             ]
         return self._cuts[n_parts]
-
-    def _end(self, n_trees: int) -> int:
-        return self.starts[n_trees] if n_trees < len(self.starts) else len(self.tokens)
-
-    def _part(self, part: slice) -> "Packing":
-        return Packing(self._trees[part], self._device, self._window)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention within trees, [1, heads, N, size] -> [1, N, heads, size]; key and value may have fewer heads."""
         outputs = []
         for bucket in self._buckets:
-            parts = [_batch_view(tensor, bucket) for tensor in (query, key, value)]
+            parts = [  # [B, heads, T, size], views of the stream
+                tensor[0, :, bucket.tokens].unflatten(1, (bucket.trees, -1)).transpose(0, 1)
+                for tensor in (query, key, value)
+            ]
             attended = functional.scaled_dot_product_attention(
                 *parts, attn_mask=bucket.visible, is_causal=bucket.visible is None, scale=scale, enable_gqa=True
             )
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[None]
-
-
-def _batch_view(tensor: torch.Tensor, bucket: _Bucket) -> torch.Tensor:
-    """[1, heads, N, size] -> [B, heads, T, size]."""
-    part = tensor[0, :, bucket.start : bucket.start + bucket.trees * bucket.length]
-    return part.unflatten(1, (bucket.trees, bucket.length)).transpose(0, 1)
 
 
 def _visible(trees: list[TokenTree], device: torch.device, window: int | None) -> torch.Tensor | None:

@@ -16,33 +16,19 @@ from rap_env.mask import ATTENTION, KINDS, Component, Site, shared
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model, as far as memory and masks need them; holds no weights.
+    """The sizes of a model, as far as memory and masks need them; holds no weights."""
 
-    Attributes:
-        model_type: Family name of the config.
-        hidden_size: Channels of the residual stream.
-        intermediate_size: Channels inside the MLP.
-        query_channels: Attention heads times head size.
-        kv_channels: KV heads times head size.
-        vocab_size: Rows of the embedding.
-        context_tokens: Longest sequence the model takes.
-        attention_window: Tokens that attention looks back, the own one included; None for all.
-        bytes_per_parameter: Of activations: 2 for float16 and bfloat16, 4 for float32.
-        fixed_bytes: Weights that are always there: embedding, untied head, norms.
-        components: What can be dropped, in the order in which the model runs it.
-    """
-
-    model_type: str
-    hidden_size: int
-    intermediate_size: int
-    query_channels: int
-    kv_channels: int
-    vocab_size: int
-    context_tokens: int
-    attention_window: int | None
-    bytes_per_parameter: int
-    fixed_bytes: int
-    components: tuple[Component, ...]
+    model_type: str  # family name of the config
+    hidden_size: int  # channels of the residual stream
+    intermediate_size: int  # channels inside the MLP
+    query_channels: int  # attention heads times head size
+    kv_channels: int  # KV heads times head size
+    vocab_size: int  # rows of the embedding
+    context_tokens: int  # longest sequence the model takes
+    attention_window: int | None  # tokens that attention looks back, the own one included; None for all
+    bytes_per_parameter: int  # of activations: 2 for float16 and bfloat16, 4 for float32
+    fixed_bytes: int  # weights that are always there: embedding, untied head, norms
+    components: tuple[Component, ...]  # what can be dropped, in the order in which the model runs it
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", shared(self.components))
@@ -69,9 +55,7 @@ class ModelShape:
     def from_model(cls, model: nn.Module) -> "ModelShape":
         """Counts a model's own tensors, so that biases, query norms, ties and number formats are exactly its own.
 
-        Raises:
-            UnknownName: The architecture table does not know the family.
-            UnsupportedArchitecture: The layers are not alike, or not pre-norm.
+        Raises what `from_config` raises.
         """
         config, layers = model.config, decoder_layers(model)
         attention = layers[0].module.self_attn
@@ -102,11 +86,7 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelShape":
-        """Builds a shape again from `to_dict`.
-
-        Raises:
-            TypeError, KeyError: It is not what `to_dict` returned.
-        """
+        """Builds a shape again from `to_dict`; `TypeError` or `KeyError` where it is something else."""
         rows = [row | {"site": Site(**row["site"])} for row in values["components"]]
         return cls(**{**values, "components": tuple(Component(**row) for row in rows)})
 

@@ -24,10 +24,7 @@ _ORIGIN = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "tr
 
 
 class _StreamCaptured(Exception):
-    """Carries the first layer's inputs out of upstream's forward."""
-
-    def __init__(self, hidden: torch.Tensor, context: dict) -> None:
-        self.hidden, self.context = hidden, context
+    """Carries the first layer's inputs out of upstream's forward: hidden states and context."""
 
 
 class SwitchableLLM:
@@ -168,7 +165,7 @@ class SwitchableLLM:
         try:
             submodule(self.model, self._architecture.decoder)(input_ids=input_ids, use_cache=False, **inputs)
         except _StreamCaptured as stream:
-            return stream.hidden, stream.context
+            return stream.args
         finally:
             handle.remove()
         raise AssertionError("upstream's forward did not reach its first layer")

