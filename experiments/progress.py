@@ -19,13 +19,15 @@ def phase(name: str) -> Iterator[Callable[[int, int], None]]:
     with Progress("{task.description:>20}", *columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(name, total=None)
         printed_seconds = 0.0
-        first: tuple[int, float] | None = None  # what came before the first report is set-up and tells nothing
+        # Of the present total; what came before its first report is set-up, or was counted in other units.
+        first: tuple[int, float, int] | None = None
 
         def advance(done: int, total: int) -> None:
             nonlocal printed_seconds, first
             progress.update(bar, completed=done, total=total)
             elapsed = progress.tasks[bar].elapsed or 0.0
-            first = first or (done, elapsed)
+            if first is None or first[2] != total:
+                first = done, elapsed, total
             if not console.is_terminal and (done == total or elapsed > printed_seconds + 10):
                 printed_seconds = elapsed
                 steps, seconds = done - first[0], elapsed - first[1]
