@@ -174,8 +174,11 @@ class Meter:
         }
 
     def _check(self, evaluation: Evaluation) -> None:
-        if not math.isfinite(evaluation.score):
-            raise EvaluationFailed(
-                f"the score on {self.evaluator.name} is {evaluation.score} in {self.llm.dtype}, not a finite number:"
-                " activations overflow in float16; load the model with dtype=bfloat16 or float32"
-            )
+        """An accuracy is finite also where all log-likelihoods are NaN, so every metric is looked at."""
+        metrics = {f"{task} {name}": value for task, of in evaluation.tasks.items() for name, value in of.items()}
+        for name, value in {"score": evaluation.score, **metrics}.items():
+            if not math.isfinite(value):
+                raise EvaluationFailed(
+                    f"the {name} on {self.evaluator.name} is {value} in {self.llm.dtype}, not a finite number:"
+                    " activations overflow in float16; load the model with dtype=bfloat16 or float32"
+                )

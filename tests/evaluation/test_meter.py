@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from rap_env.errors import InvalidMask, SearchExhausted
+from rap_env.errors import EvaluationFailed, InvalidMask, SearchExhausted
 from rap_env.evaluation import identity
 from rap_env.evaluation.divergence import DivergenceEvaluator
+from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.meter import Meter, TokenBudget
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import identity_digest
@@ -82,6 +83,16 @@ def test_a_mask_of_another_model_is_refused_before_it_is_paid_for(tiny_llm):
     with pytest.raises(InvalidMask, match="8 components"):
         meter.evaluate([PruningMask.all_kept(build_tiny_llm(n_layers=3).shape)])
     assert meter.budget.spent == meter.evaluator.calls == 0
+
+
+def test_log_likelihoods_that_overflow_are_refused_although_an_accuracy_of_them_is_finite():
+    hot = build_tiny_llm(dtype="float16")
+    for name in ("up_proj", "down_proj"):
+        getattr(hot.model.model.layers[1].mlp, name).weight.mul_(1e4).clamp_(-6e4, 6e4)
+    meter = Meter(hot, HarnessEvaluator(["rap_capitals_search"], limit=4))
+    with pytest.raises(EvaluationFailed, match=r"smooth_acc on rap_capitals_search is nan in torch\.float16"):
+        meter.evaluate([PruningMask.all_kept(hot.shape)])
+    assert not meter.known
 
 
 def test_the_key_names_everything_that_a_result_depends_on(tiny_llm, masks, monkeypatch):
