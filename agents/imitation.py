@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from rap_env.envs.observation import observe
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario, ScenarioSampler
+from rap_env.observation import observe
 from rap_env.policies import OrderPolicy
 from rap_env.policies.network import ComponentNetwork
 

@@ -7,7 +7,6 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 
 from rap_env.envs.defaults import embedded_defaults
-from rap_env.envs.observation import observation_space, observe
 from rap_env.envs.render import Scene, render_ansi
 from rap_env.errors import check_known
 from rap_env.importance.source import ImportanceSource
@@ -15,6 +14,7 @@ from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import Footprint, check_feasible, dense_bytes, footprint
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.memory.workload import Workload
+from rap_env.observation import observation_space, observe
 from rap_env.problem import Outcome, PruningProblem
 
 

@@ -4,8 +4,8 @@ import numpy as np
 from gymnasium import spaces
 
 from rap_env.envs.base import MaskEnv
-from rap_env.envs.observation import valid_actions
 from rap_env.errors import InvalidMask
+from rap_env.observation import valid_actions
 
 
 class SequentialPruningEnv(MaskEnv):

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from rap_env.envs.observation import observe, valid_actions
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import check_feasible, footprint
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
+from rap_env.observation import observe, valid_actions
 from rap_env.policies.base import Policy, policy_kind
 from rap_env.policies.network import ComponentNetwork
 from rap_env.policies.walk import fit_to_budget

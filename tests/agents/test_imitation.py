@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from agents.imitation import imitate_order
-from rap_env.envs.observation import observe
 from rap_env.evaluation.meter import Meter
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario, ScenarioSampler
+from rap_env.observation import observe
 from rap_env.policies import OneStepPolicy, OrderPolicy, SequentialPolicy
 from rap_env.policies.network import ComponentNetwork
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.envs.observation import observation_space
 from rap_env.errors import UnknownName
+from rap_env.observation import observation_space
 from rap_env.policies import OneStepPolicy, load_policy, save_policy
 from rap_env.policies.network import ENTRIES, ComponentNetwork
 from tests.policies.cases import ORDER, random_network

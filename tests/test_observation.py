@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from rap_env.envs.observation import observation_space, observe, valid_actions
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import ATTENTION, MLP, Component, PruningMask, Site
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
+from rap_env.observation import observation_space, observe, valid_actions
 
 
 @pytest.fixture
