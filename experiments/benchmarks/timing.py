@@ -18,7 +18,7 @@ _LLAMAS = {
     "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152),
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
 }
-_GEMM_SIZE = 2048  # rows and columns; larger ones are no faster on the CPUs tried
+_GEMM_SIZES = {"cpu": 2048, "cuda": 8192}  # rows and columns; larger ones are no faster on the devices tried
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -86,10 +86,11 @@ def plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> 
 
 def gemm_flops_per_second(llm: SwitchableLLM) -> float:
     """The best rate of a large matrix product in the model's dtype on its device, in floating point operations."""
-    left = torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(llm.device, llm.dtype)
+    size = _GEMM_SIZES[llm.device.type]
+    left = torch.randn(size, size).to(llm.device, llm.dtype)
     torch.nn.functional.linear(left, left)
     best_seconds = min(timed(lambda: torch.nn.functional.linear(left, left))[0] for _ in range(5))
-    return 2 * _GEMM_SIZE**3 / best_seconds
+    return 2 * size**3 / best_seconds
 
 
 def forward_flops(llm: SwitchableLLM, mask: PruningMask, tokens: int, head_rows: int) -> int:

@@ -4,7 +4,7 @@ import functools
 import math
 import statistics
 import timeit
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,7 +44,7 @@ def measure(result: SearchResult, task: Task, parts: Parts, decisions: int) -> d
         "components": [component.name for component in problem.shape.components],
         "evaluators": list(parts.reports),
         "dense": {name: each.meter.evaluate([dense])[0].score for name, each in problems.items()},
-        "search": _cost(result, task, evaluated),
+        "search": _cost(result, task),
         "anytime": anytime(best, list(evaluated.values())),
         "rows": rows(policy, parts.search, parts.reports, parts.reported, best[-1] if len(best) else None),
         "references": {
@@ -63,12 +63,9 @@ def _outcomes(policy: Policy, problem: PruningProblem, scenarios: Sequence[Scena
     return problem.evaluate_many(cases)
 
 
-def _cost(result: SearchResult, task: Task, evaluated: Iterable[PruningMask]) -> dict[str, Any]:
+def _cost(result: SearchResult, task: Task) -> dict[str, Any]:
     """What the search took: tokens as it was charged, seconds as they were measured, whoever measured them."""
     meter, history = task.problem.meter, task.problem.budget.history
-    seconds = [meter.known[mask].seconds for mask in evaluated]
-    if "ranking" in vars(task):  # without asking for one
-        seconds.append(task.ranking.seconds)
     before = [0, *(entry.spent_tokens for entry in history)]
     spent = [(entry.owner, entry.spent_tokens - earlier) for entry, earlier in zip(history, before, strict=False)]
     return {
@@ -77,7 +74,7 @@ def _cost(result: SearchResult, task: Task, evaluated: Iterable[PruningMask]) ->
         "evaluations": result.evaluations,
         "fresh_evaluations": meter.fresh_evaluations,
         "seconds": result.seconds,
-        "measured_seconds": sum(seconds),
+        "measured_seconds": task.problem.budget.measured_seconds,
         "ranking_tokens": sum(tokens for owner, tokens in spent if owner != meter.owner),
         "details": result.details,
     }

@@ -3,11 +3,9 @@
 import torch
 from torch.nn import functional
 
-from rap_env.evaluation.perplexity import TextEvaluator
+from rap_env.evaluation.perplexity import TextEvaluator, logit_tile
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
-
-_TILE_ROWS, _TILE_WORDS = 512, 2048  # of each model's float32 logits that are alive at once, in all lanes
 
 
 def token_divergences(llm: SwitchableLLM, dense: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -20,24 +18,25 @@ def token_divergences(llm: SwitchableLLM, dense: torch.Tensor, hidden: torch.Ten
     """
     rows, masked_rows = (stream[:, :-1].reshape(-1, stream.shape[-1]) for stream in (dense, hidden))
     parts = cut([1] * len(rows), n_lanes(len(rows), hidden.device))
-    tile_rows = max(1, _TILE_ROWS // len(parts))
+    logit_rows, tile_words = logit_tile(llm)
+    tile_rows = max(1, logit_rows // 2 // len(parts))  # of each model
 
     def in_tiles(part: slice) -> torch.Tensor:
         pairs = zip(rows[part].split(tile_rows), masked_rows[part].split(tile_rows), strict=True)
-        return torch.cat([_divergences(llm, *pair) for pair in pairs])
+        return torch.cat([_divergences(llm, *pair, tile_words) for pair in pairs])
 
     return torch.cat(in_lanes(in_tiles, parts)).view(len(hidden), -1)
 
 
-def _divergences(llm: SwitchableLLM, rows: torch.Tensor, masked_rows: torch.Tensor) -> torch.Tensor:
+def _divergences(llm: SwitchableLLM, rows: torch.Tensor, masked_rows: torch.Tensor, tile_words: int) -> torch.Tensor:
     """Divergences [N] between the predictions from two states each [N, H], tile by tile of the vocabulary.
 
     By the chain rule of relative entropy: the divergence between the tiles' masses, and the mean under the first
     model's masses of the divergences inside the tiles.
     """
     normed, masses, inside = [llm.final_norm(states) for states in (rows, masked_rows)], ([], []), []
-    for first in range(0, llm.shape.vocab_size, _TILE_WORDS):
-        words, logs = slice(first, min(first + _TILE_WORDS, llm.shape.vocab_size)), []
+    for first in range(0, llm.shape.vocab_size, tile_words):
+        words, logs = slice(first, min(first + tile_words, llm.shape.vocab_size)), []
         for states, of_tiles in zip(normed, masses, strict=True):
             tile = llm.head(states, words, out=states.new_empty(len(states), words.stop - words.start)).float()
             logs.append(tile.log_softmax(-1))

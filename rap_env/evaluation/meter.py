@@ -35,6 +35,7 @@ class TokenBudget:
 
     Attributes:
         history: What was paid for, in order.
+        measured_seconds: Time that it took when it was measured, whoever measured it.
 
     Raises:
         ValueError: The limit is negative.
@@ -45,6 +46,7 @@ class TokenBudget:
             raise ValueError(f"expected a token budget of at least 0; got {limit}")
         self.limit = limit
         self.history: list[Spending] = []
+        self.measured_seconds = 0.0
         self._paid: set[tuple[str, object]] = set()
 
     @property
@@ -59,8 +61,8 @@ class TokenBudget:
     def has_paid(self, owner: str, key: object) -> bool:
         return (owner, key) in self._paid
 
-    def spend(self, owner: str, keys: Iterable[object], tokens_each: int) -> None:
-        """Pays for what was not paid for before, each once.
+    def spend(self, owner: str, keys: Iterable[object], tokens_each: int) -> list[object]:
+        """Pays for what was not paid for before, each once, and returns it.
 
         Raises:
             SearchExhausted: It costs more than is left; nothing was paid.
@@ -74,6 +76,7 @@ class TokenBudget:
         for key in new:
             self._paid.add((owner, key))
             self.history.append(Spending(owner, key, self.spent + tokens_each))
+        return new
 
 
 class Meter:
@@ -134,8 +137,12 @@ class Meter:
             self.llm.check(mask)
         if masks and self.evaluator.setup_tokens:
             self.budget.spend(self.owner, ["setup"], self.evaluator.setup_tokens)
-        self.budget.spend(self.owner, masks, self.tokens_each)
-        unknown = [mask for mask in dict.fromkeys(masks) if mask not in self.known]
+        paid = self.budget.spend(self.owner, masks, self.tokens_each)
+        fresh = self._know([mask for mask in dict.fromkeys(masks) if mask not in self.known], near)
+        self.budget.measured_seconds += sum(self.known[mask].seconds for mask in paid)
+        return fresh
+
+    def _know(self, unknown: Sequence[PruningMask], near: PruningMask | None) -> set[PruningMask]:
         if not unknown:
             return set()
 

@@ -17,12 +17,20 @@ from rap_env.memory.working import working_bytes
 
 BATCH_TOKENS = 4096  # forwarded at once
 _LARGEST_LOSS = 700.0  # exp(709.8) is the largest float
-_TILE_ROWS, _TILE_WORDS = 1024, 2048  # of the float32 logits that are alive at once, in all lanes
+_TILE_ROWS, _TILE_WORDS = 1024, 2048  # of the float32 logits that are alive at once on a CPU, in all lanes
+_TILE_LOGITS = 2**25  # the same elsewhere: more rows and whole vocabularies, for each operation has to be launched
 
 
 def tokens_digest(windows: torch.Tensor) -> str:
     """SHA-256 of token windows, hexadecimal: which text a result was measured on."""
     return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()
+
+
+def logit_tile(llm: SwitchableLLM) -> tuple[int, int]:
+    """Rows and words of the float32 logits that are alive at once."""
+    if llm.device.type == "cpu":
+        return _TILE_ROWS, min(_TILE_WORDS, llm.shape.vocab_size)
+    return max(1, _TILE_LOGITS // llm.shape.vocab_size), llm.shape.vocab_size
 
 
 def token_losses(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
@@ -39,33 +47,36 @@ def token_losses(llm: SwitchableLLM, hidden: torch.Tensor, input_ids: torch.Tens
     states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = input_ids[:, 1:].reshape(-1)
     parts = cut([1] * len(targets), n_lanes(len(targets), hidden.device))
-    tile_rows = max(1, _TILE_ROWS // len(parts))
-    losses = in_lanes(lambda part: _losses(llm, states[part], targets[part], tile_rows), parts)
+    rows, words = logit_tile(llm)
+    tile = max(1, rows // len(parts)), words
+    losses = in_lanes(lambda part: _losses(llm, states[part], targets[part], tile), parts)
     return torch.cat(losses).view(len(input_ids), -1)
 
 
-def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, tile_rows: int) -> torch.Tensor:
+def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
     """Losses of N states [N, H], tile by tile of the logits [N, V]: a tile stays in the CPU's cache.
 
     Of each tile log-softmax, the fastest reduction there is, tells the logarithm of its sum of exponentials.
     """
-    size = min(tile_rows, len(states)) * min(_TILE_WORDS, llm.shape.vocab_size)
+    tile_rows, tile_words = min(tile[0], len(states)), tile[1]
+    size = tile_rows * tile_words
     raw = torch.empty(size, dtype=states.dtype, device=states.device)
     cast, logprobs = (torch.empty(size, device=states.device) for _ in range(2))  # used by all tiles: no page faults
     losses = []
     for rows, wanted in zip(states.split(tile_rows), targets.split(tile_rows), strict=True):
         normed, sums = llm.final_norm(rows), []
         target_logits = torch.empty(len(rows), device=rows.device)
-        for first in range(0, llm.shape.vocab_size, _TILE_WORDS):
-            last = min(first + _TILE_WORDS, llm.shape.vocab_size)
-            raw_tile, tile, log_tile = (
+        for first in range(0, llm.shape.vocab_size, tile_words):
+            last = min(first + tile_words, llm.shape.vocab_size)
+            raw_tile, logits, log_tile = (
                 buffer[: len(rows) * (last - first)].view(len(rows), -1) for buffer in (raw, cast, logprobs)
             )
-            tile.copy_(llm.head(normed, slice(first, last), out=raw_tile))
-            torch.log_softmax(tile, -1, out=log_tile)
-            sums.append(tile[:, 0] - log_tile[:, 0])
+            logits.copy_(llm.head(normed, slice(first, last), out=raw_tile))
+            torch.log_softmax(logits, -1, out=log_tile)
+            sums.append(logits[:, 0] - log_tile[:, 0])
+            column = (wanted - first).clamp(0, last - first - 1)  # boolean indices would wait for the device
             inside = (wanted >= first) & (wanted < last)
-            target_logits[inside] = tile[inside, wanted[inside] - first]
+            target_logits = torch.where(inside, logits.gather(1, column[:, None])[:, 0], target_logits)
         losses.append((torch.stack(sums).logsumexp(0) - target_logits).double())
     return torch.cat(losses)
 
@@ -121,7 +132,7 @@ class TextEvaluator(Evaluator):
         """
         tokens = self.windows[self.batches()[0]].numel()
         passing = 2 + max(1, n_masks).bit_length()  # what `run_masks` was given, what it gave last, what waits in it
-        head_rows = math.ceil(_TILE_ROWS * _TILE_WORDS / max(llm.shape.vocab_size, _TILE_WORDS))
+        head_rows = math.ceil(math.prod(logit_tile(llm)) / llm.shape.vocab_size)
         return working_bytes(llm.shape, tokens, passing + held_streams, head_rows)
 
     def batches(self) -> list[slice]:

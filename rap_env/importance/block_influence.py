@@ -1,5 +1,6 @@
 """Block influence: how much a part of the model turns the residual stream."""
 
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -40,12 +41,16 @@ def block_influence(meter: Meter, parts: Sequence[Sequence[Site]]) -> list[float
         )
 
     def measure(_indices: Sequence[int]) -> Iterator[tuple[int, dict]]:
-        yield 0, {"influences": _influences(llm, evaluator, parts)}
+        started = time.perf_counter()
+        influences = _influences(llm, evaluator, parts)
+        yield 0, {"influences": influences, "seconds": time.perf_counter() - started}
 
     names = [[site.name for site in part] for part in parts]
-    identity = engine_identity(llm) | {"kind": "block influence", "parts": names, "text": dict(evaluator.identity)}
-    meter.budget.spend(meter.owner, [f"block influence of {len(parts)} parts"], evaluator.windows.numel())
-    return measured_once(meter.store, [identity], measure)[0][0]["influences"]
+    identity = engine_identity(llm) | {"kind": "block influences", "parts": names, "text": dict(evaluator.identity)}
+    paid = meter.budget.spend(meter.owner, [f"block influence of {len(parts)} parts"], evaluator.windows.numel())
+    result = measured_once(meter.store, [identity], measure)[0][0]
+    meter.budget.measured_seconds += result["seconds"] if paid else 0.0
+    return result["influences"]
 
 
 def _influences(llm: SwitchableLLM, evaluator: TextEvaluator, parts: Sequence[Sequence[Site]]) -> list[float]:

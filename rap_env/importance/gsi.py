@@ -34,7 +34,7 @@ class ImportanceRanking:
         known: Losses of all masks that were measured on all windows, the dense one among them.
         evaluations: Masks that the rule asked about, wholly or on the sketch only.
         tokens: Tokens that it paid for.
-        seconds: Time that the evaluations took when they were measured.
+        seconds: Time that this took when it was measured.
     """
 
     order: tuple[str, ...]
@@ -90,7 +90,7 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
     """
     check_windows(*windows.shape, llm.shape.context_tokens)
     budget = TokenBudget() if budget is None else budget
-    spent_before = budget.spent
+    spent_before, seconds_before = budget.spent, budget.measured_seconds
     freed = bytes_by_name(llm.shape, workload) if workload else {c.name: 1 for c in llm.shape.components}
     parts = [windows] if exact else split_windows(windows)
     meters = [Meter(llm, PerplexityEvaluator(part, CALIBRATION), store, budget) for part in parts]
@@ -108,5 +108,5 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
         known=rounds.known,
         evaluations=len(rounds.tried),
         tokens=budget.spent - spent_before,
-        seconds=rounds.seconds,
+        seconds=budget.measured_seconds - seconds_before,
     )

@@ -33,7 +33,6 @@ class Rounds:
         first_increases: The same when the first round was over.
         tried: All masks that were evaluated to choose among them.
         known: Losses of the masks that were measured on all windows.
-        seconds: Time that the evaluations took when they were measured.
     """
 
     def __init__(self, shape, freed: Mapping[str, int]) -> None:
@@ -43,7 +42,6 @@ class Rounds:
         self.first_increases: dict[str, float] = {}
         self.tried: set[PruningMask] = set()
         self.known: dict[PruningMask, float] = {}
-        self.seconds = 0.0
         self._freed = freed
 
     def left(self) -> list[str]:
@@ -58,7 +56,6 @@ class Rounds:
         masks = [self.mask.drop(name) for name in names]
         evaluations = meter.evaluate(masks, near)
         self.tried.update(masks)
-        self.seconds += sum(evaluation.seconds for evaluation in evaluations)
         return {name: -evaluation.score for name, evaluation in zip(names, evaluations, strict=True)}
 
 

@@ -43,13 +43,15 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
 
         weights     = fixed bytes + weight bytes of the kept components
         KV cache    = KV bytes per token of the kept components * cached tokens
-        activations = b * B * T * (2 * h + width) + 4 * B * vocabulary
+        activations = b * B * T * (4 * h + width) + 4 * B * vocabulary
 
     Fixed are the embedding, an untied head, and the norms, which stay resident. Cached tokens are `B * (T + generated
-    tokens)`, or what a sliding window leaves of them. `width` is what the widest kept kind of site holds for each
-    token: queries, keys, values and output of an attention (scores are never materialised), or gate, up and product of
-    an MLP. The head's logits are float32, for the last position only. With rows counted from a Llama the first two
-    lines are RAP's memory model (arXiv 2505.17138, section on the memory model).
+    tokens)`, or what a sliding window leaves of them. Of the four tensors of the hidden size, upstream's frames keep
+    two, the embedded tokens and the layer's input, while a site holds the residual stream and its norm. `width` is what
+    the widest kept kind of site holds beside them for each token: queries, keys, values and output of an attention
+    (scores are never materialised), or gate, up and product of an MLP. The head's logits are float32, for the last
+    position only. With rows counted from a Llama the first two lines are RAP's memory model (arXiv 2505.17138, section
+    on the memory model).
 
     Args:
         shape: A `ModelShape`.
@@ -70,7 +72,7 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
     return Footprint(
         weights_bytes=shape.fixed_bytes + sum(component.weight_bytes for component in kept),
         kv_cache_bytes=kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
-        activation_bytes=shape.bytes_per_parameter * prompt_tokens * (2 * shape.hidden_size + width)
+        activation_bytes=shape.bytes_per_parameter * prompt_tokens * (4 * shape.hidden_size + width)
         + 4 * workload.batch_size * shape.vocab_size,
     )
 

@@ -44,6 +44,13 @@ def test_greedy_gsi_walks_the_rankings_order(search, tiny_llm):
     assert (result.evaluations, result.tokens) == (0, ranking.tokens)
 
 
+@pytest.mark.parametrize("name", ["greedy_gsi", "greedy_per_byte", "greedy_layers", "milp", "one_shot", "short_gpt"])
+def test_every_order_tells_the_seconds_of_what_it_measured(tiny_llm, name):
+    task = make_task(tiny_llm, order=None)
+    run_search(build_agent(name), task)
+    assert task.problem.budget.measured_seconds > 0
+
+
 def test_one_shot_orders_by_what_each_costs_alone(search, tiny_llm, monkeypatch):
     costs = last_is_least(tiny_llm)
     by_sum(monkeypatch, costs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rap_env.evaluation import divergence
+from rap_env.evaluation import perplexity
 from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.loading import build_tiny_llm
@@ -29,8 +29,8 @@ def divergence_of(llm, windows, mask) -> float:
 @pytest.fixture(params=[(1024, 2048), (4, 100)], ids=["one tile", "tiles"])
 def tiles(request, monkeypatch) -> None:
     rows, words = request.param
-    monkeypatch.setattr(divergence, "_TILE_ROWS", rows)
-    monkeypatch.setattr(divergence, "_TILE_WORDS", words)  # 257 words: cuts of 100, 100 and 57
+    monkeypatch.setattr(perplexity, "_TILE_ROWS", 2 * rows)
+    monkeypatch.setattr(perplexity, "_TILE_WORDS", words)  # 257 words: cuts of 100, 100 and 57
 
 
 def test_divergences_are_those_of_the_whole_distributions(tiny_llm, windows, tiles):

@@ -13,7 +13,7 @@ from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.meter import Meter, TokenBudget
 from rap_env.evaluation.perplexity import PerplexityEvaluator
-from rap_env.evaluation.store import identity_digest
+from rap_env.evaluation.store import ResultStore, identity_digest
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -46,6 +46,18 @@ def test_a_budget_without_a_limit_pays_for_everything():
     budget = TokenBudget()
     budget.spend("a", range(10), 10**9)
     assert budget.spent == 10**10 and budget.left == math.inf
+
+
+def test_the_seconds_of_what_was_paid_for_are_those_of_its_measurement_whoever_measured_it(tiny_llm, masks, tmp_path):
+    store, evaluator = ResultStore(tmp_path / "results.db"), PerplexityEvaluator(WINDOWS, "text")
+    measured = [one.seconds for one in Meter(tiny_llm, evaluator, store).evaluate(masks[:3])]
+    budget = TokenBudget()
+    first, second = (Meter(tiny_llm, evaluator, store, budget) for _ in range(2))
+    first.evaluate(masks[:2])
+    assert budget.measured_seconds == pytest.approx(sum(measured[:2])) and measured[0] > 0
+    second.evaluate(masks[1:3])
+    assert budget.measured_seconds == pytest.approx(sum(measured)), "what was paid for before counts once"
+    assert first.fresh_evaluations == second.fresh_evaluations == 0
 
 
 def test_a_negative_budget_is_refused():

@@ -7,7 +7,7 @@ from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.llm.loading import build_tiny_llm
 from tests.importance.cases import WINDOWS, Killed
 
-INFLUENCE = "block influence"
+INFLUENCE = "block influences"
 RULES = pytest.mark.parametrize("exact", [True, False], ids=["exact", "lazy"])
 
 

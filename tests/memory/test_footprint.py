@@ -92,16 +92,16 @@ def test_every_part_of_a_tiny_model_by_hand(tiny_llm):
     assert footprint(shape, dense, workload) == Footprint(
         weights_bytes=4 * (fixed + 4 * attention + 4 * mlp),
         kv_cache_bytes=4 * 4 * kv_cache,
-        activation_bytes=4 * 2 * 5 * (2 * 32 + 3 * 64) + logits,  # an MLP is the widest
+        activation_bytes=4 * 2 * 5 * (4 * 32 + 3 * 64) + logits,  # an MLP is the widest
     )
     no_mlps = dense.drop(*(f"layer{i}.mlp" for i in range(4)), "layer2.attention")
     assert footprint(shape, no_mlps, workload) == Footprint(
         weights_bytes=4 * (fixed + 3 * attention),
         kv_cache_bytes=4 * 3 * kv_cache,
-        activation_bytes=4 * 2 * 5 * (2 * 32 + 2 * 32 + 2 * 16) + logits,
+        activation_bytes=4 * 2 * 5 * (4 * 32 + 2 * 32 + 2 * 16) + logits,
     )
     nothing = PruningMask.from_bits(shape, [0] * 8)
-    assert footprint(shape, nothing, workload) == Footprint(4 * fixed, 0, 4 * 2 * 5 * 2 * 32 + logits)
+    assert footprint(shape, nothing, workload) == Footprint(4 * fixed, 0, 4 * 2 * 5 * 4 * 32 + logits)
     assert component_bytes(shape, workload) == (4 * attention + 4 * kv_cache, 4 * mlp) * 4
     assert list(bytes_by_name(shape, workload).items())[1] == ("layer0.mlp", 4 * mlp)
 
