@@ -13,7 +13,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 import rap_env
@@ -100,13 +99,18 @@ def _cpu_model() -> str | None:
     return platform.processor() or None
 
 
+def _memory_bytes() -> int | None:
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # POSIX only
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _hardware() -> dict[str, Any]:
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only; it knows of taskset's and cpusets' limits
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "cpu": _cpu_model(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": _memory_bytes(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(n_gpus)],
     }

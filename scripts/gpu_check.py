@@ -1,10 +1,9 @@
-"""Checks exactness, memory and speed on a GPU and prints JSON: `python -m scripts.gpu_check gpu_check.json`.
+"""Checks exactness, memory and speed on a GPU and writes a record: `python -m scripts.gpu_check gpu.json`.
 
 Takes at most six minutes on one 80 GB card. Without a GPU (`--tiny`) it runs on the CPU with a tiny model.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -12,13 +11,14 @@ import torch
 
 from experiments.benchmarks import gpu
 from experiments.benchmarks.timing import random_llama
+from experiments.records import provenance, write_record
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.memory.workload import Workload
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path, help="where the JSON goes; it must not be there yet")
+    parser.add_argument("output", type=Path, help="where the record goes; it must not be there yet")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to try the script out")
     options = parser.parse_args(arguments)
     if not options.tiny and not torch.cuda.is_available():
@@ -29,9 +29,8 @@ def main(arguments: list[str]) -> None:
         results = gpu.check(build_tiny_llm(), Workload(2, 64), repeats=1)
     else:
         results = gpu.check(random_llama("llama2-7b", "float16", "cuda"), Workload(8, 2048))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
-    print("\n".join([*gpu.lines(results), f"record: {options.output}"]))
+    record = {"config": {"tiny": options.tiny}, "provenance": provenance(), "results": results}
+    print("\n".join([*gpu.lines(results), f"record: {write_record(options.output, record)}"]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Needs torch, transformers, safetensors and gymnasium, and no network: all weight
 import platform
 import random
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -47,10 +46,6 @@ def check(llm: SwitchableLLM, workload: Workload, repeats: int = 3) -> dict[str,
         "speed": speed(llm, repeats),  # while the model is whole
         "memory": memory(llm, workload),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers")},
-        },
         "repeats": repeats,
     }
 

@@ -1,11 +1,11 @@
 """The GPU check runs whole on a CPU with a tiny model, and what it says there is exact."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 
+from experiments.records import read_record
 from rap_env.llm.architecture import ARCHITECTURES
 from scripts.gpu_check import main
 
@@ -14,7 +14,7 @@ from scripts.gpu_check import main
 def results(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("gpu") / "check.json"
     main([str(path), "--tiny"])
-    return json.loads(path.read_text())
+    return read_record(path)["results"]
 
 
 def test_every_family_is_exact(results):
