@@ -219,7 +219,12 @@ def lines(results: dict[str, Any]) -> list[str]:
         )
     for name in ("forward", "importance round", "population of 32", "scoring"):
         entry = results["speed"][name]
-        shared = f", {entry['from_sharing']['ratio']:.2f} times as one by one" if "from_sharing" in entry else ""
+        shared = f", {_ratio(entry['from_sharing'])} times as one by one" if "from_sharing" in entry else ""
         share = f"; {entry['share_of_gemm']:.0%} of the GEMM rate" if "share_of_gemm" in entry else ""
-        printed.append(f"{name}: {entry['speedup']['ratio']:.2f} times as fast as plain transformers{shared}{share}")
+        printed.append(f"{name}: {_ratio(entry['speedup'])} times as fast as plain transformers{shared}{share}")
     return printed
+
+
+def _ratio(speedup: dict[str, Any]) -> str:
+    """The median, and from where to where the repeats reach."""
+    return f"{speedup['ratio']:.2f} [{min(speedup['ratios']):.2f}, {max(speedup['ratios']):.2f}]"
