@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.records import read_records
 from rap_env.errors import InvalidConfig, RapError
+from rap_env.files import write_over
 
 
 def write_table(path: Path, records: Sequence[Mapping[str, Any]], mixed: bool = False) -> Path:
@@ -31,10 +32,7 @@ def write_table(path: Path, records: Sequence[Mapping[str, Any]], mixed: bool = 
             " Run the others again, or say --mixed"
         )
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")) for record in records]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return draft.replace(path)
+    return write_over(path, "".join(line + "\n" for line in lines))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
@@ -18,6 +17,7 @@ import torch
 import rap_env
 from rap_env.errors import RecordExists
 from rap_env.evaluation.identity import engine_identity
+from rap_env.files import write_once
 from rap_env.llm.switchable import SwitchableLLM
 
 REQUIRED_KEYS = ("config", "provenance", "results")
@@ -131,26 +131,6 @@ def _check_keys(path: Path, record: Mapping[str, Any]) -> None:
         raise ValueError(f"{path}: a record needs {', '.join(REQUIRED_KEYS)}; missing: {', '.join(missing)}")
 
 
-def write_once(path: Path, text: str) -> None:
-    """Creates a file in one piece, or not at all, or raises FileExistsError; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with draft.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(draft, path)  # unlike a rename, a link never replaces what another process has just written
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without links (exFAT, some network shares): not in one piece, but exclusive
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
 def write_record(path: str | Path, record: Mapping[str, Any]) -> Path:
     """Writes a record in one piece, or not at all; missing folders are made.
 
@@ -170,10 +150,9 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> Path:
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON values and finite numbers only; {error}") from error
     try:
-        write_once(path, text + "\n")
+        return write_once(path, text + "\n")
     except FileExistsError as error:
         raise RecordExists(f"{path} exists, and records are written once; name another file or remove it") from error
-    return path
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.records import read_record, write_once
+from experiments.records import read_record
 from rap_env.errors import FolderInUse, RecordExists
 from rap_env.evaluation.owners import is_gone, this_process
+from rap_env.files import write_once
 
 RECORD_NAME = "record.json"
 _CLAIM = ".claim-"

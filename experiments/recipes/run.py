@@ -63,8 +63,8 @@ def _run(config: DictConfig, folder: Path) -> dict:
         results = {"agent": choices.agent, "seed": config.seed} | measure(result, task, parts, config.decisions)
         source = provenance() | model_provenance(parts.search.llm, parts.corpus.digest)
         record = {"config": plain(config), "provenance": source, "results": results}
-        path = write_record(folder / RECORD_NAME, record)
         save_policy(result.policy, folder / "policy")
+        path = write_record(folder / RECORD_NAME, record)  # last: who has a record has everything
         _show(record, tracker)
     print(f"record: {path}", flush=True)
     return results

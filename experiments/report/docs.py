@@ -17,6 +17,7 @@ from experiments.records import read_records
 from experiments.report import benchmark_lines
 from experiments.report.tables import table_lines
 from rap_env.errors import RapError
+from rap_env.files import write_over
 
 _START, _END = "<!-- table:", "<!-- end -->"
 _MARKED = re.compile(rf"^({_START} *(.+?) *-->)\n(.*?)^{_END}$", re.MULTILINE | re.DOTALL)
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         except (RapError, OSError, ValueError) as error:
             sys.exit(f"error: {path}: {error}")
         if new != text:
-            path.write_text(new, encoding="utf-8")
+            write_over(path, new)
             print(path)
 
 

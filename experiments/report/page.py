@@ -15,6 +15,7 @@ from experiments.report.drawing import PageFigure
 from experiments.report.figures import figures
 from experiments.report.metrics import SPREAD
 from experiments.report.tables import Table, metrics_table, notes, spending_table
+from rap_env.files import write_over
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _OPTIONS = {"displayModeBar": False, "responsive": True}
@@ -22,10 +23,7 @@ _OPTIONS = {"displayModeBar": False, "responsive": True}
 
 def write_page(comparison: Comparison, path: str | Path) -> Path:
     """Writes the page, in place of an older one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(comparison), encoding="utf-8")
-    return path
+    return write_over(Path(path), page(comparison))
 
 
 def page(comparison: Comparison) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from rap_env.errors import PolicyUnreadable, UnknownName
+from rap_env.files import write_over
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
@@ -66,13 +66,12 @@ def save_policy(policy: Policy, folder: str | Path) -> Path:
     reads meanwhile sees the old policy or the new one.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.tensors().items()}
     name = None
     if tensors:
         content = save(tensors)
         name = f"policy-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-        _write(folder / name, content)
+        write_over(folder / name, content)
     description = {
         "format": _FORMAT,
         "kind": policy.kind,
@@ -80,17 +79,11 @@ def save_policy(policy: Policy, folder: str | Path) -> Path:
         "parameters": policy.parameters(),
         "tensors": name,
     }
-    _write(folder / _DESCRIPTION, (json.dumps(description, indent=2) + "\n").encode())
+    write_over(folder / _DESCRIPTION, json.dumps(description, indent=2) + "\n")
     for older in folder.glob("policy-*.safetensors"):
         if older.name != name:
             older.unlink(missing_ok=True)
     return folder
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 def load_policy(folder: str | Path) -> Policy:

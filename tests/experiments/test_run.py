@@ -1,5 +1,6 @@
 """A run ends with one record, is never done twice, goes on after a kill, and refuses bad input in one line."""
 
+import errno
 import os
 import signal
 import sqlite3
@@ -190,6 +191,19 @@ def test_killed_run_goes_on_in_its_folder_and_repeats_no_finished_evaluation(tmp
     search = record["results"]["search"]
     assert 0 < search["fresh_evaluations"] <= search["evaluations"] - 10 and kept >= 10
     assert "killed" not in (run / "metrics.jsonl").read_text()
+
+
+def test_run_whose_policy_could_not_be_saved_has_no_record_and_goes_on(run_here, train_here, folder, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    unsaved, arguments = folder / "unsaved", ("agent=one_shot", "seed=11")
+    monkeypatch.setattr("experiments.recipes.run.save_policy", full)
+    said, code = train_here(folder / "cache", "experiment=smoke", f"hydra.run.dir={unsaved}", *arguments)
+    assert code == 1 and "No space left on device" in said and not (unsaved / "record.json").exists()
+    monkeypatch.undo()
+    assert run_here(unsaved, *arguments)["results"]["search"]["tokens"] > 0
+    assert load_policy(unsaved / "policy")
 
 
 def evaluations_in(store: Path) -> int:

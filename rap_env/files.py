@@ -1,0 +1,50 @@
+"""Files that are there in one piece, or not at all."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_once(path: Path, content: str | bytes) -> Path:
+    """Creates a file, which is returned; missing folders are made.
+
+    Raises:
+        FileExistsError: There is one already; it is left as it is.
+        OSError: The file can't be written; nothing of it stays.
+    """
+    with _draft(path, content) as draft:
+        try:
+            os.link(draft, path)  # unlike a rename, a link never replaces what another process has just written
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links (exFAT, some network shares): not in one piece, but exclusive
+            with path.open("xb") as file:
+                file.write(draft.read_bytes())
+    return path
+
+
+def write_over(path: Path, content: str | bytes) -> Path:
+    """Creates a file, which is returned, or takes an older one's place; missing folders are made.
+
+    Raises:
+        OSError: The file can't be written; the older one stays as it is.
+    """
+    with _draft(path, content) as draft:
+        draft.replace(path)
+    return path
+
+
+@contextlib.contextmanager
+def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with draft.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield draft
+    finally:
+        draft.unlink(missing_ok=True)
