@@ -90,7 +90,7 @@ def _check_config(source: str, options: Mapping[str, Any]) -> None:
     """Refuses a config of what can't be run, and one that transformers stumbles over, also while it builds by it."""
     try:
         config = AutoConfig.from_pretrained(source, **options)
-    except (AttributeError, KeyError, StrictDataclassError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError) as error:
         raise _not_valid(source, error) from error
     architecture_of(config)
     try:

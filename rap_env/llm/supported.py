@@ -8,13 +8,8 @@ from transformers.activations import ACT2FN
 from rap_env.errors import UnsupportedArchitecture
 
 Window = Callable[[PretrainedConfig], int | None]
-_FIXED_ROPE = (
-    "default",
-    "linear",
-    "llama3",
-    "proportional",
-    "yarn",
-)  # others follow the longest sequence
+# Others follow the longest sequence of each batch.
+_FIXED_ROPE = ("default", "linear", "llama3", "proportional", "yarn")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -94,7 +89,7 @@ def _rotary_problems(config: PretrainedConfig, rope: dict) -> Iterator[str]:
     if rope_type != "proportional" and share not in (None, 1):
         yield f"expected rotary positions over whole heads; got partial_rotary_factor {share}"
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if kv_heads < 1 or heads % kv_heads:
+    if min(heads, kv_heads) < 1 or heads % kv_heads:
         yield f"expected heads in equal groups; got {heads} attention heads for {kv_heads} key-value heads"
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     if size % 2:
