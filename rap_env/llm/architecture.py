@@ -49,7 +49,7 @@ _OPT = Architecture(
     decoder="model.decoder",
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
-    mlp_modules=("fc1", "fc2"),
+    mlp_modules=("fc1", "activation_fn", "fc2"),  # some activations have weights
     final_norm="final_layer_norm",
     mlp=_opt_mlp,
 )

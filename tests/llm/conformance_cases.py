@@ -88,7 +88,16 @@ def rope(rope_type: str, **entries) -> dict:
 
 def _members() -> Iterator[tuple[str, dict]]:
     for name, family in FAMILIES.items():
-        yield from product([name], [{}, {"num_hidden_layers": 1}, {"vocab_size": 263}, {family.activation: "gelu"}])
+        yield from product(
+            [name],
+            [
+                {},
+                {"num_hidden_layers": 1},
+                {"vocab_size": 263},
+                {family.activation: "gelu"},
+                {family.activation: "prelu"},
+            ],
+        )
         yield from product([name], [{"tie_word_embeddings": tied} for tied in (True, False)])
         yield from product([name], family.options)
         if family.rotary:
