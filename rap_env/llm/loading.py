@@ -10,14 +10,15 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from rap_env.errors import ModelUnavailable, RapError, UnknownName
 from rap_env.llm.architecture import architecture_of
-from rap_env.llm.checkpoint import check_weights, forget_quantisation, weights_in
+from rap_env.llm.checkpoint import check_files, check_weights, forget_quantisation, weights_in
 from rap_env.llm.embedded import EMBEDDED_NAME, embedded_folder
-from rap_env.llm.shape import ModelShape
+from rap_env.llm.shape import skeleton
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
 
@@ -71,7 +72,9 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trus
     try:
         if not folder.is_dir():
             _check_hub(source, revision)
-        _check_config(source, options)  # before any weights are fetched or read
+        described = _from_config(source, options)  # before any weights are fetched or read
+        if folder.is_dir() and "gguf_file" not in options:
+            check_files(folder, described)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # Mismatched sizes are refused below, in one line.
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -86,15 +89,16 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trus
     return model, tokenizer
 
 
-def _check_config(source: str, options: Mapping[str, Any]) -> None:
-    """Refuses a config of what can't be run, and one that transformers stumbles over, also while it builds by it."""
+def _from_config(source: str, options: Mapping[str, Any]) -> nn.Module:
+    """The model that a config describes, without weights; a config that transformers stumbles over is refused."""
     try:
         config = AutoConfig.from_pretrained(source, **options)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError) as error:
         raise _not_valid(source, error) from error
-    architecture_of(config)
     try:
-        ModelShape.from_config(config)
+        return skeleton(config)
+    except RapError:
+        raise
     except Exception as error:
         raise _not_valid(source, error) from error
 

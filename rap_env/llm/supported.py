@@ -31,6 +31,23 @@ def check_member(config: PretrainedConfig, window: Window) -> None:
 def _problems(config: PretrainedConfig, window: Window) -> Iterator[str]:
     if config.is_heterogeneous:  # its other entries can't even be read
         yield "expected layers that are alike; got a per_layer_config"
+    yield from _stack_problems(config)
+    for key in ("quantization_config", "compression_config"):
+        if getattr(config, key, None) is not None:
+            yield f"expected plain weights; got quantised ones ({key}): dequantise them"
+    for key in ("hidden_act", "activation_function"):
+        if (name := getattr(config, key, None)) is not None and name not in ACT2FN:
+            yield f"expected an activation that transformers knows; got {key} {name!r}"
+    if getattr(config, "is_causal", True) is False:
+        yield "expected causal attention; got is_causal false"
+    if not config.return_dict:
+        yield "expected return_dict true, without which transformers can't run these families; got false"
+    yield from _window_problems(config, window(config))
+    if getattr(config, "rope_parameters", None):
+        yield from _rotary_problems(config, config.rope_parameters)
+
+
+def _stack_problems(config: PretrainedConfig) -> Iterator[str]:
     if not getattr(config, "do_layer_norm_before", True) or getattr(config, "_remove_final_layer_norm", False):
         yield "expected norms before the sub-blocks; this OPT model has them after"
     embedding_size = getattr(config, "word_embed_proj_dim", config.hidden_size)
@@ -39,20 +56,8 @@ def _problems(config: PretrainedConfig, window: Window) -> Iterator[str]:
             f"expected embeddings of the hidden size {config.hidden_size}; this OPT model projects them from"
             f" {embedding_size}"
         )
-    if getattr(config, "quantization_config", None) is not None:
-        yield "expected plain weights; got quantised ones (quantization_config): dequantise them"
     if config.num_hidden_layers < 1:
         yield f"expected at least one layer; got num_hidden_layers {config.num_hidden_layers}"
-    activation = getattr(config, "activation_function", None) or config.hidden_act
-    if activation not in ACT2FN:
-        yield f"expected an activation that transformers knows; got {activation!r}"
-    if getattr(config, "is_causal", True) is False:
-        yield "expected causal attention; got is_causal false"
-    if not config.return_dict:
-        yield "expected return_dict true, without which transformers can't run these families; got false"
-    yield from _window_problems(config, window(config))
-    if getattr(config, "rope_parameters", None):
-        yield from _rotary_problems(config, config.rope_parameters)
 
 
 def _window_problems(config: PretrainedConfig, window: int | None) -> Iterator[str]:

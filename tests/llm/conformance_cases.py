@@ -110,14 +110,29 @@ def _members() -> Iterator[tuple[str, dict]]:
             yield name, family.slides | rope("yarn", **ROPES["yarn"]) | {"num_key_value_heads": 1}
 
 
+def _refused_of_rotary() -> Iterator[tuple[dict, str]]:
+    yield {"num_key_value_heads": 3}, "equal groups; got 4 attention heads for 3 key-value heads"
+    yield {"num_key_value_heads": 8}, "equal groups; got 4 attention heads for 8 key-value heads"
+    yield {"head_dim": 3}, "heads of an even size, whose halves rotate; got 3 channels"
+    yield {"head_dim": 1}, "heads of an even size, whose halves rotate; got 1 channels"
+    yield {"head_dim": 7}, "even"
+    yield rope("linear", factor=2.0, partial_rotary_factor=0.5), "got partial_rotary_factor 0.5"
+    yield {"partial_rotary_factor": 0.25}, "got partial_rotary_factor 0.25"
+    yield rope("linear"), "its config is not valid: .*Missing required keys .*'factor'"
+    yield rope("axial"), "got rope_type 'axial'"
+    for rope_type, entries in ROPES_REFUSED.items():
+        yield rope(rope_type, **entries), f"do not depend on the input .*; got rope_type '{rope_type}'"
+
+
 def _refused() -> Iterator[tuple[str, dict, str]]:
     for name, family in FAMILIES.items():
         own_types = name.startswith("qwen")  # whose masks follow layer_types
         yield name, {"num_hidden_layers": 0}, "at least one layer; got num_hidden_layers 0"
-        yield name, {family.activation: "swiglu"}, "an activation that transformers knows; got 'swiglu'"
+        yield name, {family.activation: "swiglu"}, f"that transformers knows; got {family.activation} 'swiglu'"
         yield name, {"is_causal": False}, "causal attention; got is_causal false"
         yield name, {"return_dict": False}, "return_dict true"
-        yield name, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "got quantised ones"
+        for key in ("quantization_config", "compression_config"):
+            yield name, {key: {"quant_method": "gptq", "bits": 4}}, rf"got quantised ones \({key}\): dequantise them"
         yield (
             name,
             {"per_layer_config": {1: {"attention_dropout": 0.1}}},
@@ -148,17 +163,7 @@ def _refused() -> Iterator[tuple[str, dict, str]]:
                 "for all layers",
             )
         if family.rotary:
-            yield name, {"num_key_value_heads": 3}, "equal groups; got 4 attention heads for 3 key-value heads"
-            yield name, {"num_key_value_heads": 8}, "equal groups; got 4 attention heads for 8 key-value heads"
-            yield name, {"head_dim": 3}, "heads of an even size, whose halves rotate; got 3 channels"
-            yield name, {"head_dim": 1}, "heads of an even size, whose halves rotate; got 1 channels"
-            yield name, {"head_dim": 7}, "even"
-            yield name, rope("linear", factor=2.0, partial_rotary_factor=0.5), "got partial_rotary_factor 0.5"
-            yield name, {"partial_rotary_factor": 0.25}, "got partial_rotary_factor 0.25"
-            yield name, rope("linear"), "its config is not valid: .*Missing required keys .*'factor'"
-            yield name, rope("axial"), "got rope_type 'axial'"
-            for rope_type, entries in ROPES_REFUSED.items():
-                yield name, rope(rope_type, **entries), f"do not depend on the input .*; got rope_type '{rope_type}'"
+            yield from ((name, *case) for case in _refused_of_rotary())
     yield "opt", {"word_embed_proj_dim": 16}, "embeddings of the hidden size 32; this OPT model projects them from 16"
     for entries in ({"do_layer_norm_before": False}, {"_remove_final_layer_norm": True}):
         yield "opt", entries, "norms before the sub-blocks"
