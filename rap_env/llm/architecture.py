@@ -3,14 +3,15 @@
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from rap_env.errors import UnknownName, UnsupportedArchitecture
+from rap_env.errors import UnknownName
 from rap_env.llm.packing import PACKED_ATTENTION, Packing
+from rap_env.llm.supported import Window, check_member
 from rap_env.mask import ATTENTION
 
 
@@ -24,11 +25,16 @@ class Architecture:
     mlp_modules: tuple[str, ...]  # from a layer to the modules that hold the MLP's weights
     final_norm: str  # from the decoder to the norm after the last layer
     mlp: Callable[[nn.Module, torch.Tensor], torch.Tensor]  # of a layer, on normed states [batch, tokens, hidden]
+    window: Window = lambda config: None  # tokens that its attention masks let a token look back; None for all
 
 
 def _opt_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])  # as upstream does, so that results are exactly equal
     return layer.fc2(layer.activation_fn(layer.fc1(flat))).view(hidden.shape)
+
+
+def _window_of_types(config: PretrainedConfig) -> int | None:
+    return config.sliding_window if config.layer_types[0] == "sliding_attention" else None
 
 
 _LLAMA = Architecture(
@@ -43,12 +49,13 @@ _OPT = Architecture(
     decoder="model.decoder",
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
-    mlp_modules=("fc1", "fc2"),
+    mlp_modules=("fc1", "activation_fn", "fc2"),  # some activations have weights
     final_norm="final_layer_norm",
     mlp=_opt_mlp,
 )
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # others are recomputed for the longest sequence of each batch
-ARCHITECTURES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA, "opt": _OPT}
+_MISTRAL = replace(_LLAMA, window=lambda config: config.sliding_window)  # whatever its layer_types say
+_QWEN = replace(_LLAMA, window=_window_of_types)
+ARCHITECTURES = {"llama": _LLAMA, "mistral": _MISTRAL, "qwen2": _QWEN, "qwen3": _QWEN, "opt": _OPT}
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
@@ -56,38 +63,18 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
     Raises:
         UnknownName: The family is not in the table.
-        UnsupportedArchitecture: The family is, but this member is not a plain pre-norm stack of equal layers, its
-            weights are quantised, or what it computes for a sequence depends on the others of its batch.
+        UnsupportedArchitecture: The family is, but not this member of it; see `check_member`.
     """
     if config.model_type not in ARCHITECTURES:  # no close name: `model_type` is nothing to correct by hand
         raise UnknownName("model architecture", config.model_type, ARCHITECTURES, suggest=False)
-    if not getattr(config, "do_layer_norm_before", True) or getattr(config, "_remove_final_layer_norm", False):
-        raise UnsupportedArchitecture("expected norms before the sub-blocks; this OPT model has them after")
-    embedding_size = getattr(config, "word_embed_proj_dim", config.hidden_size)
-    if embedding_size != config.hidden_size:
-        raise UnsupportedArchitecture(
-            f"expected embeddings of the hidden size {config.hidden_size}; this OPT model projects them from"
-            f" {embedding_size}"
-        )
-    if len(set(getattr(config, "layer_types", None) or ["full_attention"])) > 1:
-        raise UnsupportedArchitecture("expected one type of attention in all layers; got a mix of full and sliding")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedArchitecture(
-            "expected plain weights; got quantised ones (quantization_config): dequantise them"
-        )
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope_type not in _FIXED_ROPE:
-        raise UnsupportedArchitecture(
-            f"expected rotary frequencies that do not depend on the input ({', '.join(_FIXED_ROPE)}); got rope_type"
-            f" {rope_type!r}"
-        )
-    return ARCHITECTURES[config.model_type]
+    architecture = ARCHITECTURES[config.model_type]
+    check_member(config, architecture.window)
+    return architecture
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
     """Tokens that attention looks back, the own one included; None for all. All layers are alike in this."""
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]  # families without types slide or not
-    return getattr(config, "sliding_window", None) if layer_types[0] == "sliding_attention" else None
+    return ARCHITECTURES[config.model_type].window(config)
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module:

@@ -10,13 +10,15 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from rap_env.errors import ModelUnavailable, RapError, UnknownName
 from rap_env.llm.architecture import architecture_of
-from rap_env.llm.checkpoint import check_weights, forget_quantisation, weights_in
+from rap_env.llm.checkpoint import check_files, check_weights, forget_quantisation, weights_in
 from rap_env.llm.embedded import EMBEDDED_NAME, embedded_folder
+from rap_env.llm.shape import skeleton
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
 
@@ -70,7 +72,9 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trus
     try:
         if not folder.is_dir():
             _check_hub(source, revision)
-        architecture_of(_read_config(source, options))  # before any weights are fetched or read
+        described = _from_config(source, options)  # before any weights are fetched or read
+        if folder.is_dir() and "gguf_file" not in options:
+            check_files(folder, described)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # Mismatched sizes are refused below, in one line.
         options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -85,12 +89,23 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trus
     return model, tokenizer
 
 
-def _read_config(source: str, options: Mapping[str, Any]) -> PretrainedConfig:
+def _from_config(source: str, options: Mapping[str, Any]) -> nn.Module:
+    """The model that a config describes, without weights; a config that transformers stumbles over is refused."""
     try:
-        return AutoConfig.from_pretrained(source, **options)
-    except (AttributeError, KeyError, StrictDataclassError, TypeError) as error:  # upstream stumbles over what it reads
-        reason = " ".join(str(error).split())
-        raise ModelUnavailable(f"can't load {source!r}: its config is not valid: {reason[:200]}") from error
+        config = AutoConfig.from_pretrained(source, **options)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError, TypeError) as error:
+        raise _not_valid(source, error) from error
+    try:
+        return skeleton(config)
+    except RapError:
+        raise
+    except Exception as error:
+        raise _not_valid(source, error) from error
+
+
+def _not_valid(source: str, error: Exception) -> ModelUnavailable:
+    reason = " ".join(str(error).split())
+    return ModelUnavailable(f"can't load {source!r}: its config is not valid: {reason[:200]}")
 
 
 def _check_hub(source: str, revision: str | None) -> None:
@@ -157,6 +172,7 @@ def build_random_llm(
         device: As in `load_llm`.
     """
     config = AutoConfig.for_model(model_type, bos_token_id=256, eos_token_id=256, pad_token_id=256, **sizes)
+    architecture_of(config)
     with isolated_rng(seed), torch.device(device):  # made where they stay: 7 billion weights take minutes on a CPU
         model = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[dtype])
     return SwitchableLLM(model, _byte_tokenizer(), f"random-{model_type}")

@@ -45,11 +45,7 @@ class ModelShape:
             UnknownName: The architecture table does not know the family.
             UnsupportedArchitecture: The layers are not alike, or not pre-norm.
         """
-        architecture_of(config)  # before a model is built from a config that we don't support
-        with torch.device("meta"):
-            dtype = dtype or getattr(config, "dtype", None) or torch.float16
-            # A copy, because upstream writes the type into the config that it builds from.
-            return cls.from_model(AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype))
+        return cls.from_model(skeleton(config, dtype))
 
     @classmethod
     def from_model(cls, model: nn.Module) -> "ModelShape":
@@ -116,6 +112,15 @@ class ModelShape:
         if kind == ATTENTION:
             return 2 * self.query_channels + 2 * self.kv_channels
         return 3 * self.intermediate_size
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> nn.Module:
+    """A causal LM on the meta device: what `from_config` counts on."""
+    architecture_of(config)  # before a model is built from a config that we don't support
+    with torch.device("meta"):
+        dtype = dtype or getattr(config, "dtype", None) or torch.float16
+        # A copy, because upstream writes the type into the config that it builds from.
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def _n_bytes(modules: Iterable[nn.Module]) -> int:

@@ -229,3 +229,10 @@ def test_a_sliding_window_in_all_layers_is_one_type_of_attention():
     config = AutoConfig.for_model("mistral", sliding_window=4, num_key_value_heads=1, intermediate_size=16, **SIZES)
     assert architecture_of(config) is ARCHITECTURES["mistral"]
     assert len(decoder_layers(AutoModelForCausalLM.from_config(config))) == 2
+
+
+def test_a_mistral_whose_cache_would_keep_more_than_its_masks_show_is_refused():
+    layer_types = ["full_attention"] * 2  # transformers' cache follows them, its masks the window alone
+    config = AutoConfig.for_model("mistral", sliding_window=4, layer_types=layer_types, intermediate_size=16, **SIZES)
+    with pytest.raises(UnsupportedArchitecture, match="transformers caches all tokens and shows 4: correct the config"):
+        architecture_of(config)

@@ -1,15 +1,12 @@
 """A model is exactly what its files hold: where files and config disagree, loading says so in one line."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from rap_env.errors import ModelUnavailable, UnsupportedArchitecture
 from rap_env.llm import loading
@@ -18,42 +15,7 @@ from rap_env.llm.loading import build_random_llm, build_tiny_llm, load_llm
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
-
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 4, "vocab_size": 257, "head_dim": 8}
-SIZES |= {"intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
-
-
-@pytest.fixture
-def save(tmp_path) -> Callable[..., Path]:
-    """Saves a random Llama with further config entries; returns the folder."""
-
-    def to_folder(max_shard_size: str = "1GB", **options) -> Path:
-        llm, folder = build_random_llm("llama", SIZES | options), tmp_path / "model"
-        llm.model.save_pretrained(folder, max_shard_size=max_shard_size)
-        llm.tokenizer.save_pretrained(folder)
-        return folder
-
-    return to_folder
-
-
-def edit_config(folder: Path, **changes) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def edit_weights(folder: Path, change: Callable[[dict], object]) -> None:
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
-
-
-def refusal(folder: Path, kind: type[Exception] = ModelUnavailable) -> str:
-    with pytest.raises(kind) as error:
-        load_llm(str(folder), dtype="float32")
-    assert "\n" not in str(error.value)
-    return str(error.value)
+from tests.llm.checkpoint_cases import SIZES, edit_config, edit_weights, refusal
 
 
 def test_weights_that_are_missing_are_never_made_up(save):
