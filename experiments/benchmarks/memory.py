@@ -1,15 +1,16 @@
-"""Part `memory`: predicted against measured peaks of importance and scoring."""
+"""Part `memory`: measured peaks of importance and scoring beside the weights."""
 
 from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.timing import counted
-from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import ScoringPlan
 from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.mask import PruningMask
+from rap_env.memory.footprint import footprint
 from rap_env.memory.measured import measured_peak, return_freed_memory
+from rap_env.memory.workload import Workload
 
 
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -23,20 +24,15 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     return_freed_memory()
     dense = PruningMask.all_kept(llm.shape)
     masks = [dense.drop(component) for component in dense.components[:8]]
-    evaluator = PerplexityEvaluator(windows, "calibration")
 
-    def rank(exact: bool) -> int:
+    def rank(exact: bool) -> None:
         greedy_sequential_importance(llm, windows, removals=1, exact=exact)
-        n_sites = len(llm.shape.sites)  # the exact rule evaluates a round together, the lazy one holds streams
-        return evaluator.peak_bytes(llm, n_sites) if exact else evaluator.peak_bytes(llm, 1, n_sites + 1)
 
-    def score(batch_tokens: int, n_masks: int) -> int:
-        plan = ScoringPlan(pairs, batch_tokens)
-        for _result in plan.run(llm, masks[:n_masks]):
+    def score(batch_tokens: int, n_masks: int) -> None:
+        for _result in ScoringPlan(pairs, batch_tokens).run(llm, masks[:n_masks]):
             pass
-        return plan.peak_bytes(llm.shape, n_masks)
 
-    cases: dict[str, Callable[[], int]] = {
+    cases: dict[str, Callable[[], None]] = {
         "lazy importance": lambda: rank(exact=False),
         "exact importance": lambda: rank(exact=True),
         "scoring, 4,096 tokens at once": lambda: score(4096, 1),
@@ -47,15 +43,16 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     for name, run in cases.items():
         run()
         with measured_peak(llm.device) as peak:
-            predicted_bytes = run()
-        results[name] = {"predicted_bytes": predicted_bytes, "measured_bytes": peak.peak_bytes}
+            run()
+        results[name] = peak.peak_bytes
         step()
-    return {"cases": results}
+    return {"peak_bytes": results, "weights_bytes": footprint(llm.shape, dense, Workload(1, 1)).weights_bytes}
 
 
 def lines(results: dict[str, Any]) -> list[str]:
     """What is printed."""
+    weights_bytes = results["weights_bytes"]
     return [
-        f"{name}: predicted {case['predicted_bytes'] / 1e6:.0f} MB, measured {case['measured_bytes'] / 1e6:.0f} MB"
-        for name, case in sorted(results["cases"].items())
+        f"{name}: {n_bytes / 1e6:.0f} MB, {n_bytes / weights_bytes:.0%} of the weights"
+        for name, n_bytes in sorted(results["peak_bytes"].items())
     ]

@@ -62,10 +62,6 @@ class DivergenceEvaluator(TextEvaluator):
         self.setup_tokens = windows.numel()
         self._dense: tuple[SwitchableLLM, dict[int, torch.Tensor]] | None = None  # of each batch's first window
 
-    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1, held_streams: int = 0) -> int:
-        kept_bytes = self.windows.numel() * llm.shape.bytes_per_parameter * llm.shape.hidden_size
-        return super().peak_bytes(llm, n_masks, held_streams) + kept_bytes
-
     def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
         if self._dense is None or self._dense[0] is not llm:
             self._dense = llm, {}

@@ -13,7 +13,6 @@ from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
 from rap_env.mask import PruningMask
-from rap_env.memory.working import working_bytes
 
 BATCH_TOKENS = 4096  # forwarded at once
 _LARGEST_LOSS = 700.0  # exp(709.8) is the largest float
@@ -121,19 +120,6 @@ class TextEvaluator(Evaluator):
 
     def tokens(self, llm: SwitchableLLM) -> int:
         return self.windows.numel()
-
-    def peak_bytes(self, llm: SwitchableLLM, n_masks: int = 1, held_streams: int = 0) -> int:
-        """Predicted peak of what evaluating takes beside the weights.
-
-        Args:
-            llm: The model.
-            n_masks: Masks that are evaluated together.
-            held_streams: Streams that are held between calls (`near`).
-        """
-        tokens = self.windows[self.batches()[0]].numel()
-        passing = 2 + max(1, n_masks).bit_length()  # what `run_masks` was given, what it gave last, what waits in it
-        head_rows = math.ceil(math.prod(logit_tile(llm)) / llm.shape.vocab_size)
-        return working_bytes(llm.shape, tokens, passing + held_streams, head_rows)
 
     def batches(self) -> list[slice]:
         """Windows that are forwarded at once."""

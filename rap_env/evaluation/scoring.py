@@ -10,7 +10,6 @@ from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
-from rap_env.memory.working import working_bytes
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # tokens of a context and of its continuation
 Score = tuple[float, bool]  # log-probability of a continuation, and whether greedy decoding would produce it
@@ -84,11 +83,6 @@ class ScoringPlan:
         """Number of batches."""
         return len(self._batches)
 
-    def peak_bytes(self, shape, n_masks: int = 1) -> int:
-        """Predicted peak of what scoring so many masks together needs beside the weights of a `ModelShape`."""
-        largest = max((sum(len(request.tree) for request in batch) for batch in self._batches), default=0)
-        return working_bytes(shape, largest, 2 + max(1, n_masks).bit_length(), _HEAD_ROWS)
-
     @property
     def head_rows(self) -> int:
         """Positions whose logits are computed."""
@@ -111,13 +105,6 @@ class ScoringPlan:
                     greedy[mask][pair] &= is_greedy
                 if index == len(self._batches) - 1:
                     yield mask, list(zip(totals[mask], greedy[mask], strict=True))
-
-
-def score_continuations(llm: SwitchableLLM, pairs: Sequence[Pair], batch_tokens: int = 4096) -> list[Score]:
-    """Scores continuations under the mask that is applied; see `ScoringPlan`."""
-    if not pairs:
-        return []
-    return next(ScoringPlan(pairs, batch_tokens).run(llm, [llm.mask]))[1]
 
 
 def _requests(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[_Request]:

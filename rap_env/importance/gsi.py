@@ -9,7 +9,7 @@ from rap_env.evaluation.meter import Meter, TokenBudget
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.lazy import LazyRounds, split_windows
-from rap_env.importance.rounds import ExactRounds, price
+from rap_env.importance.rounds import ExactRounds
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
 from rap_env.mask import PruningMask
@@ -45,16 +45,6 @@ class ImportanceRanking:
     evaluations: int
     tokens: int = field(compare=False)
     seconds: float = field(compare=False)
-
-    def per_byte(self, shape, workload: Workload) -> tuple[str, ...]:
-        """Names from the least to the most loss for each byte that dropping the component frees at a workload.
-
-        Takes the increases of the dense model as they are, so it costs no evaluation. To rank by loss per byte on the
-        shrinking model, give `greedy_sequential_importance` the workload. Long requests make attentions expensive to
-        keep, short ones MLPs.
-        """
-        freed = bytes_by_name(shape, workload)
-        return tuple(sorted(self.increases, key=lambda name: price(self.increases[name], freed[name])))
 
 
 def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything but the first two by name

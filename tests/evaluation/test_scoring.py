@@ -8,10 +8,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from rap_env.evaluation import scoring
-from rap_env.evaluation.scoring import ScoringPlan, score_continuations
+from rap_env.evaluation.scoring import ScoringPlan
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
+from tests.evaluation.scoring_cases import score_continuations
 
 SHARED = (7, 8, 9)
 

@@ -8,10 +8,11 @@ import torch
 
 from rap_env.errors import EvaluationFailed
 from rap_env.evaluation import scoring
-from rap_env.evaluation.scoring import ScoringPlan, fit_to_context, score_continuations
+from rap_env.evaluation.scoring import ScoringPlan, fit_to_context
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
+from tests.evaluation.scoring_cases import score_continuations
 
 
 @pytest.fixture

@@ -199,8 +199,3 @@ def test_violating_a_budget_never_pays_on_text(tiny_llm, paths):
     fitting, violating = (problem.evaluate(mask, work, smallest) for mask in (everything, dense))
     assert problem.reward(fitting) == fitting.score
     assert problem.reward(violating) < fitting.score - 50
-
-
-def test_what_evaluating_takes_is_predicted(tiny_llm, paths):
-    search = halves_of(tiny_llm, paths).search
-    assert 0 < search.peak_bytes(tiny_llm) < search.peak_bytes(tiny_llm, 8)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from rap_env.importance.gsi import ImportanceRanking, bytes_by_name, greedy_sequential_importance
+from rap_env.importance.gsi import bytes_by_name, greedy_sequential_importance
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.memory.workload import Workload
 from tests.importance.cases import SKETCH, WINDOWS, brute_force, loss_of, measure_by_rule, per_freed
@@ -31,19 +31,6 @@ def llama():
 def freed_by_hand(llm, workload: Workload) -> dict[str, int]:
     by_kind = dict(zip(KINDS, FREED[llm.shape.model_type, workload], strict=True))
     return {component.name: by_kind[component.site.kind] for component in llm.shape.components}
-
-
-def ranking_of(increases: dict[str, float]) -> ImportanceRanking:
-    return ImportanceRanking(
-        order=tuple(sorted(increases, key=increases.get)),
-        losses=(),
-        dense_loss=3.0,
-        increases=increases,
-        known={},
-        evaluations=4,
-        tokens=64,
-        seconds=0.0,
-    )
 
 
 @WORKLOADS
@@ -116,36 +103,3 @@ def test_a_lazy_ranking_by_loss_reuses_the_sketch_of_one_by_bytes(llm, store, me
     assert not known & set(measured)
     assert any(measurement.tokens == SKETCH.numel() for measurement in known), "there was something to reuse"
     assert by_loss == greedy_sequential_importance(llm, WINDOWS, removals=1)
-
-
-def test_the_order_per_byte_flips_between_attentions_and_mlps(llama):
-    # Attentions free 12,288 + 128 a token, MLPs 24,576: 14,336 at 16 tokens and 143,360 at 1,024.
-    increases = {"layer0.attention": 0.3, "layer0.mlp": 0.4, "layer1.attention": 0.1, "layer1.mlp": 0.2}
-    ranking = ranking_of(increases)
-    # By 1e-5 a byte: 2.09, 1.63, 0.70, 0.81.
-    assert ranking.per_byte(llama.shape, SHORT) == ("layer1.attention", "layer1.mlp", "layer0.mlp", "layer0.attention")
-    # 0.21, 1.63, 0.07, 0.81.
-    assert ranking.per_byte(llama.shape, LONG) == ("layer1.attention", "layer0.attention", "layer1.mlp", "layer0.mlp")
-    assert ranking.order == ("layer1.attention", "layer1.mlp", "layer0.attention", "layer0.mlp")
-
-
-def test_attentions_that_hurt_as_much_as_mlps_go_last_at_short_and_first_at_long_workloads(llama):
-    ranking = ranking_of({component.name: 0.5 for component in llama.shape.components})
-    kinds = {
-        workload: [name.split(".")[1] for name in ranking.per_byte(llama.shape, workload)] for workload in (SHORT, LONG)
-    }
-    assert kinds == {SHORT: ["mlp"] * 4 + ["attention"] * 4, LONG: ["attention"] * 4 + ["mlp"] * 4}
-
-
-def test_a_measured_ranking_gives_the_first_removal_for_any_workload_without_an_evaluation(llm, ranking):
-    for workload in (SHORT, LONG):
-        before = llm.site_executions
-        order = ranking.per_byte(llm.shape, workload)
-        assert llm.site_executions == before
-        assert sorted(order) == sorted(ranking.order)
-        by_bytes = greedy_sequential_importance(llm, WINDOWS, removals=1, exact=True, workload=workload)
-        assert order[0] == by_bytes.order[0]
-
-
-def test_without_any_round_there_is_nothing_to_rank_per_byte(llm):
-    assert greedy_sequential_importance(llm, WINDOWS, removals=0).per_byte(llm.shape, LONG) == ()
