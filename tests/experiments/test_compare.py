@@ -26,20 +26,25 @@ TINY = (
     "evaluation._target_=tests.experiments.counted.counted_halves",
 )
 NAMES = [f"random_search-{seed}" for seed in range(4)]
+LAUNCHERS = {
+    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+    "ray": ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"),
+}
 
 
 class Swept(types.SimpleNamespace):
     """A finished sweep: its folder, what it said, and a line for each mask that was measured."""
 
 
-@pytest.fixture(scope="module")
-def swept(tmp_path_factory) -> Swept:
+@pytest.fixture(scope="module", params=LAUNCHERS)
+def swept(tmp_path_factory, request) -> Swept:
     """`quick` on two workers at once."""
+    if request.param == "ray":
+        pytest.importorskip("ray", reason="the extra `ray` is not installed")
     folder = tmp_path_factory.mktemp("compare")
     paths = {"RAP_CACHE": folder / "cache", "MEASURED": folder / "measured", "PYTHONPATH": PROJECT}
     environment = os.environ | {name: str(path) for name, path in paths.items()} | {"OMP_NUM_THREADS": "1"}
-    launcher = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
-    command = [sys.executable, "-m", "experiments.compare", *TINY, *launcher]
+    command = [sys.executable, "-m", "experiments.compare", *TINY, *LAUNCHERS[request.param]]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     measured = (folder / "measured").read_text().splitlines()
