@@ -7,6 +7,7 @@ import json
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress, count
 
 from rap_env.errors import InvalidMask, check_known
 
@@ -17,15 +18,17 @@ KINDS = (ATTENTION, MLP)
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """What runs: the attention or the MLP of a decoder layer.
+    """What runs: the attention or the MLP of a decoder layer, the whole of it or some of its parts.
 
     Attributes:
         layer: Index of the decoder layer.
         kind: `"attention"` or `"mlp"`.
+        parts: Indices of the parts that run; None for the whole site.
     """
 
     layer: int
     kind: str
+    parts: tuple[int, ...] | None = None
 
     @functools.cached_property
     def name(self) -> str:
@@ -155,11 +158,11 @@ class PruningMask:
 
     @functools.cached_property
     def kept(self) -> tuple[Component, ...]:
-        return tuple(itertools.compress(self.components, self.keep))
+        return tuple(compress(self.components, self.keep))
 
     @functools.cached_property
     def dropped(self) -> tuple[Component, ...]:
-        return tuple(itertools.compress(self.components, map(operator.not_, self.keep)))
+        return tuple(compress(self.components, map(operator.not_, self.keep)))
 
     @functools.cached_property
     def kept_parts(self) -> tuple[tuple[Site, tuple[bool, ...]], ...]:
@@ -206,7 +209,8 @@ def parting(masks: Sequence[PruningMask], start: int) -> int:
 
 def kept_sites(mask: PruningMask, start: int = 0, stop: int | None = None) -> list[Site]:
     """The sites of which a mask keeps any part, between two places in the order of all sites."""
-    return [site for site, bits in mask.kept_parts[start:stop] if any(bits)]
+    kept = ((site, bits) for site, bits in mask.kept_parts[start:stop] if any(bits))
+    return [site if all(bits) else Site(site.layer, site.kind, tuple(compress(count(), bits))) for site, bits in kept]
 
 
 def by_layer(components: Iterable[Component]) -> list[tuple[Component, ...]]:

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from rap_env.errors import UnknownName
 from rap_env.llm.packing import PACKED_ATTENTION, Packing
+from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed
 from rap_env.llm.supported import Window, check_member
 from rap_env.mask import ATTENTION
 
@@ -25,6 +26,9 @@ class Architecture:
     mlp_modules: tuple[str, ...]  # from a layer to the modules that hold the MLP's weights
     final_norm: str  # from the decoder to the norm after the last layer
     mlp: Callable[[nn.Module, torch.Tensor], torch.Tensor]  # of a layer, on normed states [batch, tokens, hidden]
+    mlp_inner: tuple[str, ...]  # from a layer to the matrices into the MLP's channels
+    mlp_output: str  # from a layer to the matrix from there to the residual stream
+    attention_output: str  # from a layer to the matrix from the heads to the residual stream
     window: Window = lambda config: None  # tokens that its attention masks let a token look back; None for all
 
 
@@ -44,6 +48,9 @@ _LLAMA = Architecture(
     mlp_modules=("mlp",),
     final_norm="norm",
     mlp=lambda layer, hidden: layer.mlp(hidden),
+    mlp_inner=("mlp.gate_proj", "mlp.up_proj"),
+    mlp_output="mlp.down_proj",
+    attention_output="self_attn.o_proj",
 )
 _OPT = Architecture(
     decoder="model.decoder",
@@ -52,6 +59,9 @@ _OPT = Architecture(
     mlp_modules=("fc1", "activation_fn", "fc2"),  # some activations have weights
     final_norm="final_layer_norm",
     mlp=_opt_mlp,
+    mlp_inner=("fc1",),
+    mlp_output="fc2",
+    attention_output="self_attn.out_proj",
 )
 _MISTRAL = replace(_LLAMA, window=lambda config: config.sliding_window)  # whatever its layer_types say
 _QWEN = replace(_LLAMA, window=_window_of_types)
@@ -90,7 +100,7 @@ class DecoderLayer:
     """
 
     def __init__(self, layer: nn.Module, architecture: Architecture) -> None:
-        self.module = layer
+        self.module, self._architecture = layer, architecture
         self._attention_norm = submodule(layer, architecture.attention_norm)
         self._mlp_norm = submodule(layer, architecture.mlp_norm)
         self._mlp = architecture.mlp
@@ -114,6 +124,17 @@ class DecoderLayer:
             attention = self._packed_attention if packed else self.module.self_attn
             return hidden + attention(hidden_states=self._attention_norm(hidden), **context)[0]
         return hidden + self._mlp(self.module, self._mlp_norm(hidden))
+
+    def cuts(self, kind: str, group_channels: int) -> dict[str, Cut]:
+        """The parts of a site by name; those of an MLP have so many channels."""
+        row = self._architecture
+        if kind == ATTENTION:
+            return cut_attention(self.module, row.attention_output)
+        return cut_mlp(self.module, row.mlp_inner, row.mlp_output, group_channels)
+
+    def narrowed(self, cuts: Sequence[Cut]) -> "DecoderLayer":
+        """The layer with some parts of one site; see `rap_env.llm.parts.narrowed`."""
+        return DecoderLayer(narrowed(self.module, cuts), self._architecture)
 
     def modules_of(self, kind: str) -> list[nn.Module]:
         """The modules that hold a site's weights, without the norm in front."""

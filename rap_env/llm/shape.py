@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from rap_env.llm.architecture import architecture_of, attention_window, decoder_layers
+from rap_env.llm.architecture import DecoderLayer, architecture_of, attention_window, decoder_layers
+from rap_env.llm.parts import weight_bytes
 from rap_env.mask import ATTENTION, KINDS, Component, Site, shared
 
 
@@ -34,22 +35,30 @@ class ModelShape:
         object.__setattr__(self, "components", shared(self.components))
 
     @classmethod
-    def from_config(cls, config: PretrainedConfig, dtype: torch.dtype | None = None) -> "ModelShape":
+    def from_config(
+        cls, config: PretrainedConfig, dtype: torch.dtype | None = None, group_channels: int | None = None
+    ) -> "ModelShape":
         """Reads the sizes off a transformers config: those of a model that is built on the meta device.
 
         Args:
             config: The config of a causal LM.
             dtype: Type of the weights; by default the config's, or float16 if it names none.
+            group_channels: As in `from_model`.
 
         Raises:
             UnknownName: The architecture table does not know the family.
             UnsupportedArchitecture: The layers are not alike, or not pre-norm.
         """
-        return cls.from_model(skeleton(config, dtype))
+        return cls.from_model(skeleton(config, dtype), group_channels)
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> "ModelShape":
+    def from_model(cls, model: nn.Module, group_channels: int | None = None) -> "ModelShape":
         """Counts a model's own tensors, so that biases, query norms, ties and number formats are exactly its own.
+
+        Args:
+            model: The causal LM.
+            group_channels: Components are KV heads with their query heads, and groups of so many MLP channels; what a
+                site has beside them (a bias of its output, norms of heads) stays. None makes whole sites components.
 
         Raises what `from_config` raises.
         """
@@ -59,9 +68,8 @@ class ModelShape:
         components = []
         for index, layer in enumerate(layers):
             for kind in KINDS:
-                site = Site(index, kind)
                 kv_bytes = 2 * model.dtype.itemsize * kv_channels if kind == ATTENTION else 0
-                components.append(Component(site.name, site, None, _n_bytes(layer.modules_of(kind)), kv_bytes))
+                components += _rows(layer, Site(index, kind), kv_bytes, group_channels)
         return cls(
             model_type=config.model_type,
             hidden_size=config.hidden_size,
@@ -112,6 +120,17 @@ class ModelShape:
         if kind == ATTENTION:
             return 2 * self.query_channels + 2 * self.kv_channels
         return 3 * self.intermediate_size
+
+
+def _rows(layer: DecoderLayer, site: Site, kv_bytes_per_token: int, group_channels: int | None) -> list[Component]:
+    """The components of a site."""
+    if group_channels is None:
+        return [Component(site.name, site, None, _n_bytes(layer.modules_of(site.kind)), kv_bytes_per_token)]
+    cuts = layer.cuts(site.kind, group_channels)
+    return [
+        Component(f"{site.name}.{name}", site, part, weight_bytes(layer.module, cut), kv_bytes_per_token // len(cuts))
+        for part, (name, cut) in enumerate(cuts.items())
+    ]
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> nn.Module:

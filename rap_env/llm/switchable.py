@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rap_env.errors import InvalidMask
-from rap_env.llm.architecture import architecture_of, decoder_layers, submodule
+from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, submodule
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.shape import ModelShape
@@ -40,6 +40,7 @@ class SwitchableLLM:
         model: The causal LM; its weights are never changed.
         tokenizer: The tokenizer that belongs to it.
         name: What reports call the model.
+        group_channels: What the components are; see `ModelShape.from_model`.
 
     Attributes:
         site_executions: Sites that `run` and `run_masks` have run so far.
@@ -49,15 +50,20 @@ class SwitchableLLM:
         UnsupportedArchitecture: The layers are not alike, or not pre-norm.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, name: str) -> None:
+    def __init__(self, model: nn.Module, tokenizer, name: str, group_channels: int | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.shape = ModelShape.from_model(model)
+        self.shape = ModelShape.from_model(model, group_channels)
         self.mask = PruningMask.all_kept(self.shape)
         self.site_executions = 0
         self._architecture = architecture_of(model.config)
         self._layers = decoder_layers(model)
+        self._cuts = group_channels and {
+            Site(index, kind): list(layer.cuts(kind, group_channels).values())
+            for index, layer in enumerate(self._layers)
+            for kind in KINDS
+        }
         self._use_cache: list[bool | None] | None = None  # upstream's settings while no attention is kept
 
     @property
@@ -91,14 +97,16 @@ class SwitchableLLM:
     def apply(self, mask: PruningMask) -> None:
         """Makes the model run with the mask's components only, until the next call; raises what `check` raises."""
         self.check(mask)
-        sites, kept_attentions = set(kept_sites(mask)), 0
-        for index, layer in enumerate(self._layers):
-            kinds = [kind for kind in KINDS if Site(index, kind) in sites]
+        kept_attentions, kept = 0, {index: [] for index in range(len(self._layers))}
+        for site in kept_sites(mask):
+            kept[site.layer].append(site)
+        for layer, sites in zip(self._layers, kept.values(), strict=True):
             layer.module.__dict__.pop("forward", None)
             layer.module.self_attn.layer_idx = kept_attentions
-            if len(kinds) < len(KINDS):
-                layer.module.forward = functools.partial(self._run_kinds, layer, kinds)
-            kept_attentions += ATTENTION in kinds
+            if len(sites) < len(KINDS) or any(site.parts for site in sites):
+                steps = [(self._layer_of(site), site.kind) for site in sites]
+                layer.module.forward = functools.partial(self._run_steps, steps)
+            kept_attentions += any(site.kind == ATTENTION for site in sites)
         self._allow_cache(kept_attentions > 0)
         self.mask = mask
 
@@ -127,10 +135,18 @@ class SwitchableLLM:
             self._use_cache = None
 
     @staticmethod
-    def _run_kinds(layer, kinds: list[str], hidden_states: torch.Tensor, **context) -> torch.Tensor:
-        for kind in kinds:
+    def _run_steps(steps: list[tuple[DecoderLayer, str]], hidden_states: torch.Tensor, **context) -> torch.Tensor:
+        for layer, kind in steps:
             hidden_states = layer.run(kind, hidden_states, context)
         return hidden_states
+
+    def _layer_of(self, site: Site) -> DecoderLayer:
+        """The layer that runs a site, with the site's parts only."""
+        layer = self._layers[site.layer]
+        if site.parts is None:
+            return layer
+        cuts = self._cuts[Site(site.layer, site.kind)]
+        return layer.narrowed([cuts[part] for part in site.parts])
 
     @contextlib.contextmanager
     def pruned(self, mask: PruningMask) -> Iterator["SwitchableLLM"]:
@@ -193,11 +209,11 @@ class SwitchableLLM:
         if not sites:
             return hidden
 
+        steps = [(self._layer_of(site), site.kind) for site in sites]
+
         def run_part(part: tuple[torch.Tensor, dict]) -> torch.Tensor:
             stream, own_context = part
-            for site in sites:
-                stream = self._layers[site.layer].run(site.kind, stream, own_context)
-            return stream
+            return self._run_steps(steps, stream, **own_context)
 
         return join_streams(in_lanes(run_part, cut_stream(hidden, context)), context)
 

@@ -48,7 +48,7 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
     Fixed are the embedding, an untied head, and the norms, which stay resident. Cached tokens are `B * (T + generated
     tokens)`, or what a sliding window leaves of them. Of the four tensors of the hidden size, upstream's frames keep
     two, the embedded tokens and the layer's input, while a site holds the residual stream and its norm. `width` is what
-    the widest kept kind of site holds beside them for each token: queries, keys, values and output of an attention
+    the widest kept site holds beside them for each token: queries, keys, values and output of an attention
     (scores are never materialised), or gate, up and product of an MLP. The head's logits are float32, for the last
     position only. With rows counted from a Llama the first two lines are RAP's memory model (arXiv 2505.17138, section
     on the memory model).
@@ -67,12 +67,12 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
         raise InvalidMask(f"expected a mask over this model's {len(shape.components)} components; got {len(mask.keep)}")
     kept = mask.kept
     kv_bytes_per_token = sum(component.kv_bytes_per_token for component in kept)
-    width = max(map(shape.activation_width, {component.site.kind for component in kept}), default=0)
+    widths = (shape.activation_width(site.kind) * sum(bits) // len(bits) for site, bits in mask.kept_parts)
     prompt_tokens = workload.batch_size * workload.prompt_tokens
     return Footprint(
         weights_bytes=shape.fixed_bytes + sum(component.weight_bytes for component in kept),
         kv_cache_bytes=kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
-        activation_bytes=shape.bytes_per_parameter * prompt_tokens * (4 * shape.hidden_size + width)
+        activation_bytes=shape.bytes_per_parameter * prompt_tokens * (4 * shape.hidden_size + max(widths))
         + 4 * workload.batch_size * shape.vocab_size,
     )
 

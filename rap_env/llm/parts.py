@@ -1,0 +1,97 @@
+"""Parts of a site: a KV head with its query heads, a group of MLP channels; and a layer that runs with some of them."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+# Of a site's parts, which rows (dimension 0) or columns (1) of which matrices are theirs, by path in the layer.
+Cut = dict[str, tuple[int, slice]]
+
+
+def cut_mlp(layer: nn.Module, inner: Sequence[str], output: str, group_channels: int) -> dict[str, Cut]:
+    """The parts of an MLP by name: so many channels each, the last one what is left; `128:192` are 128 to 191.
+
+    Args:
+        layer: A decoder layer.
+        inner: Paths of the matrices into the MLP's channels.
+        output: Path of the one back to the residual stream.
+        group_channels: Channels of a part.
+    """
+    n_channels, cuts = layer.get_submodule(output).in_features, {}
+    for first in range(0, n_channels, group_channels):
+        channels = slice(first, min(first + group_channels, n_channels))
+        cuts[f"{channels.start}:{channels.stop}"] = dict.fromkeys(inner, (0, channels)) | {output: (1, channels)}
+    return cuts
+
+
+def cut_attention(layer: nn.Module, output: str) -> dict[str, Cut]:
+    """The parts of an attention by the number of their KV head: that head and the query heads that read it.
+
+    Args:
+        layer: A decoder layer.
+        output: Path of the matrix back to the residual stream.
+    """
+    attention, cuts = layer.self_attn, {}
+    head = attention.head_dim
+    n_kv_heads = attention.k_proj.out_features // head
+    width = attention.q_proj.out_features // n_kv_heads
+    for index in range(n_kv_heads):
+        own, queries = slice(index * head, (index + 1) * head), slice(index * width, (index + 1) * width)
+        inner = {"self_attn.q_proj": (0, queries), "self_attn.k_proj": (0, own), "self_attn.v_proj": (0, own)}
+        cuts[str(index)] = inner | {output: (1, queries)}
+    return cuts
+
+
+def weight_bytes(layer: nn.Module, cut: Cut) -> int:
+    """Bytes of a part's weights; a bias of rows is the part's, one of the residual stream's channels is nobody's."""
+    return sum(tensor.nbytes for path, (dim, own) in cut.items() for tensor in _cut(layer, path, dim, own).values())
+
+
+def narrowed(layer: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
+    """A copy of a layer that has only some parts of one site.
+
+    Where the parts lie side by side its weights are views of the layer's own; otherwise they are copied.
+
+    Args:
+        layer: A decoder layer; stays as it is.
+        cuts: At least one part of one site.
+    """
+    copies = {"": _shallow(layer)}
+
+    def own(path: str) -> nn.Module:
+        if path not in copies:
+            parent, _, name = path.rpartition(".")
+            copies[path] = own(parent)._modules[name] = _shallow(own(parent).get_submodule(name))
+        return copies[path]
+
+    for path, (dim, _) in cuts[0].items():
+        kept = _joined([cut[path][1] for cut in cuts])
+        module = own(path)
+        for name, tensor in _cut(layer, path, dim, kept).items():
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    attention = own("self_attn")
+    if hasattr(attention, "num_heads"):  # OPT's says it; the others read it off their matrices
+        attention.num_heads = attention.q_proj.weight.shape[0] // attention.head_dim
+    return copies[""]
+
+
+def _cut(layer: nn.Module, path: str, dim: int, kept: slice | torch.Tensor) -> dict[str, torch.Tensor]:
+    linear = layer.get_submodule(path)
+    if dim == 1:
+        return {"weight": linear.weight[:, kept]}
+    bias = {} if linear.bias is None else {"bias": linear.bias[kept]}
+    return {"weight": linear.weight[kept]} | bias
+
+
+def _joined(slices: Sequence[slice]) -> slice | torch.Tensor:
+    if all(one.stop == following.start for one, following in zip(slices, slices[1:], strict=False)):
+        return slice(slices[0].start, slices[-1].stop)
+    return torch.cat([torch.arange(part.start, part.stop) for part in slices])
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    copied = copy.copy(module)
+    copied._parameters, copied._modules = dict(module._parameters), dict(module._modules)
+    return copied
