@@ -125,12 +125,12 @@ class DecoderLayer:
             return hidden + attention(hidden_states=self._attention_norm(hidden), **context)[0]
         return hidden + self._mlp(self.module, self._mlp_norm(hidden))
 
-    def cuts(self, kind: str, group_channels: int) -> dict[str, Cut]:
-        """The parts of a site by name; those of an MLP have so many channels."""
+    def cuts(self, kind: str) -> dict[str, Cut]:
+        """The parts of a site by name."""
         row = self._architecture
         if kind == ATTENTION:
             return cut_attention(self.module, row.attention_output)
-        return cut_mlp(self.module, row.mlp_inner, row.mlp_output, group_channels)
+        return cut_mlp(self.module, row.mlp_inner, row.mlp_output)
 
     def narrowed(self, cuts: Sequence[Cut]) -> "DecoderLayer":
         """The layer with some parts of one site; see `rap_env.llm.parts.narrowed`."""

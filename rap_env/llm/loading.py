@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from rap_env.errors import ModelUnavailable, RapError, UnknownName
+from rap_env.errors import ModelUnavailable, RapError, UnknownName, check_known
 from rap_env.llm.architecture import architecture_of
 from rap_env.llm.checkpoint import check_files, check_weights, forget_quantisation, weights_in
 from rap_env.llm.embedded import EMBEDDED_NAME, embedded_folder
-from rap_env.llm.shape import skeleton
+from rap_env.llm.shape import GRANULARITIES, skeleton
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
 
@@ -33,6 +33,7 @@ def load_llm(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    granularity: str = "block",
 ) -> SwitchableLLM:
     """Loads a causal LM from safetensors or GGUF weights.
 
@@ -43,24 +44,28 @@ def load_llm(
         device: A torch device, or `"auto"` for the first GPU if there is one, else the CPU.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Lets the repository run its own Python code; off unless you set it.
+        granularity: What is a component: `"block"`, whole attentions and MLPs, or `"group"`, KV heads with their query
+            heads and groups of 64 MLP channels.
 
     Raises:
-        UnknownName: The name or dtype is none of the above, or the model's family is not supported.
+        UnknownName: Name, dtype or granularity are none of the above, or the model's family is not supported.
         UnsupportedArchitecture: The family is supported, but not this member of it.
         ModelUnavailable: No network, no such repository, access not granted, no weights in a safe format, or files and
             config that disagree.
     """
     if dtype not in _DTYPES:
         raise UnknownName("dtype", dtype, _DTYPES)
+    check_known("granularity", granularity, GRANULARITIES)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     transformers_logging.disable_progress_bar()
     if name == TINY_NAME:
-        return build_tiny_llm(dtype=dtype, device=device)
+        llm = build_tiny_llm(dtype=dtype, device=device)
+        return SwitchableLLM(llm.model, llm.tokenizer, llm.name, granularity)
     source = str(embedded_folder()) if name == EMBEDDED_NAME else name
     if not Path(source).expanduser().is_dir() and not _HUB_NAME.fullmatch(source):
         raise UnknownName("model or folder", name, [EMBEDDED_NAME, TINY_NAME, "a folder", "owner/model on the hub"])
     model, tokenizer = _from_pretrained(source, _DTYPES[dtype], revision, trust_remote_code)
-    return SwitchableLLM(model.to(device), tokenizer, name)
+    return SwitchableLLM(model.to(device), tokenizer, name, granularity)
 
 
 def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool):

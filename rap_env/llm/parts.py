@@ -6,22 +6,23 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+GROUP_CHANNELS = 64  # MLP channels of a part
+
 # Of a site's parts, which rows (dimension 0) or columns (1) of which matrices are theirs, by path in the layer.
 Cut = dict[str, tuple[int, slice]]
 
 
-def cut_mlp(layer: nn.Module, inner: Sequence[str], output: str, group_channels: int) -> dict[str, Cut]:
-    """The parts of an MLP by name: so many channels each, the last one what is left; `128:192` are 128 to 191.
+def cut_mlp(layer: nn.Module, inner: Sequence[str], output: str) -> dict[str, Cut]:
+    """The parts of an MLP by name: as many channels each, the last one what is left; `128:192` are 128 to 191.
 
     Args:
         layer: A decoder layer.
         inner: Paths of the matrices into the MLP's channels.
         output: Path of the one back to the residual stream.
-        group_channels: Channels of a part.
     """
     n_channels, cuts = layer.get_submodule(output).in_features, {}
-    for first in range(0, n_channels, group_channels):
-        channels = slice(first, min(first + group_channels, n_channels))
+    for first in range(0, n_channels, GROUP_CHANNELS):
+        channels = slice(first, min(first + GROUP_CHANNELS, n_channels))
         cuts[f"{channels.start}:{channels.stop}"] = dict.fromkeys(inner, (0, channels)) | {output: (1, channels)}
     return cuts
 

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from rap_env.errors import check_known
 from rap_env.llm.architecture import DecoderLayer, architecture_of, attention_window, decoder_layers
 from rap_env.llm.parts import weight_bytes
 from rap_env.mask import ATTENTION, KINDS, Component, Site, shared
+
+GRANULARITIES = ("block", "group")
 
 
 @dataclass(frozen=True)
@@ -36,32 +39,34 @@ class ModelShape:
 
     @classmethod
     def from_config(
-        cls, config: PretrainedConfig, dtype: torch.dtype | None = None, group_channels: int | None = None
+        cls, config: PretrainedConfig, dtype: torch.dtype | None = None, granularity: str = "block"
     ) -> "ModelShape":
         """Reads the sizes off a transformers config: those of a model that is built on the meta device.
 
         Args:
             config: The config of a causal LM.
             dtype: Type of the weights; by default the config's, or float16 if it names none.
-            group_channels: As in `from_model`.
+            granularity: As in `from_model`.
 
         Raises:
-            UnknownName: The architecture table does not know the family.
+            UnknownName: The architecture table does not know the family, or there is no such granularity.
             UnsupportedArchitecture: The layers are not alike, or not pre-norm.
         """
-        return cls.from_model(skeleton(config, dtype), group_channels)
+        return cls.from_model(skeleton(config, dtype), granularity)
 
     @classmethod
-    def from_model(cls, model: nn.Module, group_channels: int | None = None) -> "ModelShape":
+    def from_model(cls, model: nn.Module, granularity: str = "block") -> "ModelShape":
         """Counts a model's own tensors, so that biases, query norms, ties and number formats are exactly its own.
 
         Args:
             model: The causal LM.
-            group_channels: Components are KV heads with their query heads, and groups of so many MLP channels; what a
-                site has beside them (a bias of its output, norms of heads) stays. None makes whole sites components.
+            granularity: What is a component: `"block"`, whole sites, or `"group"`, KV heads with their query heads and
+                groups of `GROUP_CHANNELS` MLP channels. What a site has beside its groups (a bias of its output, norms
+                of heads) always stays then.
 
         Raises what `from_config` raises.
         """
+        check_known("granularity", granularity, GRANULARITIES)
         config, layers = model.config, decoder_layers(model)
         attention = layers[0].module.self_attn
         kv_channels = attention.k_proj.out_features
@@ -69,7 +74,7 @@ class ModelShape:
         for index, layer in enumerate(layers):
             for kind in KINDS:
                 kv_bytes = 2 * model.dtype.itemsize * kv_channels if kind == ATTENTION else 0
-                components += _rows(layer, Site(index, kind), kv_bytes, group_channels)
+                components += _rows(layer, Site(index, kind), kv_bytes, granularity)
         return cls(
             model_type=config.model_type,
             hidden_size=config.hidden_size,
@@ -122,11 +127,11 @@ class ModelShape:
         return 3 * self.intermediate_size
 
 
-def _rows(layer: DecoderLayer, site: Site, kv_bytes_per_token: int, group_channels: int | None) -> list[Component]:
+def _rows(layer: DecoderLayer, site: Site, kv_bytes_per_token: int, granularity: str) -> list[Component]:
     """The components of a site."""
-    if group_channels is None:
+    if granularity == "block":
         return [Component(site.name, site, None, _n_bytes(layer.modules_of(site.kind)), kv_bytes_per_token)]
-    cuts = layer.cuts(site.kind, group_channels)
+    cuts = layer.cuts(site.kind)
     return [
         Component(f"{site.name}.{name}", site, part, weight_bytes(layer.module, cut), kv_bytes_per_token // len(cuts))
         for part, (name, cut) in enumerate(cuts.items())

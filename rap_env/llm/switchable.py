@@ -40,30 +40,25 @@ class SwitchableLLM:
         model: The causal LM; its weights are never changed.
         tokenizer: The tokenizer that belongs to it.
         name: What reports call the model.
-        group_channels: What the components are; see `ModelShape.from_model`.
+        granularity: What is a component; see `ModelShape.from_model`.
 
     Attributes:
         site_executions: Sites that `run` and `run_masks` have run so far.
 
     Raises:
-        UnknownName: The architecture table does not know the model's family.
+        UnknownName: The architecture table does not know the model's family, or there is no such granularity.
         UnsupportedArchitecture: The layers are not alike, or not pre-norm.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, name: str, group_channels: int | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer, name: str, granularity: str = "block") -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.shape = ModelShape.from_model(model, group_channels)
+        self.shape = ModelShape.from_model(model, granularity)
         self.mask = PruningMask.all_kept(self.shape)
         self.site_executions = 0
         self._architecture = architecture_of(model.config)
         self._layers = decoder_layers(model)
-        self._cuts = group_channels and {
-            Site(index, kind): list(layer.cuts(kind, group_channels).values())
-            for index, layer in enumerate(self._layers)
-            for kind in KINDS
-        }
         self._use_cache: list[bool | None] | None = None  # upstream's settings while no attention is kept
 
     @property
@@ -145,7 +140,7 @@ class SwitchableLLM:
         layer = self._layers[site.layer]
         if site.parts is None:
             return layer
-        cuts = self._cuts[Site(site.layer, site.kind)]
+        cuts = list(layer.cuts(site.kind).values())
         return layer.narrowed([cuts[part] for part in site.parts])
 
     @contextlib.contextmanager

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
+from rap_env.llm import parts
 from rap_env.llm.architecture import ARCHITECTURES
 from rap_env.llm.loading import build_random_llm
-from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, MLP, PruningMask, Site, kept_sites
 from rap_env.memory.footprint import footprint
@@ -32,15 +32,22 @@ MEMBERS = {
 TOKENS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_groups():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "GROUP_CHANNELS", GROUP)
+        yield
+
+
 @pytest.fixture(scope="module", params=MEMBERS)
-def llm(request) -> SwitchableLLM:
+def llm(request, small_groups) -> SwitchableLLM:
     family, sizes = MEMBERS[request.param]
     whole = build_random_llm(family, sizes)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in whole.model.named_parameters():
         if name.endswith("bias"):  # they begin as zeros, and a lost one would not be seen
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    return SwitchableLLM(whole.model, whole.tokenizer, "cut", GROUP)
+    return SwitchableLLM(whole.model, whole.tokenizer, "cut", "group")
 
 
 def random_masks(llm: SwitchableLLM, n: int = 12) -> list[PruningMask]:
@@ -50,7 +57,9 @@ def random_masks(llm: SwitchableLLM, n: int = 12) -> list[PruningMask]:
     for row in shares:
         share = dict(zip(shape.sites, (1.4 * row - 0.2).tolist(), strict=True))
         draws = torch.rand(len(shape.components), generator=generator).tolist()
-        masks.append(PruningMask.from_bits(shape, [d < share[c.site] for d, c in zip(draws, shape.components, strict=True)]))
+        masks.append(
+            PruningMask.from_bits(shape, [d < share[c.site] for d, c in zip(draws, shape.components, strict=True)])
+        )
     return [PruningMask.all_kept(shape), *masks]
 
 
@@ -84,7 +93,7 @@ def test_rows_count_every_weight_once_and_are_named_by_heads_and_channels(llm):
     assert len({component.weight_bytes for component in heads}) == 1
     first, _, last = (component.weight_bytes for component in llm.shape.components if component.site == Site(1, MLP))
     assert first * 16 == last * 24
-    by_config = llm.shape.from_config(llm.model.config, torch.float32, GROUP)
+    by_config = llm.shape.from_config(llm.model.config, torch.float32, "group")
     assert by_config == llm.shape
 
 
@@ -143,7 +152,11 @@ def test_parts_side_by_side_are_views_and_others_copies(llm):
     own = {p.untyped_storage().data_ptr() for p in weights}
     for bits, shared in (((1, 0, 0), True), ((1, 1, 0), True), ((0, 1, 1), True), ((1, 0, 1), False)):
         mask = PruningMask.all_kept(llm.shape).drop(
-            *(c for c, bit in zip([c for c in llm.shape.components if c.site == Site(1, MLP)], bits, strict=True) if not bit)
+            *(
+                c
+                for c, bit in zip([c for c in llm.shape.components if c.site == Site(1, MLP)], bits, strict=True)
+                if not bit
+            )
         )
         (site,) = (site for site in kept_sites(mask) if site.parts is not None)
         layer = llm._layer_of(site)
