@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from rap_env.errors import EvaluationFailed, UnknownName
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.evaluation.lm import RapLM
-from rap_env.evaluation.scoring import Pair, Score, ScoringPlan, fit_to_context
+from rap_env.evaluation.scoring import Score, ScoringPlan
 from rap_env.evaluation.tasks import TASKS_FOLDER
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -149,7 +149,7 @@ class HarnessEvaluator(Evaluator):
         """How the requests are forwarded with a model's tokenizer; `EvaluationFailed` names an item that can't be."""
         key = llm.tokenizer, llm.shape.context_tokens
         if self._planned[0] != key:
-            lm = _Encoder(llm)
+            lm = RapLM(llm)
             pairs = [
                 lm.pair(request, f"task {name!r}, item {item.index}, choice {number % item.n_choices}")
                 for name, items in self._items.items()
@@ -181,23 +181,6 @@ class HarnessEvaluator(Evaluator):
             task.apply_filters()
             tasks[name] = _metrics(task, self._items[name])
         return tasks
-
-
-class _Encoder(RapLM):
-    """Hands out the tokens that lm-eval makes of a request, instead of scoring them."""
-
-    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> Sequence[tuple]:
-        return requests
-
-    def pair(self, request, owner: str) -> Pair:
-        """A request's tokens; the owner is what an error names."""
-        try:
-            ((_text, context, continuation),) = self.loglikelihood([request], disable_tqdm=True)
-            return fit_to_context(context, continuation, self.max_length)
-        except IndexError as error:  # lm-eval looks at a continuation's first token where there is no context
-            raise EvaluationFailed(f"{owner}: neither its context nor its continuation has tokens") from error
-        except EvaluationFailed as error:
-            raise EvaluationFailed(f"{owner}: {error}") from error
 
 
 def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:

@@ -1,15 +1,17 @@
 """The switchable LLM as lm-eval's model `rap`: everything but the scoring of log-likelihoods is lm-eval's own."""
 
 import copy
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from rap_env.errors import EvaluationFailed, InvalidMask, UnknownName
-from rap_env.evaluation.scoring import Score, ScoringPlan, fit_to_context
+from rap_env.evaluation.scoring import Pair, Score, ScoringPlan, fit_to_context
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -63,17 +65,40 @@ class RapLM(HFLM):
                 raise InvalidMask(f"expected a file that holds a pruning mask; there is no {path}")
             llm.apply(PruningMask.from_json(llm.shape, path.read_text(encoding="utf-8")))
 
-    def plan(self, requests: Sequence[tuple]) -> ScoringPlan:
-        """How requests are forwarded.
-
-        Args:
-            requests: Triples of a text, the context's tokens and the continuation's, as lm-eval makes them.
+    def pair(self, request: Instance, owner: str) -> Pair:
+        """A request's tokens as lm-eval makes them, cut to what the model takes; the owner is what an error names.
 
         Raises:
-            EvaluationFailed: A context or a continuation has no tokens, or a continuation more than the model takes.
+            EvaluationFailed: The context or the continuation has no tokens, the continuation more than the model takes,
+                or there is no encoding that the model can read.
         """
-        pairs = [fit_to_context(context, continuation, self.max_length) for _, context, continuation in requests]
+        encoder = copy.copy(self)
+        encoder._loglikelihood_tokens = lambda requests, **_: requests  # hands the tokens out instead of scoring them
+        try:
+            ((_text, context, continuation),) = HFLM.loglikelihood(encoder, [request], disable_tqdm=True)
+            if (last := max((*context, *continuation), default=0)) >= self.llm.shape.vocab_size:
+                raise EvaluationFailed(
+                    f"it has token {last}; the model knows {self.llm.shape.vocab_size}: wrong tokenizer"
+                )
+            return fit_to_context(context, continuation, self.max_length)
+        except IndexError as error:  # lm-eval looks at a continuation's first token where there is no context
+            raise EvaluationFailed(f"{owner}: neither its context nor its continuation has tokens") from error
+        except (TypeError, UnicodeError) as error:  # the tokenizer's, such as of half a surrogate pair
+            raise EvaluationFailed(f"{owner}: the tokenizer can't encode it: {error}") from error
+        except EvaluationFailed as error:
+            raise EvaluationFailed(f"{owner}: {error}") from error
+
+    def plan(self, pairs: Sequence[Pair]) -> ScoringPlan:
+        """How pairs are forwarded."""
         return ScoringPlan(pairs, self.batch_tokens)
 
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[Score]:
+        """Scores requests under the mask that is applied; raises what `pair` raises, before anything is forwarded."""
+        return self._score([self.pair(r, f"request {n}, {reprlib.repr(r.args)}") for n, r in enumerate(requests)])
+
     def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> list[Score]:
-        return next(self.plan(requests).run(self.llm, [self.llm.mask]))[1] if requests else []
+        """Scores windows of a rolling log-likelihood."""
+        return self._score([fit_to_context(context, window, self.max_length) for _text, context, window in requests])
+
+    def _score(self, pairs: Sequence[Pair]) -> list[Score]:
+        return next(self.plan(pairs).run(self.llm, [self.llm.mask]))[1] if pairs else []

@@ -189,7 +189,7 @@ class _Reading:
                 rows, tokens = self._rows[first:last] - begin, self._tokens[first:last]
                 # lm-eval's own operation: over 49,152 words it rounds ten times as much as all layers do.
                 logprobs[first:last] = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]
-                greedy[first:last] = logits[rows, tokens] == logits.amax(-1)[rows]
+                greedy[first:last] = logits.max(-1).indices[rows] == tokens  # the first of equal ones, as in decoding
 
         in_lanes(read_rows, cut([1] * (len(starts) - 1), lanes))
         return zip(self._pairs, logprobs.tolist(), greedy.tolist(), strict=True)
