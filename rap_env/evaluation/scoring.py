@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from rap_env.errors import EvaluationFailed
+from rap_env.evaluation.evaluator import check_finite
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
@@ -96,6 +97,9 @@ class ScoringPlan:
 
     def run(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[Score]]]:
         """Scores all pairs under each of several distinct masks, whatever mask is applied.
+
+        Raises:
+            EvaluationFailed: A token's log-likelihood is not a finite number.
 
         Yields:
             Each mask with the pairs' scores, as soon as its last batch is done.
@@ -192,4 +196,6 @@ class _Reading:
                 greedy[first:last] = logits.max(-1).indices[rows] == tokens  # the first of equal ones, as in decoding
 
         in_lanes(read_rows, cut([1] * (len(starts) - 1), lanes))
-        return zip(self._pairs, logprobs.tolist(), greedy.tolist(), strict=True)
+        found = logprobs.tolist()
+        check_finite("log-likelihood of a token", found, llm)  # an accuracy would be finite also if all of them are NaN
+        return zip(self._pairs, found, greedy.tolist(), strict=True)

@@ -160,7 +160,5 @@ def test_the_row_that_lm_eval_stumbles_over_is_named(folder, rows, message):
 def test_a_metric_that_lm_eval_cannot_average_is_refused_before_anything_is_forwarded(tmp_path):
     rows = [WELL, WELL | {"choices": ["a", "b", "c"]}]
     write_task(tmp_path, "toy", rows, ["acc", "brier_score"])  # it wants as many choices in every row
-    with pytest.raises(
-        EvaluationFailed, match=r"\Atask 'toy': its data or its functions don't suit .*: ValueError"
-    ):
+    with pytest.raises(EvaluationFailed, match=r"\Atask 'toy': its data or its functions don't suit .*: ValueError"):
         HarnessEvaluator("toy", tmp_path)
