@@ -115,6 +115,12 @@ def refuse_contamination(corpus: Corpus, items: Mapping[str, Sequence[str]]) -> 
         )
 
 
+def normalised(text: str) -> str:
+    """A text as all ways to write it have in common: compatible forms, case, invisible characters and spacing."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join("".join(one for one in folded if unicodedata.category(one) != "Cf").split())
+
+
 def _units(text: str) -> list[str]:
     """A text's words, and its characters where the script has no spaces between words."""
     if text.isascii():

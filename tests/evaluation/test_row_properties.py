@@ -20,7 +20,7 @@ from rap_env.errors import EvaluationFailed
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
-from tests.evaluation.lm_eval_cases import by_lm_eval, hf, write_task
+from tests.evaluation.lm_eval_cases import METRIC, by_lm_eval, hf, write_task
 
 LOADER = """
 import json
@@ -41,8 +41,6 @@ doc_to_choice: choices
 doc_to_target: gold
 target_delimiter: " "
 metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
 """
 QUESTIONS = [
     "The sky is",
@@ -73,6 +71,10 @@ LABELS = [
 ]
 
 
+ALL = [1, 1, 1, 1]
+METRICS = [("acc", "acc_norm"), ("acc_mutual_info", "acc"), ("exact_match", "acc_bytes")]
+
+
 @st.composite
 def row_lists(draw) -> list[dict]:
     labels = draw(st.sampled_from(LABELS))
@@ -82,6 +84,8 @@ def row_lists(draw) -> list[dict]:
         choices = st.none() | st.lists(st.sampled_from([None, "blue"]), max_size=2)
         questions = st.none() | questions
     row = st.fixed_dictionaries({"question": questions, "choices": choices, "gold": labels})
+    if draw(st.integers(0, 4)) == 0:  # as in winogrande: the choices are contexts, and the question is the label
+        row = st.fixed_dictionaries({"question": labels, "choices": choices, "gold": questions})
     return draw(st.lists(row, min_size=1, max_size=4))
 
 
@@ -89,7 +93,6 @@ def row_lists(draw) -> list[dict]:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     (folder / "rows.py").write_text(LOADER)
-    (folder / "toy.yaml").write_text(YAML)
     return folder
 
 
@@ -107,36 +110,42 @@ def metrics_by_lm_eval(llm, folder) -> dict[str, float] | None:
             return None
 
 
-def assert_equal_or_both_refuse(llm, folder, rows: list[dict], bits) -> None:
+def write(folder, rows: list[dict], metrics=METRICS[0]) -> None:
     (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "toy.yaml").write_text(YAML + "".join(METRIC.format(metric, "mean") for metric in metrics))
+
+
+def assert_equal_or_both_refuse(llm, folder, rows: list[dict], metrics, bits) -> None:
+    write(folder, rows, metrics)
     with llm.pruned(PruningMask.from_bits(llm.shape, bits)):
         expected = metrics_by_lm_eval(llm, folder)
         before = llm.site_executions
         if expected is None:
             with pytest.raises(EvaluationFailed, match=r"\Atask 'toy', (of which lm-eval looks at )?item \d+[^\n]*\Z"):
-                HarnessEvaluator("toy", folder).evaluate(llm)
+                HarnessEvaluator("toy", folder, metric=metrics[0]).evaluate(llm)
             assert llm.site_executions == before
         else:
-            found = HarnessEvaluator("toy", folder).evaluate(llm).tasks["toy"]
+            found = HarnessEvaluator("toy", folder, metric=metrics[0]).evaluate(llm).tasks["toy"]
             assert {name: found[name] for name in expected} == expected
             assert 0.0 <= found["smooth_acc"] <= 1.0 + 1e-9
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=60)
-@given(rows=row_lists(), bits=st.lists(st.integers(0, 1), min_size=4, max_size=4))
-@example([WELL, WELL | {"gold": -3}], [1, 1, 1, 1])  # each of these was a traceback
-@example([WELL, WELL | {"gold": None}], [1, 1, 1, 1])
-@example([WELL | {"gold": 1.0}], [1, 1, 1, 1])
-@example([WELL | {"gold": [0]}, WELL | {"gold": []}], [1, 1, 1, 1])
-@example([WELL | {"gold": 2}], [1, 1, 1, 1])
-@example([WELL, WELL | {"choices": []}], [1, 1, 1, 1])
-@example([WELL, WELL | {"choices": None}], [1, 1, 1, 1])
-@example([WELL, WELL | {"choices": ["blue", None]}], [1, 1, 1, 1])
-@example([WELL | {"choices": ["", "blue"]}], [1, 1, 1, 1])
-@example([WELL, WELL, WELL | {"question": None}, WELL], [1, 1, 1, 1])
-@example([], [1, 1, 1, 1])
-def test_metrics_of_random_rows_equal_lm_evals_or_both_refuse(llm, folder, rows, bits):
-    assert_equal_or_both_refuse(llm, folder, rows, bits)
+@given(rows=row_lists(), metrics=st.sampled_from(METRICS), bits=st.lists(st.integers(0, 1), min_size=4, max_size=4))
+@example([WELL, WELL | {"gold": -3}], METRICS[0], ALL)  # each of these was a traceback
+@example([WELL, WELL | {"gold": None}], METRICS[0], ALL)
+@example([WELL | {"gold": 1.0}], METRICS[0], ALL)
+@example([WELL | {"gold": [0]}, WELL | {"gold": []}], METRICS[0], ALL)
+@example([WELL | {"gold": 2}], METRICS[0], ALL)
+@example([WELL, WELL | {"choices": []}], METRICS[0], ALL)
+@example([WELL, WELL | {"choices": None}], METRICS[0], ALL)
+@example([WELL, WELL | {"choices": ["blue", None]}], METRICS[0], ALL)
+@example([WELL | {"choices": ["", "blue"]}], METRICS[0], ALL)
+@example([WELL, WELL, WELL | {"question": None}, WELL], METRICS[0], ALL)
+@example([], METRICS[0], ALL)
+@example([WELL | {"gold": -1}], METRICS[2], ALL)
+def test_metrics_of_random_rows_equal_lm_evals_or_both_refuse(llm, folder, rows, metrics, bits):
+    assert_equal_or_both_refuse(llm, folder, rows, metrics, bits)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +161,7 @@ def test_metrics_of_random_rows_equal_lm_evals_or_both_refuse(llm, folder, rows,
     ids=["no question", "no label", "empty choices", "no choices", "label out of range", "no rows"],
 )
 def test_the_row_that_lm_eval_stumbles_over_is_named(folder, rows, message):
-    (folder / "rows.json").write_text(json.dumps(rows))
+    write(folder, rows)
     with pytest.raises(EvaluationFailed, match=rf"\Atask 'toy',? {message}[^\n]*\Z"):
         HarnessEvaluator("toy", folder)
 
