@@ -1,8 +1,9 @@
 """The switchable LLM as lm-eval's model `rap`: everything but the scoring of log-likelihoods is lm-eval's own."""
 
+import contextlib
 import copy
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,19 +75,10 @@ class RapLM(HFLM):
         """
         encoder = copy.copy(self)
         encoder._loglikelihood_tokens = lambda requests, **_: requests  # hands the tokens out instead of scoring them
-        try:
+        with _naming(owner):
             ((_text, context, continuation),) = HFLM.loglikelihood(encoder, [request], disable_tqdm=True)
-            if (last := max((*context, *continuation), default=0)) >= self.llm.shape.vocab_size:
-                raise EvaluationFailed(
-                    f"it has token {last}; the model knows {self.llm.shape.vocab_size}: wrong tokenizer"
-                )
+            self._check_known([*context, *continuation])
             return fit_to_context(context, continuation, self.max_length)
-        except IndexError as error:  # lm-eval looks at a continuation's first token where there is no context
-            raise EvaluationFailed(f"{owner}: neither its context nor its continuation has tokens") from error
-        except (TypeError, UnicodeError) as error:  # the tokenizer's, such as of half a surrogate pair
-            raise EvaluationFailed(f"{owner}: the tokenizer can't encode it: {error}") from error
-        except EvaluationFailed as error:
-            raise EvaluationFailed(f"{owner}: {error}") from error
 
     def plan(self, pairs: Sequence[Pair]) -> ScoringPlan:
         """How pairs are forwarded."""
@@ -94,11 +86,40 @@ class RapLM(HFLM):
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Scores requests under the mask that is applied; raises what `pair` raises, before anything is forwarded."""
-        return self._score([self.pair(r, f"request {n}, {reprlib.repr(r.args)}") for n, r in enumerate(requests)])
+        return self._score([self.pair(request, owner) for owner, request in _named(requests)])
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Scores whole texts under the mask that is applied; refuses them before anything is forwarded."""
+        for owner, request in _named(requests):
+            with _naming(owner):
+                self._check_known(self.tok_encode(*request.args))
+        return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> list[Score]:
         """Scores windows of a rolling log-likelihood."""
         return self._score([fit_to_context(context, window, self.max_length) for _text, context, window in requests])
 
+    def _check_known(self, tokens: Sequence[int]) -> None:
+        if (last := max(tokens, default=0)) >= self.llm.shape.vocab_size:
+            raise EvaluationFailed(f"it has token {last}; the model knows {self.llm.shape.vocab_size}: wrong tokenizer")
+
     def _score(self, pairs: Sequence[Pair]) -> list[Score]:
         return next(self.plan(pairs).run(self.llm, [self.llm.mask]))[1] if pairs else []
+
+
+def _named(requests: Sequence[Instance]) -> Iterator[tuple[str, Instance]]:
+    for number, request in enumerate(requests):
+        yield f"request {number}, {reprlib.repr(request.args)}", request
+
+
+@contextlib.contextmanager
+def _naming(owner: str) -> Iterator[None]:
+    """Says whose tokens can't be made or scored."""
+    try:
+        yield
+    except IndexError as error:  # lm-eval looks at a continuation's first token where there is no context
+        raise EvaluationFailed(f"{owner}: neither its context nor its continuation has tokens") from error
+    except (TypeError, UnicodeError) as error:  # the tokenizer's, such as of half a surrogate pair
+        raise EvaluationFailed(f"{owner}: the tokenizer can't encode it: {error}") from error
+    except EvaluationFailed as error:
+        raise EvaluationFailed(f"{owner}: {error}") from error
