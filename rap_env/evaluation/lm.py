@@ -40,7 +40,7 @@ class RapLM(HFLM):
     Raises:
         UnknownName: There is no such argument, model or dtype.
         InvalidMask: The mask file is missing, or is of another model.
-        EvaluationFailed: The tokenizer has neither BOS nor EOS.
+        EvaluationFailed: The tokenizer has neither BOS nor EOS, or `max_length` is beyond the model's context.
     """
 
     def __init__(
@@ -60,6 +60,10 @@ class RapLM(HFLM):
         self.llm, self._model, self.batch_tokens = llm, llm.model, batch_tokens
         if self.prefix_token_id is None:
             raise EvaluationFailed(f"the tokenizer of {llm.name} has neither BOS nor EOS; lm-eval needs one of them")
+        if self.max_length > llm.shape.context_tokens:  # as of windows and workloads; HFLM would run on, or crash
+            raise EvaluationFailed(
+                f"max_length={self.max_length} is beyond the model's context of {llm.shape.context_tokens}"
+            )
         if mask is not None:
             path = Path(mask).expanduser()
             if not path.is_file():
