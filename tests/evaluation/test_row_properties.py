@@ -72,6 +72,8 @@ LABELS = [
 
 
 ALL = [1, 1, 1, 1]
+# The first attention stays: without any, contexts tell nothing, and all choices' mutual information is equal.
+MASKS = st.tuples(st.just(1), *[st.integers(0, 1)] * 3).map(list)
 METRICS = [("acc", "acc_norm"), ("acc_mutual_info", "acc"), ("exact_match", "acc_bytes")]
 
 
@@ -130,8 +132,8 @@ def assert_equal_or_both_refuse(llm, folder, rows: list[dict], metrics, bits) ->
             assert 0.0 <= found["smooth_acc"] <= 1.0 + 1e-9
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=60)
-@given(rows=row_lists(), metrics=st.sampled_from(METRICS), bits=st.lists(st.integers(0, 1), min_size=4, max_size=4))
+@settings(deadline=None, derandomize=True, database=None, max_examples=30)
+@given(rows=row_lists(), metrics=st.sampled_from(METRICS), bits=MASKS)
 @example([WELL, WELL | {"gold": -3}], METRICS[0], ALL)  # each of these was a traceback
 @example([WELL, WELL | {"gold": None}], METRICS[0], ALL)
 @example([WELL | {"gold": 1.0}], METRICS[0], ALL)
