@@ -167,7 +167,7 @@ class _Reading:
         """Pair, log-probability and greediness of each predicted token, from the final stream [N, H]."""
         states = stream[self._positions]
         logprobs = torch.empty(len(self._rows), device=states.device)
-        greedy = torch.empty(len(self._rows), dtype=torch.bool, device=states.device)
+        greedy = torch.zeros(len(self._rows), dtype=torch.bool, device=states.device)
         lanes = n_lanes(len(states), states.device)
         chunk_rows = max(1, _HEAD_ROWS // lanes)
         starts = torch.arange(0, len(states) + chunk_rows, chunk_rows)
@@ -180,7 +180,9 @@ class _Reading:
                 rows, tokens = self._rows[first:last] - begin, self._tokens[first:last]
                 # lm-eval's own operation: over 49,152 words it rounds ten times as much as all layers do.
                 logprobs[first:last] = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]
-                greedy[first:last] = logits.max(-1).indices[rows] == tokens  # the first of equal ones, as in decoding
+                largest = (logits[rows, tokens] == logits.amax(-1)[rows]).nonzero()[:, 0]
+                first_largest = logits[rows[largest]].max(-1).indices  # decoding takes the first of equal ones
+                greedy[first + largest] = first_largest == tokens[largest]
 
         in_lanes(read_rows, cut([1] * (len(starts) - 1), lanes))
         found = logprobs.tolist()
