@@ -10,6 +10,7 @@ from rap_env.calibration import (
     count_unchecked,
     local_corpus,
     local_text,
+    normalised,
     packaged_corpus,
     random_windows,
     refuse_contamination,
@@ -91,11 +92,11 @@ def task_halves(
 
 
 def _repeated_items(searched: Mapping[str, Sequence[str]], reported: Mapping[str, Sequence[str]]) -> list[str]:
-    """Search items that are reported on as well, whatever their spacing."""
-    known = {" ".join(text.split()) for texts in reported.values() for text in texts}
+    """Search items that are reported on as well, whatever their spacing, case and Unicode form."""
+    known = {normalised(text) for texts in reported.values() for text in texts}
     repeated: list[str] = []
     for name, texts in searched.items():
-        found = [text for text in texts if " ".join(text.split()) in known]
+        found = [text for text in texts if normalised(text) in known]
         if len(found) == len(texts):
             raise ContaminationFound(
                 f"all {len(texts)} items that {name!r} would be searched on are reported on as well"

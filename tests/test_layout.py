@@ -22,8 +22,8 @@ HOMES = {
     "huggingface_hub": ("rap_env/llm/",),
     "tokenizers": ("rap_env/llm/",),
     "lm_eval": (
-        "rap_env/evaluation/harness.py",
         "rap_env/evaluation/lm.py",
+        "rap_env/evaluation/task_loading.py",
         "rap_env/lm_eval.py",
         "experiments/benchmarks/scoring.py",
     ),

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.timing import alternate, counted, forward_flops, gemm_flops_per_second, speedup, timed
 from rap_env.evaluation.lm import RapLM
-from rap_env.evaluation.scoring import ScoringPlan
+from rap_env.evaluation.scoring import Pair, ScoringPlan
 from rap_env.evaluation.tasks import TASKS_FOLDER
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
@@ -82,8 +82,8 @@ class _Counted(RapLM):
 
     last_plan: ScoringPlan
 
-    def plan(self, requests: Sequence[tuple]) -> ScoringPlan:
-        self.last_plan = super().plan(requests)
+    def plan(self, pairs: Sequence[Pair]) -> ScoringPlan:
+        self.last_plan = super().plan(pairs)
         return self.last_plan
 
 

@@ -5,8 +5,9 @@ if they share 13 consecutive words, ignoring case, spacing and punctuation. GPT-
 for short items, because fewer collide by chance; so an item of 8 to 12 words clashes if all its words stand in the
 text in a row, and an item of fewer words is not checked but counted.
 
-Scripts without spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) are read character by character, and
-two characters count as a word: most words of Chinese and Japanese have two. So 26 characters in a row clash; the names
+Scripts without spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer, Yi, Javanese and the like) are read
+character by character, and two characters count as a word: most words of Chinese and Japanese have two. Tibetan marks
+its syllables, and each counts as a word. So 26 characters in a row clash; the names
 of institutions, which any text may hold, have fewer. Marks and invisible characters are left out, and compatible forms
 are equal (NFKD): accents composed or not, full-width letters, Thai with zero-width spaces or without.
 
@@ -25,7 +26,10 @@ import numpy as np
 from rap_env.calibration.corpus import Corpus
 from rap_env.errors import ContaminationFound
 
-_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u31ff\u3400-\u9fff\U00020000-\U0003ffff"
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+_SPACELESS += "\u1950-\u19df\u1a00-\u1aaf\u1b00-\u1b7f\ua980-\ua9ff\uaa60-\uaadf"  # Dai, Buginese, Balinese, Javanese
+_SPACELESS += "\u3005-\u3007\u3041-\u31ff\u3400-\u9fff\ua000-\ua4cf"  # Chinese, Japanese, Yi
+_SPACELESS += "\U00017000-\U00018dff\U0001aff0-\U0001b2ff\U00020000-\U0003ffff"  # Tangut, more kana, rare Chinese
 _UNIT = re.compile(rf"(?=\w)[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
 _CHARACTER = re.compile(f"[{_SPACELESS}]")
 _LEFT_OUT = ("Mn", "Mc", "Me", "Cf")  # Unicode's categories of marks and of invisible characters
@@ -111,13 +115,18 @@ def refuse_contamination(corpus: Corpus, items: Mapping[str, Sequence[str]]) -> 
         )
 
 
+def normalised(text: str) -> str:
+    """A text as all ways to write it have in common: compatible forms, case, invisible characters and spacing."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join("".join(one for one in folded if unicodedata.category(one) != "Cf").split())
+
+
 def _units(text: str) -> list[str]:
     """A text's words, and its characters where the script has no spaces between words."""
-    text = text.casefold()
-    if not text.isascii():
-        decomposed = unicodedata.normalize("NFKD", text)
-        text = "".join(character for character in decomposed if unicodedata.category(character) not in _LEFT_OUT)
-    return _UNIT.findall(text)
+    if text.isascii():
+        return _UNIT.findall(text.casefold())
+    folded = unicodedata.normalize("NFKD", text).casefold()  # in this order: compatible forms may be without a case
+    return _UNIT.findall("".join(one for one in folded if unicodedata.category(one) not in _LEFT_OUT))
 
 
 def _totals(units: Sequence[str]) -> np.ndarray:

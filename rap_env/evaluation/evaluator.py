@@ -1,11 +1,29 @@
 """What every evaluator is: it scores masked models, many at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
+from rap_env.errors import EvaluationFailed
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
+
+
+def check_finite(what: str, values: Iterable[float], llm: SwitchableLLM) -> None:
+    """Refuses what no one may compare or store.
+
+    Raises:
+        EvaluationFailed: One of the values, measured on the model, is NaN or infinite.
+    """
+    for value in values:
+        if not math.isfinite(value):
+            advice = "a weight is not finite, or too large"
+            if llm.dtype == torch.float16:
+                advice = "activations overflow in float16; load the model with dtype=bfloat16 or float32"
+            raise EvaluationFailed(f"the {what} is {value} in {llm.dtype}, not a finite number: {advice}")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,9 @@
 """Accuracy on lm-eval tasks: lm-eval builds, encodes and marks the requests, our engine scores them."""
 
-import contextlib
 import copy
 import functools
 import hashlib
-import io
 import json
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,15 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
-import datasets
 import numpy as np
-from lm_eval.tasks import TaskManager
 
 from rap_env.errors import EvaluationFailed, UnknownName
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.evaluation.lm import RapLM
-from rap_env.evaluation.scoring import Pair, Score, ScoringPlan, fit_to_context
-from rap_env.evaluation.tasks import TASKS_FOLDER
+from rap_env.evaluation.scoring import Score, ScoringPlan
+from rap_env.evaluation.task_loading import build_requests, load_tasks, naming
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.rng import isolated_rng
@@ -66,7 +61,8 @@ class HarnessEvaluator(Evaluator):
 
     Raises:
         UnknownName: lm-eval and the folder have no such task.
-        EvaluationFailed: A task is not multiple choice, does not have the metric, or has no item.
+        EvaluationFailed: A task is not multiple choice, does not have the metric, has no item, or one of which lm-eval
+            can't make or mark requests.
     """
 
     def __init__(
@@ -86,7 +82,7 @@ class HarnessEvaluator(Evaluator):
         self.name = ", ".join(names) + (f" ({half} half)" if half else "")
         self._metric, self._batch_tokens = metric, batch_tokens
         with isolated_rng(0):
-            loaded = _load_tasks(names, include_path)
+            loaded = load_tasks(names, include_path)
             for name, task in loaded.items():
                 if task.OUTPUT_TYPE != "multiple_choice":
                     raise EvaluationFailed(f"task {name!r} is {task.OUTPUT_TYPE}; expected multiple_choice")
@@ -101,11 +97,12 @@ class HarnessEvaluator(Evaluator):
         for name, task in tasks.items():
             if not rows[name]:
                 raise EvaluationFailed(f"task {name!r} has no item to evaluate; it has {len(task.eval_docs)} in all")
-            with contextlib.redirect_stderr(io.StringIO()):  # lm-eval draws a progress bar for every task
-                task.build_all_requests(samples=rows[name])
-            self._items[name] = _items(task, rows[name])
+            self._items[name] = _items(name, task, rows[name])
             if self._metric not in (known := _metrics_of(task, self._items[name])):
                 raise EvaluationFailed(f"task {name!r} has no metric {self._metric!r}; it has {', '.join(known)}")
+        # What lm-eval can't average is refused now, not after everything was forwarded.
+        n_requests = sum(len(item.requests) for items in self._items.values() for item in items)
+        self._task_metrics([(_UNLIKELY, False)] * n_requests)
 
     @functools.cached_property
     def identity(self) -> dict:
@@ -149,7 +146,7 @@ class HarnessEvaluator(Evaluator):
         """How the requests are forwarded with a model's tokenizer; `EvaluationFailed` names an item that can't be."""
         key = llm.tokenizer, llm.shape.context_tokens
         if self._planned[0] != key:
-            lm = _Encoder(llm)
+            lm = RapLM(llm)
             pairs = [
                 lm.pair(request, f"task {name!r}, item {item.index}, choice {number % item.n_choices}")
                 for name, items in self._items.items()
@@ -178,51 +175,10 @@ class HarnessEvaluator(Evaluator):
             for item in self._items[name]:
                 for request in item.requests:
                     request.resps = [next(answers)]
-            task.apply_filters()
-            tasks[name] = _metrics(task, self._items[name])
+            with naming(f"task {name!r}"):
+                task.apply_filters()
+                tasks[name] = _metrics(task, self._items[name])
         return tasks
-
-
-class _Encoder(RapLM):
-    """Hands out the tokens that lm-eval makes of a request, instead of scoring them."""
-
-    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> Sequence[tuple]:
-        return requests
-
-    def pair(self, request, owner: str) -> Pair:
-        """A request's tokens; the owner is what an error names."""
-        try:
-            ((_text, context, continuation),) = self.loglikelihood([request], disable_tqdm=True)
-            return fit_to_context(context, continuation, self.max_length)
-        except IndexError as error:  # lm-eval looks at a continuation's first token where there is no context
-            raise EvaluationFailed(f"{owner}: neither its context nor its continuation has tokens") from error
-        except EvaluationFailed as error:
-            raise EvaluationFailed(f"{owner}: {error}") from error
-
-
-def _load_tasks(names: list[str], include_path: str | Path | None) -> dict:
-    if not names:
-        raise EvaluationFailed("expected at least one task name; got none")
-    own = [] if include_path is None else [Path(include_path).expanduser()]
-    if missing := [folder for folder in own if not folder.is_dir()]:
-        raise EvaluationFailed(f"evaluation.include_path: no such folder: {missing[0]}")
-    folders = [str(folder) for folder in (TASKS_FOLDER, *own)]
-    # Indexing lm-eval's thousands of tasks takes seconds; skip them when the folders have all that is asked for.
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    if not set(names) <= set(manager.task_index):
-        manager = TaskManager(include_path=folders)
-    for name in names:
-        if name not in manager.task_index:
-            raise UnknownName("task", name, manager.task_index)
-    datasets.disable_progress_bars()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task that takes keyword arguments
-    try:
-        return dict(sorted(manager.load(names)["tasks"].items()))
-    except OSError as error:  # of the hub or of a file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EvaluationFailed(
-            f"can't load the data of {', '.join(names)}: {reason}. Check the network, or use evaluation=local"
-        ) from error
 
 
 def items_of(n_items: int, half: str | None, limit: int | None) -> list[int]:
@@ -231,8 +187,9 @@ def items_of(n_items: int, half: str | None, limit: int | None) -> list[int]:
     return list(indices[:limit])
 
 
-def _items(task, rows: Sequence[int]) -> list[_Item]:
-    """The rows of a task of which the requests are built; lm-eval numbers them anew, from 0."""
+def _items(name: str, task, rows: Sequence[int]) -> list[_Item]:
+    """Builds the requests of some rows of a task; lm-eval numbers them anew, from 0."""
+    build_requests(name, task, rows)
     requests = defaultdict(list)
     for request in task.instances:
         requests[request.doc_id].append(request)
@@ -240,9 +197,12 @@ def _items(task, rows: Sequence[int]) -> list[_Item]:
     marking._metric_fn_list = {**task._metric_fn_list, "acc": None}  # so that it always tells `acc`
     items = []
     for position, row in enumerate(rows):
+        if not requests[position]:
+            raise EvaluationFailed(f"task {name!r}, item {row}: it has no choices")
         own = tuple(sorted(requests[position], key=lambda request: request.idx))
-        n_choices = len(task.doc_to_choice(own[0].doc))
-        items.append(_Item(row, own, n_choices, _right_choices(marking, own, n_choices)))
+        with naming(f"task {name!r}, item {row}"):
+            n_choices = len(task.doc_to_choice(own[0].doc))
+            items.append(_Item(row, own, n_choices, _right_choices(marking, own, n_choices)))
     return items
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
-from rap_env.errors import EvaluationFailed, SearchExhausted
+from rap_env.errors import SearchExhausted
 from rap_env.evaluation.claims import measured_once
-from rap_env.evaluation.evaluator import Evaluation, Evaluator
+from rap_env.evaluation.evaluator import Evaluation, Evaluator, check_finite
 from rap_env.evaluation.identity import engine_identity
 from rap_env.evaluation.store import ResultStore, identity_digest
 from rap_env.llm.switchable import SwitchableLLM
@@ -184,8 +184,4 @@ class Meter:
         """An accuracy is finite also where all log-likelihoods are NaN, so every metric is looked at."""
         metrics = {f"{task} {name}": value for task, of in evaluation.tasks.items() for name, value in of.items()}
         for name, value in {"score": evaluation.score, **metrics}.items():
-            if not math.isfinite(value):
-                raise EvaluationFailed(
-                    f"the {name} on {self.evaluator.name} is {value} in {self.llm.dtype}, not a finite number:"
-                    " activations overflow in float16; load the model with dtype=bfloat16 or float32"
-                )
+            check_finite(f"{name} on {self.evaluator.name}", [value], self.llm)

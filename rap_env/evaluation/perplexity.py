@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from rap_env.errors import InvalidWorkload
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.llm.held import HeldStreams
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
@@ -130,9 +131,13 @@ class TextEvaluator(Evaluator):
         """The residual stream in front of the first site, with its context.
 
         Raises:
-            InvalidWorkload: The windows are longer than the model's context.
+            InvalidWorkload: The windows are longer than the model's context, or have tokens that it does not know.
         """
         check_windows(*self.windows.shape, llm.shape.context_tokens)
+        if (last := int(self.windows.max())) >= llm.shape.vocab_size:
+            raise InvalidWorkload(
+                f"windows have token {last}; the model knows {llm.shape.vocab_size}: made with another tokenizer"
+            )
         return llm.open_stream(self.windows[batch].to(llm.device))
 
     def evaluate_many(

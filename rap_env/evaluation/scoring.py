@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from rap_env.errors import EvaluationFailed
+from rap_env.evaluation.evaluator import check_finite
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
@@ -91,6 +92,9 @@ class ScoringPlan:
     def run(self, llm: SwitchableLLM, masks: Sequence[PruningMask]) -> Iterator[tuple[PruningMask, list[Score]]]:
         """Scores all pairs under each of several distinct masks, whatever mask is applied.
 
+        Raises:
+            EvaluationFailed: A token's log-likelihood is not a finite number.
+
         Yields:
             Each mask with the pairs' scores, as soon as its last batch is done.
         """
@@ -163,7 +167,7 @@ class _Reading:
         """Pair, log-probability and greediness of each predicted token, from the final stream [N, H]."""
         states = stream[self._positions]
         logprobs = torch.empty(len(self._rows), device=states.device)
-        greedy = torch.empty(len(self._rows), dtype=torch.bool, device=states.device)
+        greedy = torch.zeros(len(self._rows), dtype=torch.bool, device=states.device)
         lanes = n_lanes(len(states), states.device)
         chunk_rows = max(1, _HEAD_ROWS // lanes)
         starts = torch.arange(0, len(states) + chunk_rows, chunk_rows)
@@ -176,7 +180,11 @@ class _Reading:
                 rows, tokens = self._rows[first:last] - begin, self._tokens[first:last]
                 # lm-eval's own operation: over 49,152 words it rounds ten times as much as all layers do.
                 logprobs[first:last] = logits.log_softmax(-1, dtype=torch.float32)[rows, tokens]
-                greedy[first:last] = logits[rows, tokens] == logits.amax(-1)[rows]
+                largest = (logits[rows, tokens] == logits.amax(-1)[rows]).nonzero()[:, 0]
+                first_largest = logits[rows[largest]].max(-1).indices  # decoding takes the first of equal ones
+                greedy[first + largest] = first_largest == tokens[largest]
 
         in_lanes(read_rows, cut([1] * (len(starts) - 1), lanes))
-        return zip(self._pairs, logprobs.tolist(), greedy.tolist(), strict=True)
+        found = logprobs.tolist()
+        check_finite("log-likelihood of a token", found, llm)  # an accuracy would be finite also if all of them are NaN
+        return zip(self._pairs, found, greedy.tolist(), strict=True)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.evaluation.claims import measured_once
+from rap_env.evaluation.evaluator import check_finite
 from rap_env.evaluation.identity import engine_identity
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import TextEvaluator
@@ -29,6 +30,7 @@ def block_influence(meter: Meter, parts: Sequence[Sequence[Site]]) -> list[float
     Raises:
         ValueError: The parts are not all sites in model order, or the meter does not evaluate by text.
         SearchExhausted: The token budget does not cover it.
+        EvaluationFailed: An influence is not a finite number.
     """
     llm, evaluator = meter.llm, meter.evaluator
     if not isinstance(evaluator, TextEvaluator):
@@ -43,6 +45,7 @@ def block_influence(meter: Meter, parts: Sequence[Sequence[Site]]) -> list[float
     def measure(_indices: Sequence[int]) -> Iterator[tuple[int, dict]]:
         started = time.perf_counter()
         influences = _influences(llm, evaluator, parts)
+        check_finite(f"block influence on {evaluator.name}", influences, llm)
         yield 0, {"influences": influences, "seconds": time.perf_counter() - started}
 
     names = [[site.name for site in part] for part in parts]

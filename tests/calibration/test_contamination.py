@@ -1,6 +1,9 @@
 import json
+import unicodedata
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rap_env.calibration import Corpus, Overlap, count_unchecked, find_overlaps, refuse_contamination
 from rap_env.errors import ContaminationFound
@@ -101,11 +104,28 @@ def test_a_chinese_item_of_16_to_25_characters_counts_only_as_a_whole():
         "ວຽງຈັນເປັນນະຄອນຫຼວງແລະເມືອງທີ່ໃຫຍ່ທີ່ສຸດຂອງປະເທດລາວ",  # Lao
         "ရန်ကုန်မြို့သည်မြန်မာနိုင်ငံ၏အကြီးဆုံးမြို့တော်ဖြစ်ပြီးစီးပွားရေးမြို့ဖြစ်သည်",  # Burmese
         "ភ្នំពេញគឺជារាជធានីនិងជាទីក្រុងធំជាងគេបំផុតនៅក្នុងប្រទេសកម្ពុជា",  # Khmer
+        "ꆈꌠꉙꌋꆀꊿꌺꁱꂷꀉꑌꋍꃅꋊꇬꄉꆈꌠꁱꂷꌠꅇꂷꄮꉈꀐꌠꉬꄷꅐꇁꏭꀋꉬ",  # Yi
+        "ꦱꦧꦼꦤ꧀ꦮꦺꦴꦁꦏꦭꦲꦶꦂꦲꦏꦺꦏꦤ꧀ꦛꦶꦩꦂꦢꦶꦏꦭꦤ꧀ꦢꦂꦧꦺꦩꦂꦠꦧꦠ꧀ꦭꦤ꧀ꦲꦏ꧀ꦲꦏ꧀ꦏꦁꦥꦝ",  # Javanese
+        "ᬧᬜ᭄ᬚᬂᬢᬶᬢᬶᬓ᭄ᬧᬢ᭄ᬢᬶᬓᬸᬫ᭄ᬧᬸᬮᬦ᭄ᬓᬢ᭄ᬢᬓᬢ᭄ᬢᬩᬮᬶᬧᬢ᭄ᬢᬶ",  # Balinese
+        "ᨠᩣᩴᨾᩮᩬᩥᨦᨸᩮ᩠ᨶᨽᩣᩈᩣᨡᩬᨦᨤ᩠ᨶᨾᩮᩬᩥᨦᨲᩦ᩵ᩋᩣᩈᩱᨿᩪ᩵ᨶᩱᨽᩣ᩠ᨠᩉ᩠ᨶᩮᩬᩥᩋᨡᩬᨦᨷᩕᨴᩮ᩠ᩈᨴᩱ᩠ᨿ",  # Tai Tham
     ],
 )
 def test_other_scripts_without_spaces_are_checked_too(item):
     assert len(find_overlaps([f"abc {item} def"], {"task": [item]})) == 1
     assert count_unchecked({"task": [item]}) == 0
+
+
+def test_tibetan_is_compared_by_syllables():
+    item = "བོད་ཀྱི་རྒྱལ་ས་ནི་ལྷ་ས་ཡིན་ཞིང་དེ་ནི་འཛམ་གླིང་གི་ས་མཐོ་ཤོས་ཀྱི་གྲོང་ཁྱེར་ཞིག་རེད"
+    assert len(find_overlaps([f"abc {item} def"], {"task": [item]})) == 1
+
+
+def test_letters_that_are_compatible_with_capitals_are_equal_to_small_ones():
+    bold = "".join(chr(0x1D400 + ord(c) - ord("A")) if c.isupper() else c for c in PASSAGE.upper())
+    assert bold != PASSAGE.upper() and len(find_overlaps([bold], {"boolq": [PASSAGE]})) == 1
+    item = "Press the lever to call 411 and hear a \u2121 tone from LEGO\u2122 bricks"  # signs for TEL and TM
+    assert len(find_overlaps([item.lower()], {"task": [item.upper()]})) == 1
+    assert len(find_overlaps([item.replace("\u2121", "tel").replace("\u2122", "TM")], {"task": [item]})) == 1
 
 
 def test_words_and_characters_of_mixed_text_add_up():
@@ -138,3 +158,55 @@ def test_items_that_are_too_short_to_be_checked_are_counted():
         "b": [fifteen, CHINESE[:16], "", f"seven words are not enough {fifteen[:4]}"],
     }
     assert json.dumps(count_unchecked(items)) == "4"  # records are JSON
+
+
+ITEMS = {
+    "English": PASSAGE,
+    "German": "Die Straße in München heißt „Große Allee“ und führt über acht Brücken bis zum Südufer der Isar.",
+    "Russian": "Самый большой остров мира, Гренландия, на три четверти покрыт льдом и почти не заселён людьми сегодня.",
+    "Greek": "Κάποτε αυτός έσπρωχνε τον βράχο ως την κορυφή και κάθε φορά αυτός κυλούσε πάλι κάτω στους πρόποδες.",
+    "Arabic": "القاهرة هي عاصمة جمهورية مصر العربية وأكبر مدنها من حيث عدد السكان والمساحة في الشرق الأوسط",
+    "Hindi": "दिल्ली भारत की राजधानी है और यह यमुना नदी के किनारे बसा हुआ एक बहुत पुराना शहर है",
+    "Korean": "서울은 대한민국의 수도이자 최대 도시로서 한강을 끼고 있으며 인구가 약 천만 명에 이르는 도시이다",
+    "Vietnamese": "Hà Nội là thủ đô của nước Cộng hòa Xã hội chủ nghĩa Việt Nam và là thành phố lớn thứ hai",
+    "Chinese": CHINESE,
+    "Japanese": "日本の首都は東京であり、ガラパゴス諸島は世界で最も人口の多い都市の一つではない",
+    "Thai": "กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทย",
+    "mixed": "In 2024 the city of 北京 was home to 三千多万人口 people",
+}
+SPACELESS = ("Chinese", "Japanese", "Thai")
+
+
+DISGUISES = {
+    "NFC": lambda text: unicodedata.normalize("NFC", text),
+    "NFD": lambda text: unicodedata.normalize("NFD", text),
+    "NFKC": lambda text: unicodedata.normalize("NFKC", text),
+    "NFKD": lambda text: unicodedata.normalize("NFKD", text),
+    "capitals": str.upper,
+    "small": str.lower,
+    "zero-width spaces": lambda text: text.replace(" ", " \u200b"),
+    "soft hyphens": lambda text: "\u00ad".join(text),
+    "zero-width joiners": lambda text: "\u200d".join(text),
+    "byte order marks": lambda text: "\ufeff" + text,
+    "line breaks": lambda text: text.replace(" ", "\r\n"),
+    "other spaces": lambda text: text.replace(" ", "\u00a0\u3000\u2028"),
+    "punctuation": lambda text: text.replace(" ", " \u2014 ").replace(".", "?!").replace("'", "\u2019"),
+    "full width": lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+}
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=200)
+@given(
+    language=st.sampled_from(sorted(ITEMS)),
+    disguises=st.lists(st.sampled_from(sorted(DISGUISES)), max_size=3),
+    line=st.integers(1, 40),
+)
+def test_no_other_way_to_write_the_same_words_hides_them(language, disguises, line):
+    item = document = ITEMS[language]
+    if language in SPACELESS:  # lines may end everywhere
+        document = "\n".join(document[start : start + line] for start in range(0, len(document), line))
+    for disguise in disguises:
+        document = DISGUISES[disguise](document)
+    for text, other in ((document, item), (item, document)):
+        assert len(find_overlaps([f"ahead {text} behind"], {"task": [other]})) == 1
+        assert count_unchecked({"task": [other]}) == 0

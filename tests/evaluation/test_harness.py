@@ -9,7 +9,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers import normalizers
 
 from rap_env.errors import EvaluationFailed, UnknownName
-from rap_env.evaluation import harness
+from rap_env.evaluation import task_loading
 from rap_env.evaluation.harness import HarnessEvaluator, items_of
 from rap_env.evaluation.tasks import TASKS_FOLDER
 from rap_env.llm.loading import build_random_llm
@@ -224,7 +224,7 @@ def test_an_unknown_task_lists_close_matches(folder, monkeypatch):
     def manager_of(include_path, include_defaults=True):
         return TaskManager(include_path=include_path, include_defaults=False)  # lm-eval's own tasks take ten seconds
 
-    monkeypatch.setattr(harness, "TaskManager", manager_of)
+    monkeypatch.setattr(task_loading, "TaskManager", manager_of)
     with pytest.raises(UnknownName, match="unknown task 'toy_shrt'; did you mean toy_short"):
         HarnessEvaluator(["toy_shrt"], folder)
 

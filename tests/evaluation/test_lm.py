@@ -18,6 +18,7 @@ from tests.evaluation.lm_eval_cases import METRIC, YAML, by_lm_eval, hf, log_lik
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 257}
 SIZES |= {"intermediate_size": 64, "num_key_value_heads": 2, "initializer_range": 0.2}
+OPT_SIZES = SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 16}
 ROWS = [
     {"question": "The sky is", "choices": ["blue", "red red"], "gold": 0},
     {"question": "", "choices": ["A fish swims.", "A fish flies."], "gold": 0},  # lm-eval puts BOS in front
@@ -138,6 +139,13 @@ def test_a_continuation_longer_than_the_model_takes_is_refused():
     assert len(lm.loglikelihood([request("ab", "c" * 16)])) == 1
     with pytest.raises(EvaluationFailed, match="its continuation has 17 tokens; the model takes at most 16"):
         lm.loglikelihood([request("ab", "c" * 17)])
+
+
+def test_a_length_beyond_the_models_context_is_refused():
+    llm = build_random_llm("opt", OPT_SIZES)
+    assert RapLM(llm, max_length=16).max_length == 16
+    with pytest.raises(EvaluationFailed, match="max_length=17 is beyond the model's context of 16"):
+        RapLM(llm, max_length=17)
 
 
 def test_the_model_and_its_tokenizer_are_left_as_they_were(tiny_llm):

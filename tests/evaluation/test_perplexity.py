@@ -163,6 +163,12 @@ def test_windows_beyond_the_models_context_are_refused():
         PerplexityEvaluator(torch.zeros(1, 513, dtype=torch.long), "text").evaluate(llm)
 
 
+def test_windows_with_tokens_that_the_model_does_not_know_are_refused(tiny_llm):
+    windows = torch.tensor([[1, 2, 257, 3]])
+    with pytest.raises(InvalidWorkload, match="windows have token 257; the model knows 257: made with"):
+        PerplexityEvaluator(windows, "text").evaluate(tiny_llm)
+
+
 @pytest.mark.llm
 def test_the_dense_embedded_model_has_the_published_perplexity(embedded_llm):
     if not WIKITEXT.is_file():

@@ -148,6 +148,13 @@ def test_an_item_that_both_halves_have_is_left_out_of_the_search_and_counted(ben
     assert halves.counts == {"repeated_items": 1, "unchecked_items": 9}
 
 
+@pytest.mark.parametrize("other", ["CAF\u00c9 au lait?", "cafe\u0301 au lait?", "caf\u00e9 au\u200b\u00a0lait\uff1f"])
+def test_an_item_that_is_written_in_another_way_is_repeated_too(benchmark, other):
+    folder = benchmark(["a", "caf\u00e9 au lait?", other, "b", "caf\u00e9 au lait!", "cafe au lait?"])
+    halves = task_halves(["quiz"], include_path=folder)
+    assert halves.search.item_texts["quiz"] == ["a yes", "caf\u00e9 au lait! yes"] and halves.repeated_items == 1
+
+
 def test_an_item_that_another_task_repeats_is_left_out_of_the_search(benchmark):
     benchmark(["a", "b", "c"], "quiz")
     folder = benchmark(["d", "b"], "exam")
