@@ -196,8 +196,9 @@ def test_kept_parts_are_the_sites_in_model_order_with_the_bits_of_their_componen
         (Site(1, "attention"), (False, False)),
         (Site(1, "mlp"), (True,)),
     )
-    assert kept_sites(mask) == [Site(0, "attention"), Site(0, "mlp"), Site(1, "mlp")]
-    assert kept_sites(mask, 1, 3) == [Site(0, "mlp")]
+    kept = [Site(0, "attention", (0,)), Site(0, "mlp", (1, 2)), Site(1, "mlp")]
+    assert kept_sites(mask) == kept and kept_sites(mask, 1, 3) == kept[1:2]
+    assert [site.name for site in kept] == ["layer0.attention", "layer0.mlp", "layer1.mlp"]
 
 
 def test_masks_part_at_the_first_site_of_which_they_keep_other_parts():

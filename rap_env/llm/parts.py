@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ def _cut(layer: nn.Module, path: str, dim: int, kept: slice | torch.Tensor) -> d
 
 
 def _joined(slices: Sequence[slice]) -> slice | torch.Tensor:
-    if all(one.stop == following.start for one, following in zip(slices, slices[1:], strict=False)):
+    if all(one.stop == following.start for one, following in pairwise(slices)):
         return slice(slices[0].start, slices[-1].stop)
     return torch.cat([torch.arange(part.start, part.stop) for part in slices])
 

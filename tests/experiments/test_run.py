@@ -162,6 +162,19 @@ def test_generated_tokens_are_the_same_for_search_report_and_random_scenarios(ru
     assert {scenario.workload.generated_tokens for scenario in scenarios} == {64}
 
 
+def test_components_may_be_groups(run_here, folder):
+    results = run_here(folder / "groups", "agent=greedy_gsi", "model.granularity=group")["results"]
+    assert results["components"][:4] == [
+        "layer0.attention.0",
+        "layer0.attention.1",
+        "layer0.mlp.0:64",
+        "layer1.attention.0",
+    ]
+    assert len(results["components"]) == 12
+    dropped = [name for row in results["rows"] for name in row["dropped"]]
+    assert dropped and set(dropped) <= set(results["components"])
+
+
 def test_jobs_of_a_sweep_share_what_neither_agent_nor_seed_changes():
     def parts(*overrides: str):
         with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):

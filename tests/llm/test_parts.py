@@ -57,9 +57,8 @@ def random_masks(llm: SwitchableLLM, n: int = 12) -> list[PruningMask]:
     for row in shares:
         share = dict(zip(shape.sites, (1.4 * row - 0.2).tolist(), strict=True))
         draws = torch.rand(len(shape.components), generator=generator).tolist()
-        masks.append(
-            PruningMask.from_bits(shape, [d < share[c.site] for d, c in zip(draws, shape.components, strict=True)])
-        )
+        bits = [draw < share[row.site] for draw, row in zip(draws, shape.components, strict=True)]
+        masks.append(PruningMask.from_bits(shape, bits))
     return [PruningMask.all_kept(shape), *masks]
 
 
@@ -151,13 +150,9 @@ def test_parts_side_by_side_are_views_and_others_copies(llm):
     weights = [p for p in llm.model.parameters() if p.ndim == 2]
     own = {p.untyped_storage().data_ptr() for p in weights}
     for bits, shared in (((1, 0, 0), True), ((1, 1, 0), True), ((0, 1, 1), True), ((1, 0, 1), False)):
-        mask = PruningMask.all_kept(llm.shape).drop(
-            *(
-                c
-                for c, bit in zip([c for c in llm.shape.components if c.site == Site(1, MLP)], bits, strict=True)
-                if not bit
-            )
-        )
+        rows = [row for row in llm.shape.components if row.site == Site(1, MLP)]
+        dropped = [row for row, bit in zip(rows, bits, strict=True) if not bit]
+        mask = PruningMask.all_kept(llm.shape).drop(*dropped)
         (site,) = (site for site in kept_sites(mask) if site.parts is not None)
         layer = llm._layer_of(site)
         matrices = [p for module in layer.modules_of(MLP) for p in module.parameters() if p.ndim == 2]
