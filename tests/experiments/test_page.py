@@ -154,10 +154,10 @@ def test_report_keeps_comparisons_apart_and_joins_what_has_one_name(tmp_path, ca
 
 
 def test_report_prints_what_a_benchmark_printed(tmp_path, capsys):
-    results = {"cases": {"gsi": {"predicted_bytes": 30_000_000, "measured_bytes": 20_000_000}}}
+    results = {"peak_bytes": {"gsi": 20_000_000}, "weights_bytes": 80_000_000}
     path = write_record(tmp_path / "memory.json", {"config": {}, "provenance": {}, "results": results})
     report.main([str(path)])
-    assert capsys.readouterr().out == "## memory\ngsi: predicted 30 MB, measured 20 MB\n\n"
+    assert capsys.readouterr().out == "## memory\ngsi: 20 MB, 25% of the weights\n\n"
     with pytest.raises(UnknownName, match="unknown benchmark part 'memori'; did you mean memory"):
         benchmark_lines("memori", {"results": results})
 
