@@ -85,7 +85,8 @@ class ShortGptAgent(OrderAgent):
 class GreedyLayersAgent(OrderAgent):
     """SLEB (arXiv 2402.09025): each round drops the layer whose absence gives the lowest calibration loss.
 
-    l (l + 1) / 2 evaluations for l layers.
+    l (l + 1) / 2 evaluations for l layers. What is left when the token budget does not pay for another round follows in
+    the order of the last one's losses.
     """
 
     def rank(self) -> Sequence[str]:
@@ -93,13 +94,21 @@ class GreedyLayersAgent(OrderAgent):
         left, order, losses = by_layer(mask.components), [], []
         while left:
             without = [mask.drop(*layer) for layer in left]
-            scores = [evaluation.score for evaluation in self.task.calibration.evaluate(without, near=mask)]
-            least = scores.index(max(scores))
-            mask = without[least]
-            order += [component.name for component in left.pop(least)]
-            losses.append(-scores[least])
+            try:
+                evaluated = self.task.calibration.evaluate(without, near=mask)
+            except SearchExhausted:
+                if not order:
+                    raise
+                break
+            tried = sorted(
+                zip((-one.score for one in evaluated), without, left, strict=True), key=operator.itemgetter(0)
+            )
+            (loss, mask, layer), *others = tried
+            left = [layer for _loss, _mask, layer in others]
+            order += layer
+            losses.append(loss)
         self.details["losses"] = losses
-        return order
+        return [component.name for component in itertools.chain(order, *left)]
 
 
 class GreedyPerByteAgent(Agent):

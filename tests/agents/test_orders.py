@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from agents.driver import run_search
-from rap_env.errors import UnknownName
+from rap_env.errors import SearchExhausted, UnknownName
 from rap_env.importance.gsi import greedy_sequential_importance
 from rap_env.llm.architecture import decoder_layers
 from rap_env.llm.loading import build_tiny_llm
@@ -87,6 +87,17 @@ def test_greedy_layers_sees_that_one_layer_stands_in_for_another(search, monkeyp
     assert result.policy.parameters() == {"order": names}
     assert result.details["losses"] == pytest.approx([1.0, 5.0, 10.0, 111.1])
     assert (result.evaluations, result.tokens) == (0, (4 + 3 + 2 + 1) * TOKENS)
+
+
+def test_greedy_layers_goes_as_far_as_its_tokens_go(tiny_llm, monkeypatch):
+    by_rule(monkeypatch, lambda dropped: sum([1.1, 1.0, 4.0, 2.0][int(name[len("layer")])] for name in dropped))
+    task = make_task(tiny_llm, order=None, limit=(4 + 3 + 1) * TOKENS)
+    result = run_search(build_agent("greedy_layers"), task)
+    names = [f"layer{layer}.{kind}" for layer in (1, 0, 3, 2) for kind in ("attention", "mlp")]
+    assert result.policy.parameters() == {"order": names} and len(result.details["losses"]) == 2
+    assert result.tokens == (4 + 3) * TOKENS, "a third round of 2 is beyond it"
+    with pytest.raises(SearchExhausted):
+        run_search(build_agent("greedy_layers"), make_task(tiny_llm, order=None, limit=3 * TOKENS))
 
 
 def test_short_gpt_drops_first_what_leaves_the_stream_as_it_is(search):
