@@ -1,10 +1,13 @@
 """Files that are there in one piece, or not at all."""
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+_WITHOUT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some file systems in user space know no such call
 
 
 def write_once(path: Path, content: str | bytes) -> Path:
@@ -44,7 +47,11 @@ def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
         with draft.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in _WITHOUT_SYNC:
+                    raise
         yield draft
     finally:
         draft.unlink(missing_ok=True)

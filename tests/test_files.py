@@ -26,6 +26,16 @@ def test_what_is_there_stays_or_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_once, write_over])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_that_can_not_sync_takes_files_too(tmp_path, monkeypatch, write, code):
+    def unknown(_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.fsync", unknown)
+    assert write(tmp_path / "file", "text").read_text() == "text" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("write", [write_once, write_over])
 @pytest.mark.parametrize("step", ["fsync", "link", "replace"])
 def test_nothing_half_written_stays_where_the_disk_is_full(tmp_path, monkeypatch, write, step):
     def full(*_):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from experiments import benchmark
 from experiments.benchmarks import PARTS, memory, part
 from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.gsi import _agreement
@@ -158,3 +159,12 @@ def test_every_comment_of_the_config_composes():
         for command in commands:
             overrides = [word for word in command.split("  ")[0].split() if "=" in word]
             assert set(compose("benchmark", overrides=overrides).parts) <= set(PARTS)
+
+
+def test_a_folder_that_holds_a_parts_record_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "env.json").write_text("kept")
+    arguments = [*TINY, "parts=[population,env]", f"hydra.run.dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit, match=r"env.json exists, and records are written once; leave the part out"):
+        benchmark.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["env.json"]
