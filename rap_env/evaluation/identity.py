@@ -40,10 +40,12 @@ def numeric_platform(device: torch.device | str) -> dict:
     """What floating-point results depend on beside the code: two machines that differ here may round differently.
 
     Returns:
-        For a CPU its maker and features and the build of PyTorch with its BLAS and oneDNN, for a GPU its name and the
-        versions of its libraries. The same in all processes of a machine.
+        For a CPU its maker and features, the build of PyTorch with its BLAS and oneDNN, and the number of its threads:
+        streams are cut into as many lanes, and matrix products of other sizes round differently. For a GPU its name and
+        the versions of its libraries. The same in all processes of a machine that use as many threads.
     """
-    return dict(_platform(torch.device(device).type, str(device)))
+    found = dict(_platform(torch.device(device).type, str(device)))
+    return found | {"threads": torch.get_num_threads()} if found["device"] == "cpu" else found
 
 
 @functools.cache

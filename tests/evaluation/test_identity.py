@@ -98,6 +98,26 @@ def test_a_second_process_has_the_same_platform_in_json_values():
     assert json.loads(done.stdout) == numeric_platform("cpu") == numeric_platform(torch.device("cpu"))
 
 
+def test_a_cpu_with_another_number_of_threads_is_another_platform(monkeypatch):
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append(numeric_platform("cpu"))
+    assert found[0] | {"threads": 2} == found[1] != found[0]
+
+
+@pytest.mark.llm
+def test_threads_are_lanes_which_round_differently_in_bfloat16(embedded_folder):
+    code = (
+        "import sys, torch, rap_env; from rap_env.evaluation.perplexity import PerplexityEvaluator as P;"
+        " torch.set_num_threads(int(sys.argv[1])); llm = rap_env.load_llm(device='cpu');"
+        " print(P(torch.arange(2 * 256).view(2, 256), 'numbers').evaluate(llm).score)"
+    )
+    runs = [[sys.executable, "-c", code, threads] for threads in "112"]
+    scores = [float(subprocess.run(run, check=True, capture_output=True, text=True).stdout) for run in runs]
+    assert scores[0] == scores[1] == pytest.approx(scores[2], abs=0.01)
+
+
 def test_changing_an_answer_changes_no_later_one():
     numeric_platform("cpu")["device"] = "changed"
     assert numeric_platform("cpu")["device"] == "cpu"
