@@ -38,6 +38,7 @@ UNRANKED = {"dense", "random", "random_search", "evop_from_random", "evop_layers
 SEARCHES = [name for name in AGENTS if name.startswith(("random_search", "archive", "surrogate", "evop"))]
 FEW = {"workloads": [(1, 512), (16, 2048)], "ratios": [0.9, 0.75]}  # scenarios of `toy_task`
 BY_BATCHES = {"random_search", "archive", "surrogate"}  # they end only with their tokens
+AS_FAR_AS_PAID = {"greedy_per_byte", "greedy_layers"}  # they rank workloads, or layers, until their tokens end
 
 
 class Killed(Exception):
@@ -104,7 +105,7 @@ def test_search_ends_as_a_sound_policy_within_its_tokens(name, evaluations, in_f
 def test_only_what_needs_the_ranking_pays_for_it(name, toy_task):
     begin = tokens_to_begin(name)
     assert (begin == 0) == (name in UNRANKED)
-    if begin and name != "greedy_per_byte":  # which ranks for as many workloads as are paid for
+    if begin and name not in AS_FAR_AS_PAID:
         task = toy_task(begin - 1)
         with pytest.raises(SearchExhausted, match="tokens are spent"):
             run_search(build_agent(name), task)
