@@ -17,6 +17,7 @@ from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import Pair, ScoringPlan
 from rap_env.llm.architecture import ARCHITECTURES
 from rap_env.llm.loading import build_tiny_llm
+from rap_env.llm.shape import GRANULARITIES
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, MLP, PruningMask, Site
 from rap_env.memory.footprint import footprint
@@ -42,7 +43,11 @@ def check(llm: SwitchableLLM, workload: Workload, repeats: int = 3) -> dict[str,
     """
     device = llm.device.type
     return {
-        "exactness": {family: exactness(family, device) for family in ARCHITECTURES},
+        "exactness": {
+            f"{family}, {granularity}s": exactness(family, device, granularity)
+            for family in ARCHITECTURES
+            for granularity in GRANULARITIES
+        },
         "speed": speed(llm, repeats),  # while the model is whole
         "memory": memory(llm, workload),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
@@ -51,9 +56,10 @@ def check(llm: SwitchableLLM, workload: Workload, repeats: int = 3) -> dict[str,
 
 
 @torch.inference_mode()
-def exactness(family: str, device: str) -> dict[str, Any]:
+def exactness(family: str, device: str, granularity: str) -> dict[str, Any]:
     """A tiny random model in float32: our ways of running a mask against upstream's forward of the switched model."""
     llm = build_tiny_llm(family, device=device)
+    llm = SwitchableLLM(llm.model, llm.tokenizer, llm.name, granularity)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 256, (4, 48), generator=generator).to(device)
     bits = torch.rand(12, len(llm.shape.components), generator=generator) < 0.7
