@@ -129,6 +129,28 @@ class PruningMask:
                 raise InvalidMask(f"expected keep-bits of 0 or 1; got {value!r}")
         return cls(shape.components, tuple(map(bool, values)))
 
+    @classmethod
+    def from_widths(cls, shape, widths: Sequence[int]) -> "PruningMask":
+        """Keeps the first parts of every site, as many as it is told; a whole site counts as one part.
+
+        Args:
+            shape: A `ModelShape`.
+            widths: A number for each site, in the order in which the model runs them.
+
+        Raises:
+            InvalidMask: There is not exactly one number for each site, or a site does not have as many parts.
+        """
+        sites, widths = _sites(shape.components), list(map(int, widths))
+        if len(widths) != len(sites):
+            raise InvalidMask(f"expected {len(sites)} widths, one for each site; got {len(widths)}")
+        keep: list[bool] = []
+        for (site, positions), width in zip(sites, widths, strict=True):
+            n_parts = positions.stop - positions.start
+            if not 0 <= width <= n_parts:
+                raise InvalidMask(f"expected a width of 0 to {n_parts} for {site}; got {width}")
+            keep += [True] * width + [False] * (n_parts - width)
+        return cls(shape.components, tuple(keep))
+
     def _positions(self, name: str | Site | Component) -> tuple[int, ...]:
         positions = _positions(self.components)
         return positions[check_known("component", str(name), positions)]
@@ -168,6 +190,18 @@ class PruningMask:
     def kept_parts(self) -> tuple[tuple[Site, tuple[bool, ...]], ...]:
         """Every site in the order in which the model runs them, with the keep-bits of its components."""
         return tuple((site, self.keep[positions]) for site, positions in _sites(self.components))
+
+    @functools.cached_property
+    def widths(self) -> tuple[int, ...]:
+        """How many parts each site keeps, in the order in which the model runs the sites.
+
+        Raises:
+            InvalidMask: What a site keeps are not its first parts.
+        """
+        for site, bits in self.kept_parts:
+            if not all(bits[: sum(bits)]):
+                raise InvalidMask(f"expected a mask that keeps the first parts of each site; {site} keeps others")
+        return tuple(sum(bits) for _site, bits in self.kept_parts)
 
     @functools.cached_property
     def digest(self) -> str:

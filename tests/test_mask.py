@@ -241,3 +241,31 @@ def test_whole_layers_hold_their_components_in_model_order(tiny_llm):
     layers = by_layer(tiny_llm.shape.components)
     assert [[c.name for c in layer] for layer in layers] == [[f"layer{i}.attention", f"layer{i}.mlp"] for i in range(4)]
     assert by_layer(()) == []
+
+
+def test_widths_keep_the_first_parts_of_every_site():
+    shape = parted_shape()
+    mask = PruningMask.from_widths(shape, [1, 3, 0, 1])
+    assert [row.name for row in mask.dropped] == ["layer0.attention.1", "layer1.attention.0", "layer1.attention.1"]
+    assert mask.widths == (1, 3, 0, 1)
+    assert PruningMask.all_kept(shape).widths == (2, 3, 2, 1)
+    assert PruningMask.from_widths(shape, np.zeros(4, dtype=int)).widths == (0, 0, 0, 0)
+
+
+def test_widths_of_a_mask_that_keeps_other_parts_are_refused():
+    mask = PruningMask.all_kept(parted_shape()).drop("layer0.mlp.1")
+    with pytest.raises(InvalidMask, match=r"keeps the first parts of each site; layer0\.mlp keeps others"):
+        _ = mask.widths
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ([1, 3, 0], "expected 4 widths, one for each site; got 3"),
+        ([1, 4, 0, 1], r"expected a width of 0 to 3 for layer0\.mlp; got 4"),
+        ([-1, 3, 0, 1], r"expected a width of 0 to 2 for layer0\.attention; got -1"),
+    ],
+)
+def test_widths_that_the_sites_do_not_have_are_refused(widths, message):
+    with pytest.raises(InvalidMask, match=message):
+        PruningMask.from_widths(parted_shape(), widths)

@@ -14,7 +14,9 @@ Cut = dict[str, tuple[int, slice]]
 
 
 def cut_mlp(layer: nn.Module, inner: Sequence[str], output: str) -> dict[str, Cut]:
-    """The parts of an MLP by name: as many channels each, the last one what is left; `128:192` are 128 to 191.
+    """The parts of an MLP by name: as many channels each, the first one what is left; `128:192` are 128 to 191.
+
+    So where parts go from the last to the first, all that goes before the first weighs the same.
 
     Args:
         layer: A decoder layer.
@@ -22,8 +24,8 @@ def cut_mlp(layer: nn.Module, inner: Sequence[str], output: str) -> dict[str, Cu
         output: Path of the one back to the residual stream.
     """
     n_channels, cuts = layer.get_submodule(output).in_features, {}
-    for first in range(0, n_channels, GROUP_CHANNELS):
-        channels = slice(first, min(first + GROUP_CHANNELS, n_channels))
+    for first, end in pairwise([0, *reversed(range(n_channels, 0, -GROUP_CHANNELS))]):
+        channels = slice(first, end)
         cuts[f"{channels.start}:{channels.stop}"] = dict.fromkeys(inner, (0, channels)) | {output: (1, channels)}
     return cuts
 

@@ -99,7 +99,7 @@ class SwitchableLLM:
             layer.module.__dict__.pop("forward", None)
             layer.module.self_attn.layer_idx = kept_attentions
             if len(sites) < len(KINDS) or any(site.parts for site in sites):
-                steps = [(self._layer_of(site), site.kind) for site in sites]
+                steps = [(self.layer_of(site), site.kind) for site in sites]
                 layer.module.forward = functools.partial(self._run_steps, steps)
             kept_attentions += any(site.kind == ATTENTION for site in sites)
         self._allow_cache(kept_attentions > 0)
@@ -135,8 +135,8 @@ class SwitchableLLM:
             hidden_states = layer.run(kind, hidden_states, context)
         return hidden_states
 
-    def _layer_of(self, site: Site) -> DecoderLayer:
-        """The layer that runs a site, with the site's parts only."""
+    def layer_of(self, site: Site) -> DecoderLayer:
+        """The layer that runs a site, with the weights of the site's parts only; its other site is whole."""
         layer = self._layers[site.layer]
         if site.parts is None:
             return layer
@@ -204,7 +204,7 @@ class SwitchableLLM:
         if not sites:
             return hidden
 
-        steps = [(self._layer_of(site), site.kind) for site in sites]
+        steps = [(self.layer_of(site), site.kind) for site in sites]
 
         def run_part(part: tuple[torch.Tensor, dict]) -> torch.Tensor:
             stream, own_context = part

@@ -15,7 +15,7 @@ from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from tests.evaluation.scoring_cases import score_continuations
 
-GROUP = 24  # of 64 channels: parts of 24, 24 and 16
+GROUP = 24  # of 64 channels: parts of 16, 24 and 24
 SIZES = {"hidden_size": 32, "num_attention_heads": 8, "num_hidden_layers": 3, "vocab_size": 257}
 SIZES |= {"initializer_range": 0.2, "intermediate_size": 64, "max_position_embeddings": 64}
 OPT = SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}
@@ -72,10 +72,11 @@ def cut_by_hand(llm: SwitchableLLM, mask: PruningMask) -> torch.nn.Module:
             output = layer.self_attn.out_proj if site.kind == ATTENTION else layer.fc2
         else:
             output = layer.self_attn.o_proj if site.kind == ATTENTION else layer.mlp.down_proj
-        size = GROUP if site.kind == MLP else output.in_features // len(bits)
-        for part, bit in enumerate(bits):
+        head = output.in_features // len(bits)
+        bounds = [0, 16, 40, 64] if site.kind == MLP else range(0, output.in_features + 1, head)
+        for (start, end), bit in zip(itertools.pairwise(bounds), bits, strict=True):
             if not bit:
-                output.weight.data[:, part * size : (part + 1) * size] = 0.0
+                output.weight.data[:, start:end] = 0.0
         if not any(bits) and output.bias is not None:
             output.bias.data.zero_()
     return model
@@ -85,13 +86,13 @@ def test_rows_count_every_weight_once_and_are_named_by_heads_and_channels(llm):
     total = sum(parameter.nbytes for parameter in llm.model.parameters())
     assert llm.shape.weight_bytes == total
     names = [component.name for component in llm.shape.components if component.site == Site(1, MLP)]
-    assert names == ["layer1.mlp.0:24", "layer1.mlp.24:48", "layer1.mlp.48:64"]
+    assert names == ["layer1.mlp.0:16", "layer1.mlp.16:40", "layer1.mlp.40:64"]
     heads = [component for component in llm.shape.components if component.site == Site(2, ATTENTION)]
     n_heads = getattr(llm.model.config, "num_key_value_heads", 8)
     assert [component.name for component in heads] == [f"layer2.attention.{index}" for index in range(n_heads)]
     assert len({component.weight_bytes for component in heads}) == 1
     first, _, last = (component.weight_bytes for component in llm.shape.components if component.site == Site(1, MLP))
-    assert first * 16 == last * 24
+    assert first * 24 == last * 16
     by_config = llm.shape.from_config(llm.model.config, torch.float32, "group")
     assert by_config == llm.shape
 
@@ -154,7 +155,7 @@ def test_parts_side_by_side_are_views_and_others_copies(llm):
         dropped = [row for row, bit in zip(rows, bits, strict=True) if not bit]
         mask = PruningMask.all_kept(llm.shape).drop(*dropped)
         (site,) = (site for site in kept_sites(mask) if site.parts is not None)
-        layer = llm._layer_of(site)
+        layer = llm.layer_of(site)
         matrices = [p for module in layer.modules_of(MLP) for p in module.parameters() if p.ndim == 2]
         assert all((p.untyped_storage().data_ptr() in own) == shared for p in matrices) and len(matrices) in (2, 3)
 
