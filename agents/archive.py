@@ -1,11 +1,13 @@
 """Local search: the greedy walk first, then swaps in the best masks known."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from agents.base import ArchiveAgent, Case, Task
-from rap_env.mask import PruningMask
+from agents.granularity import LARGEST_MOVE
+from rap_env.mask import PruningMask, Site
 from rap_env.memory.scenario import Scenario
 from rap_env.policies import OrderPolicy
 from rap_env.policies.walk import fit_to_budget
@@ -62,7 +64,8 @@ def swap_one(
 ) -> PruningMask:
     """A neighbour that fits: a random kept component goes, a random dropped one comes.
 
-    Where their bytes differ, further components go or come along the order; the one that went comes back last.
+    Where sites have parts, the last that a site keeps go and the first that it dropped come, up to an eighth of all.
+    Where their bytes differ, further components go or come along the order; those that went come back last.
 
     Args:
         mask: Fits the scenario. Where it keeps or drops everything there is nothing to swap, and it comes back itself.
@@ -73,7 +76,17 @@ def swap_one(
     """
     if not mask.kept or not mask.dropped:
         return mask
-    going, coming = (group[generator.integers(len(group))].name for group in (mask.kept, mask.dropped))
-    between = (name for name in order if name not in (going, coming))
-    swapped = mask.drop(going).restore(coming)
-    return fit_to_budget(swapped, shape, [going, *between, coming], scenario.workload, scenario.budget_bytes)
+    going, coming = (group[generator.integers(len(group))].site for group in (mask.kept, mask.dropped))
+    if going == coming:  # as many parts come as go
+        return mask
+    going = [c.name for c in mask.kept if c.site == going][::-1][: _drawn_parts(mask, going, generator)]
+    coming = [c.name for c in mask.dropped if c.site == coming][: _drawn_parts(mask, coming, generator)]
+    between = (name for name in order if name not in (*going, *coming))
+    swapped, order = mask.drop(*going).restore(*coming), [*going, *between, *reversed(coming)]
+    return fit_to_budget(swapped, shape, order, scenario.workload, scenario.budget_bytes)
+
+
+def _drawn_parts(mask: PruningMask, site: Site, generator: np.random.Generator) -> int:
+    """How many parts of a site move at once."""
+    n_parts = sum(component.site == site for component in mask.components)
+    return 1 if n_parts == 1 else int(generator.integers(1, 1 + math.ceil(n_parts * LARGEST_MOVE)))

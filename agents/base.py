@@ -13,7 +13,7 @@ from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.importance.gsi import CALIBRATION, ImportanceRanking, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import Footprint
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.memory.workload import Workload
@@ -170,7 +170,8 @@ class ArchiveAgent(Agent):
 
     def random_order(self) -> list[str]:
         components = self.task.problem.shape.components
-        return [components[position].name for position in self.generator.permutation(len(components))]
+        drawn = self.generator.permutation(len(components))
+        return list(full_order(components, [components[position].name for position in drawn]))
 
     def best(self) -> ArchivePolicy:
         """The best of what is known so far."""

@@ -93,7 +93,7 @@ class EvopressAgent(ScenarioAgent):
 
 
 def mutate(parent: np.ndarray, space: Granularity, generator: np.random.Generator) -> np.ndarray:
-    """Swaps: a dropped and a kept bit that cost the same change places, mostly once.
+    """Swaps: a dropped and a kept bit that cost the same change places, mostly once; parts of sites in numbers.
 
     Where the space trades, every other swap is of any two bits. It may free too few bytes or more than it takes: then
     the repair drops or restores others at random.
@@ -106,5 +106,7 @@ def mutate(parent: np.ndarray, space: Granularity, generator: np.random.Generato
         trade = space.trades and generator.random() < 0.5
         partners = np.flatnonzero(child & (trade | (space.labels == space.labels[restored])))
         if len(partners):
-            child[restored], child[generator.choice(partners)] = True, False
+            going = space.beside(child, generator.choice(partners), generator)
+            coming = space.beside(child, restored, generator)
+            child[going], child[coming] = False, True
     return space.repair(child, generator)

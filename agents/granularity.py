@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -10,6 +11,8 @@ from rap_env.llm.shape import ModelShape
 from rap_env.mask import Component, PruningMask, by_layer
 from rap_env.memory.footprint import bytes_by_name, dense_bytes
 from rap_env.memory.scenario import Scenario
+
+LARGEST_MOVE = 0.125  # part of a site's parts that a search moves at once at most
 
 
 class Granularity:
@@ -47,6 +50,30 @@ class Granularity:
         ]
         return np.unique(costs, axis=0, return_inverse=True)[1].ravel()
 
+    @functools.cached_property
+    def groups(self) -> list[np.ndarray]:
+        """Positions of the bits that are parts of one site, in its order; a bit of several sites is a group alone."""
+        sites = [{component.site for component in bit} for bit in self.bits]
+        starts = [i for i, site in enumerate(sites) if i == 0 or len(site) > 1 or site != sites[i - 1]]
+        return np.split(np.arange(len(self.bits)), starts[1:])
+
+    def beside(self, keep: np.ndarray, bit: int, generator: np.random.Generator) -> np.ndarray:
+        """Bits of one site that move with a bit: the last that are kept, or the first that are dropped.
+
+        Where the site has parts they are up to an eighth of all; else it is the bit alone.
+        """
+        group = next(group for group in self.groups if group[0] <= bit <= group[-1])
+        if len(group) == 1:
+            return group
+        n_moved = generator.integers(1, 1 + math.ceil(len(group) * LARGEST_MOVE))
+        return group[keep[group]][::-1][:n_moved] if keep[bit] else group[~keep[group]][:n_moved]
+
+    def nest(self, keep: np.ndarray) -> np.ndarray:
+        """As many bits of each group, but the first ones."""
+        if len(self.groups) == len(keep):
+            return keep
+        return np.concatenate([np.sort(keep[group])[::-1] for group in self.groups])
+
     @property
     def key(self) -> Hashable:
         """Equal for scenarios that allow the same masks: where all bits free as much, those that drop equally many."""
@@ -66,7 +93,7 @@ class Granularity:
             if not fitted[bit] and self.bit_bytes[bit] <= -missing_bytes:
                 fitted[bit] = True
                 missing_bytes += self.bit_bytes[bit]
-        return np.array(fitted)
+        return self.nest(np.array(fitted))
 
     def repair(self, keep: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Random drops until the vector is allowed, random restores while there is room."""
@@ -111,7 +138,7 @@ class EqualCounts(Granularity):
             missing = -(-self.key * len(members) // self.shape.n_layers) - len(dropped)
             keep[kept[: max(0, missing)]] = False
             keep[dropped[::-1][: max(0, -missing)]] = True
-        return keep
+        return self.nest(keep)
 
 
 GRANULARITIES: dict[str, type[Granularity]] = {

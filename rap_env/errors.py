@@ -85,6 +85,10 @@ class EvaluationFailed(RapError, ValueError):
     """Tasks that can't be scored: none named, no multiple-choice form, or no such metric."""
 
 
+class CompensationFailed(RapError, ValueError):
+    """Compensation that can't be computed, or a mask that it does not hold for."""
+
+
 class ContaminationFound(RapError, ValueError):
     """Calibration text that shares 13-grams with evaluation items, or a search task used for reporting."""
 

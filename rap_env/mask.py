@@ -64,27 +64,41 @@ class Component:
         return self.name
 
 
-@functools.lru_cache(maxsize=32)
-def shared(components: tuple[Component, ...]) -> tuple[Component, ...]:
-    """One tuple for all that are equal, so that masks over it are compared in a microsecond instead of row by row."""
-    return components
+class Components(tuple[Component, ...]):
+    """All components of a model in the order in which it runs them; what masks look up in them is looked up once."""
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def positions(self) -> dict[str, tuple[int, ...]]:
+        """Positions in model order by name: one for each component, all of its parts for a site."""
+        positions: dict[str, tuple[int, ...]] = {}
+        for position, component in enumerate(self):
+            for name in {component.name, component.site.name}:
+                positions[name] = (*positions.get(name, ()), position)
+        return positions
+
+    @functools.cached_property
+    def sites(self) -> tuple[tuple[Site, slice], ...]:
+        """Every site in order, with the positions of its components."""
+        groups = itertools.groupby(range(len(self)), key=lambda position: self[position].site)
+        runs = [(site, list(positions)) for site, positions in groups]
+        return tuple((site, slice(positions[0], positions[-1] + 1)) for site, positions in runs)
 
 
 @functools.lru_cache(maxsize=32)
-def _positions(components: tuple[Component, ...]) -> dict[str, tuple[int, ...]]:
-    """Positions in model order by name: one for each component, all of its parts for a site."""
-    positions: dict[str, tuple[int, ...]] = {}
-    for position, component in enumerate(components):
-        for name in {component.name, component.site.name}:
-            positions[name] = (*positions.get(name, ()), position)
-    return positions
+def _one_of_equals(components: tuple[Component, ...]) -> Components:
+    return Components(components)
 
 
-@functools.lru_cache(maxsize=32)
-def _sites(components: tuple[Component, ...]) -> list[tuple[Site, slice]]:
-    groups = itertools.groupby(range(len(components)), key=lambda position: components[position].site)
-    runs = [(site, list(positions)) for site, positions in groups]
-    return [(site, slice(positions[0], positions[-1] + 1)) for site, positions in runs]
+def shared(components: Iterable[Component]) -> Components:
+    """One object for all that are equal, so that masks over it are compared in a microsecond instead of row by row."""
+    return components if isinstance(components, Components) else _one_of_equals(tuple(components))
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,7 @@ class PruningMask:
     keep: tuple[bool, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "components", shared(self.components))
         if len(self.keep) != len(self.components):
             raise InvalidMask(
                 f"expected {len(self.components)} keep-bits, one for each component; got {len(self.keep)}"
@@ -140,7 +155,7 @@ class PruningMask:
         Raises:
             InvalidMask: There is not exactly one number for each site, or a site does not have as many parts.
         """
-        sites, widths = _sites(shape.components), list(map(int, widths))
+        sites, widths = shared(shape.components).sites, list(map(int, widths))
         if len(widths) != len(sites):
             raise InvalidMask(f"expected {len(sites)} widths, one for each site; got {len(widths)}")
         keep: list[bool] = []
@@ -152,7 +167,7 @@ class PruningMask:
         return cls(shape.components, tuple(keep))
 
     def _positions(self, name: str | Site | Component) -> tuple[int, ...]:
-        positions = _positions(self.components)
+        positions = self.components.positions
         return positions[check_known("component", str(name), positions)]
 
     def _with(self, names: Iterable[str | Site | Component], value: bool) -> "PruningMask":
@@ -189,7 +204,7 @@ class PruningMask:
     @functools.cached_property
     def kept_parts(self) -> tuple[tuple[Site, tuple[bool, ...]], ...]:
         """Every site in the order in which the model runs them, with the keep-bits of its components."""
-        return tuple((site, self.keep[positions]) for site, positions in _sites(self.components))
+        return tuple((site, self.keep[positions]) for site, positions in self.components.sites)
 
     @functools.cached_property
     def widths(self) -> tuple[int, ...]:
@@ -202,6 +217,16 @@ class PruningMask:
             if not all(bits[: sum(bits)]):
                 raise InvalidMask(f"expected a mask that keeps the first parts of each site; {site} keeps others")
         return tuple(sum(bits) for _site, bits in self.kept_parts)
+
+    @functools.cached_property
+    def nested(self) -> "PruningMask":
+        """A mask that keeps as many parts of each site, but the first ones; itself where it does already."""
+        if len(self.components.sites) == len(self.keep):  # whole sites
+            return self
+        keep: list[bool] = []
+        for _site, bits in self.kept_parts:
+            keep += sorted(bits, reverse=True)
+        return self if (bits := tuple(keep)) == self.keep else PruningMask(self.components, bits)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -253,11 +278,18 @@ def by_layer(components: Iterable[Component]) -> list[tuple[Component, ...]]:
 
 
 def full_order(components: tuple[Component, ...], order: Sequence[str]) -> tuple[str, ...]:
-    """An importance order, once it is sure to rank every component.
+    """An importance order, once it is sure to rank every component, from the last part of each site to its first.
+
+    Where an order has parts of a site in another sequence, they change places among themselves, so that a walk along it
+    keeps the first parts of each site.
 
     Raises:
         InvalidMask: The order does not name each component once.
     """
-    if sorted(order) != sorted(component.name for component in components):
+    site_of = {component.name: component.site for component in components}
+    if sorted(order) != sorted(site_of):
         raise InvalidMask(f"expected an order over each of the {len(components)} components once")
-    return tuple(order)
+    parts: dict[Site, list[str]] = {}
+    for name, site in site_of.items():
+        parts.setdefault(site, []).append(name)
+    return tuple(parts[site_of[name]].pop() for name in order)

@@ -132,6 +132,18 @@ class DecoderLayer:
             return cut_attention(self.module, row.attention_output)
         return cut_mlp(self.module, row.mlp_inner, row.mlp_output)
 
+    def output_path(self, kind: str) -> str:
+        """Path of the matrix from a site's heads or channels back to the residual stream."""
+        return self._architecture.attention_output if kind == ATTENTION else self._architecture.mlp_output
+
+    def output(self, kind: str) -> nn.Linear:
+        """That matrix."""
+        return submodule(self.module, self.output_path(kind))
+
+    def output_slices(self, kind: str) -> list[slice]:
+        """Which of its inputs belong to each part of a site."""
+        return [cut[self.output_path(kind)][1] for cut in self.cuts(kind).values()]
+
     def narrowed(self, cuts: Sequence[Cut]) -> "DecoderLayer":
         """The layer with some parts of one site; see `rap_env.llm.parts.narrowed`."""
         return DecoderLayer(narrowed(self.module, cuts), self._architecture)

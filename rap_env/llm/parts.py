@@ -53,6 +53,12 @@ def weight_bytes(layer: nn.Module, cut: Cut) -> int:
     return sum(tensor.nbytes for path, (dim, own) in cut.items() for tensor in _cut(layer, path, dim, own).values())
 
 
+def add_bias(linear: nn.Linear) -> None:
+    """Gives an output matrix a bias of zeros, unless it has one."""
+    if linear.bias is None:
+        linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+
+
 def narrowed(layer: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
     """A copy of a layer that has only some parts of one site.
 

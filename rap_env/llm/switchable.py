@@ -14,6 +14,7 @@ from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, submodule
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
+from rap_env.llm.prepared import Preparation, Refits
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import cut_stream, join_streams
 from rap_env.llm.tokenizer import tokenizer_digest
@@ -43,6 +44,8 @@ class SwitchableLLM:
         granularity: What is a component; see `ModelShape.from_model`.
 
     Attributes:
+        refits: Stand in for the output matrices of sites that keep some of their parts; None for none.
+        preparation: What the order of the parts rests on.
         site_executions: Sites that `run` and `run_masks` have run so far.
 
     Raises:
@@ -57,6 +60,9 @@ class SwitchableLLM:
         self.shape = ModelShape.from_model(model, granularity)
         self.mask = PruningMask.all_kept(self.shape)
         self.site_executions = 0
+        self.refits: Refits | None = None
+        self.preparation = Preparation()
+        self._granularity = granularity
         self._architecture = architecture_of(model.config)
         self._layers = decoder_layers(model)
         self._use_cache: list[bool | None] | None = None  # upstream's settings while no attention is kept
@@ -77,12 +83,20 @@ class SwitchableLLM:
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
+        if self.refits is not None:
+            digest.update(self.refits.digest.encode())
         return digest.hexdigest()
 
     @functools.cached_property
     def tokenizer_digest(self) -> str:
         """SHA-256 over everything that turns text into tokens, hexadecimal."""
         return tokenizer_digest(self.tokenizer)
+
+    def weights_changed(self) -> None:
+        """Has to be called after weights or refits were changed: what is known of them is forgotten."""
+        self.__dict__.pop("digest", None)
+        self.shape = ModelShape.from_model(self.model, self._granularity)
+        self.apply(PruningMask.all_kept(self.shape))
 
     def parameters_of(self, site: Site) -> list[nn.Parameter]:
         """The weights that belong to one site; its norm is fixed."""
@@ -141,7 +155,11 @@ class SwitchableLLM:
         if site.parts is None:
             return layer
         cuts = list(layer.cuts(site.kind).values())
-        return layer.narrowed([cuts[part] for part in site.parts])
+        narrowed = layer.narrowed([cuts[part] for part in site.parts])
+        if self.refits is not None:
+            output, tensors = narrowed.output(site.kind), zip(("weight", "bias"), self.refits.of(site), strict=True)
+            output._parameters |= {name: nn.Parameter(t, requires_grad=False) for name, t in tensors if t is not None}
+        return narrowed
 
     @contextlib.contextmanager
     def pruned(self, mask: PruningMask) -> Iterator["SwitchableLLM"]:

@@ -48,8 +48,8 @@ class RandomPolicy(Policy):
         scenario = [self._seed, workload.batch_size, workload.prompt_tokens, workload.generated_tokens]
         names = [component.name for component in self.shape.components]
         order = np.random.default_rng([*scenario, int(budget_bytes)]).permutation(names)
-        dense = PruningMask.all_kept(self.shape)
-        return fit_to_budget(dense, self.shape, [str(name) for name in order], workload, budget_bytes)
+        order = full_order(self.shape.components, [str(name) for name in order])
+        return fit_to_budget(PruningMask.all_kept(self.shape), self.shape, order, workload, budget_bytes)
 
     def parameters(self) -> dict[str, Any]:
         return {"seed": self._seed}

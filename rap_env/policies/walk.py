@@ -13,18 +13,19 @@ def fit_to_budget(mask: PruningMask, shape, order: Sequence[str], workload: Work
 
     From the dense mask this is greedy pruning; from an agent's mask it is a projection onto the masks that fit, as in
     FastForward (arXiv 2511.18977). The walk ends as soon as the mask fits, so bytes may be left over: the dropped
-    components come back from the most important down, each if it fits.
+    components come back from the most important down, each if it fits. What is kept of a site are its first parts.
 
     Args:
         mask: Where the walk starts.
         shape: The model's `ModelShape`.
-        order: All component names, the first to go first.
+        order: All component names, the first to go first, of each site the last part first; see `full_order`.
         workload: The request batch.
         budget_bytes: Bytes that weights and KV cache may take.
 
     Raises:
         InfeasibleBudget: Dropping the whole order is not enough.
     """
+    mask = mask.nested
     free_bytes = budget_bytes - footprint(shape, mask, workload).peak_bytes
     freed = bytes_by_name(shape, workload)
     kept = {component.name for component in mask.kept}

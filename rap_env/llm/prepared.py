@@ -1,0 +1,33 @@
+"""What a model may have been prepared with for masks over parts: an order that rests on text, and refits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from rap_env.mask import Site
+
+
+class Refits(Protocol):
+    """Output matrices that make up for the parts that a site dropped."""
+
+    digest: str  # what they were made from
+
+    def of(self, site: Site) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """That of a site with some of its parts, and its bias."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What the order of a model's parts rests on.
+
+    Attributes:
+        tokens: Calibration tokens that were forwarded for it.
+        seconds: Time that this took when it was measured.
+        scores: For each rule of scoring, the scores of the components by name.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -1,0 +1,143 @@
+"""Makes a model's widths ready: parts in order, and for each width an output matrix that makes up for the rest."""
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from rap_env.errors import CompensationFailed, InvalidMask, check_known
+from rap_env.evaluation.identity import engine_identity
+from rap_env.evaluation.perplexity import tokens_digest
+from rap_env.files import write_over
+from rap_env.llm.embedded import cache_folder
+from rap_env.llm.parts import add_bias
+from rap_env.llm.prepared import Preparation
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import Site
+from rap_env.widths.compensation import COMPENSATIONS, best_ridge
+from rap_env.widths.order import SCORES, input_places, order_of, reorder
+from rap_env.widths.refits import Refits, file_of, named
+from rap_env.widths.statistics import InputStatistics, input_statistics, merged
+
+NONE = "none"
+_DESCRIPTION = "parts.json"
+_HELD_OUT = 4  # one window of so many is held out where a ridge is chosen
+_VERSION = 1  # of what is written, and of how it is computed
+
+
+@dataclass(frozen=True)
+class WidthRecipe:
+    """How parts are ordered, and what makes up for those that are dropped.
+
+    Attributes:
+        score: `"wanda"`, `"flap"` or `"2ssp"`; see `rap_env.widths.order`.
+        compensation: `"none"`, `"bias"`, `"ridge"` or `"procrustes"`; see `rap_env.widths.compensation`.
+        ridge: Strength of `"ridge"` in mean diagonal entries; None chooses it for each site on a quarter of the windows.
+
+    Raises:
+        UnknownName: No such score or compensation.
+        CompensationFailed: A negative ridge, or a ridge for another compensation.
+    """
+
+    score: str = "wanda"
+    compensation: str = NONE
+    ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        check_known("score of parts", self.score, SCORES)
+        check_known("compensation", self.compensation, [NONE, *COMPENSATIONS])
+        if self.ridge is not None and (self.compensation != "ridge" or not self.ridge >= 0.0):
+            raise CompensationFailed(
+                f"expected a ridge of at least 0 with compensation 'ridge'; got {self.ridge} with {self.compensation!r}"
+            )
+
+    @property
+    def chooses_ridge(self) -> bool:
+        return self.compensation == "ridge" and self.ridge is None
+
+
+def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe | None = None) -> None:
+    """Orders the parts of every site by a score, and fits the output matrices of all widths.
+
+    Widths are nested then: what a mask keeps of a site are the first rows and columns of its matrices, so views of them.
+    The dense model stays the same function but for rounding. What was measured is kept in the cache folder: the orders
+    and, with compensation, a matrix for each site and width, of which only those in use take memory.
+
+    Args:
+        llm: A model with the granularity `"group"`; its weights change their places, and its digest changes.
+        windows: Calibration tokens [N, T]; a search that uses the model pays for them.
+        recipe: How; by default in the order of the score `"wanda"`, without compensation.
+
+    Raises:
+        InvalidMask: The components are whole sites.
+        InvalidWorkload: Nothing can be measured on the windows.
+        CompensationFailed: A ridge that makes a system singular, or too few windows to choose one on.
+    """
+    recipe = recipe or WidthRecipe()
+    if all(component.part is None for component in llm.shape.components):
+        raise InvalidMask("expected a model of the granularity 'group'; whole sites have no parts to order")
+    if recipe.chooses_ridge and len(windows) < _HELD_OUT:
+        raise CompensationFailed(f"expected at least {_HELD_OUT} windows to choose a ridge on; got {len(windows)}")
+    identity = engine_identity(llm) | {"windows": tokens_digest(windows), "recipe": vars(recipe), "version": _VERSION}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    folder = cache_folder() / "widths" / digest[:32]
+    if not (folder / _DESCRIPTION).is_file():
+        _measure(llm, windows, recipe, folder)
+    description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    for site in llm.shape.sites:
+        with safe_open(file_of(folder, site), "pt") as file:
+            reorder(llm.layer_of(site), site.kind, file.get_tensor("order"))
+        if recipe.compensation == "bias":
+            add_bias(llm.layer_of(site).output(site.kind))
+    llm.refits = None if recipe.compensation == NONE else Refits(folder, digest)
+    llm.preparation = Preparation(windows.numel(), description["seconds"], description["scores"])
+    llm.weights_changed()
+
+
+def _measure(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe, folder: Path) -> None:
+    """Writes a file for each site, and at the end the description of all."""
+    started, scores = time.perf_counter(), {name: {} for name in SCORES}
+    for site, statistics, halves in _statistics(llm, windows, recipe):
+        layer = llm.layer_of(site)
+        weight = layer.output(site.kind).weight
+        of_channels = {name: rule(statistics, weight.float()) for name, rule in SCORES.items()}
+        order = order_of(layer, site.kind, of_channels[recipe.score])
+        places, slices = input_places(layer, site.kind, order), layer.output_slices(site.kind)
+        names = [component.name for component in llm.shape.components if component.site == site]
+        for name, values in of_channels.items():
+            scores[name] |= {part: values[places][own].sum().item() for part, own in zip(names, slices, strict=True)}
+        tensors = {"order": order}
+        if recipe.compensation != NONE:
+            ordered, fit = weight.double()[:, places], COMPENSATIONS[recipe.compensation]
+            if recipe.compensation == "ridge":
+                chosen = recipe.ridge
+                if halves:
+                    chosen = best_ridge(ordered, *(half.reordered(places) for half in halves))
+                fit = functools.partial(fit, ridge=chosen)
+            refits = fit(ordered, statistics.reordered(places), [own.stop for own in slices[:-1]])
+            for n_parts, refit in enumerate(refits, 1):
+                tensors |= named(refit, n_parts, weight.dtype)
+        write_over(file_of(folder, site), save(tensors))
+    description = {"seconds": time.perf_counter() - started, "scores": scores}
+    write_over(folder / _DESCRIPTION, json.dumps(description))
+
+
+def _statistics(
+    llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe
+) -> Iterator[tuple[Site, InputStatistics, tuple[InputStatistics, InputStatistics] | None]]:
+    """Of all windows; and where a ridge is chosen, of what it is fitted to and of what is held out."""
+    gram = recipe.compensation in ("ridge", "procrustes")
+    if not recipe.chooses_ridge:
+        yield from ((site, statistics, None) for site, statistics in input_statistics(llm, windows, gram))
+        return
+    n_held_out = len(windows) // _HELD_OUT
+    parts = windows[:-n_held_out], windows[-n_held_out:]
+    for (site, fitted), (_, held_out) in zip(*(input_statistics(llm, part, gram) for part in parts), strict=True):
+        yield site, merged(fitted, held_out), (fitted, held_out)
