@@ -1,18 +1,23 @@
 """Number formats: turns a loaded model into one whose weights, or whose KV cache, are INT8 or INT4, in place."""
 
+import functools
+from collections.abc import Callable
+
 from torch import nn
 
 from rap_env.errors import UnsupportedArchitecture, check_known
 from rap_env.llm.architecture import decoder_layers
+from rap_env.llm.int4 import Int4Linear, check_int4
 from rap_env.llm.int8_cache import cache_in_int8
-from rap_env.llm.quantised import Int4Linear, Int8Embedding, Int8Linear, check_int4
+from rap_env.llm.quantised import Int8Embedding, Int8Linear
 
-WEIGHTS = ("full", "int8", "int4")
+_GROUPS = {"int4": 64, "int4g32": 32}  # inputs that share a scale; 576, SmolLM2's width, is no multiple of 128
+WEIGHTS = ("full", "int8", *_GROUPS)
 KV_CACHES = ("full", "int8")
 
 
 def quantise(model: nn.Module, weights: str = "full", kv_cache: str = "full") -> nn.Module:
-    """Quantises a model in place, rounding to nearest, and returns it; the weights that it had are released.
+    """Quantises a model in place, by its weights alone, without any text, and returns it; what it had is released.
 
     What changes are the matrices of all attentions and MLPs, the embedding and the head; both of the latter become INT8
     and share one matrix where they were tied. Norms, biases and learned positions stay. The number format of all else,
@@ -21,8 +26,8 @@ def quantise(model: nn.Module, weights: str = "full", kv_cache: str = "full") ->
 
     Args:
         model: A causal LM, on any device; on the meta device only the sizes are real.
-        weights: `"full"`, as they were loaded; `"int8"`, a symmetric scale for each output; or `"int4"`, a scale and
-            a zero point for each output and 64 inputs.
+        weights: `"full"`, as they were loaded; `"int8"`, a symmetric scale for each output; `"int4"`, a scale and a
+            zero point for each output and 64 inputs; or `"int4g32"`, the same for each 32 inputs.
         kv_cache: `"full"`, or `"int8"`: a scale for each token and head; see `cache_in_int8`.
 
     Raises:
@@ -41,11 +46,12 @@ def quantise(model: nn.Module, weights: str = "full", kv_cache: str = "full") ->
             for name, linear in layer.named_modules()
             if isinstance(linear, nn.Linear)
         ]
-        if weights == "int4":  # all before the first is changed
-            for name, linear in linears:
-                check_int4(name, linear.weight)
+        if (group := _GROUPS.get(weights)) is not None:
+            for name, linear in linears:  # all before the first is changed
+                check_int4(name, linear.weight, group)
+        quantised = Int8Linear if group is None else functools.partial(Int4Linear, group=group)
         for layer in layers:
-            _quantise_linears(layer, Int8Linear if weights == "int8" else Int4Linear)
+            _quantise_linears(layer, quantised)
         _quantise_vocabulary(model)
     if kv_cache == "int8":
         for layer in layers:
@@ -53,7 +59,7 @@ def quantise(model: nn.Module, weights: str = "full", kv_cache: str = "full") ->
     return model
 
 
-def _quantise_linears(layer: nn.Module, quantised: type[nn.Module]) -> None:
+def _quantise_linears(layer: nn.Module, quantised: Callable[..., nn.Module]) -> None:
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

@@ -49,7 +49,7 @@ def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
         trust_remote_code: Lets the repository run its own Python code; off unless you set it.
         granularity: What is a component: `"block"`, whole attentions and MLPs, or `"group"`, KV heads with their query
             heads and groups of 64 MLP channels.
-        weights: `"full"`, as loaded, in `dtype`; `"int8"` or `"int4"`, quantised after loading; see `quantise`.
+        weights: `"full"`, as loaded, in `dtype`; or `"int8"`, `"int4"`, `"int4g32"`, quantised then; see `quantise`.
         kv_cache: `"full"`, in `dtype`, or `"int8"`.
 
     Raises:

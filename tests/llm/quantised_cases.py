@@ -47,7 +47,7 @@ def numbers_of(linear: nn.Module) -> torch.Tensor:
         return linear.weight.double() * linear.scales.double()[:, None]
     low, high = (linear.weight & 15).double(), (linear.weight >> 4).double()
     numbers = torch.stack([low, high], 1).permute(0, 1, 3, 2).flatten(0, 2)  # blocks, halves, rows; then inputs
-    scales, zeros = linear.scales.double().repeat_interleave(64, 0).permute(2, 1, 0)
+    scales, zeros = linear.scales.double().repeat_interleave(linear.group, 0).permute(2, 1, 0)
     return (numbers - 8) * scales + zeros
 
 

@@ -21,7 +21,8 @@ from rap_env.memory.workload import Workload
 from tests.llm.quantised_cases import MEMBERS, SIZES, TOKENS, build, dequantised, masks_over
 
 WEIGHTS, GRANULARITIES = ("int8", "int4"), ("block", "group")
-CASES = [(member, weights, granularity) for member in MEMBERS for weights in WEIGHTS for granularity in GRANULARITIES]
+CASES = [("llama", "int4g32", "block"), ("llama", "int4g32", "group")]
+CASES += [(member, weights, granularity) for member in MEMBERS for weights in WEIGHTS for granularity in GRANULARITIES]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=" ".join)
@@ -110,6 +111,8 @@ def test_bytes_of_a_layer_by_hand():
     group = build("llama", "int4", dtype="bfloat16").shape
     down, inner = 128 * 64 // 2 + 128 * 4, 2 * (64 * 128 // 2 + 64 * 2 * 4)
     assert {row.weight_bytes for row in group.components if row.site.kind == MLP} == {down + inner}
+    finer = build("llama", "int4g32", granularity="block", dtype="bfloat16").shape
+    assert finer.components[1].weight_bytes == mlp // 2 + mlp // 32 * 4
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -145,8 +148,8 @@ def test_the_weights_that_were_loaded_are_released(weights):
 
 
 def test_digests_tell_formats_apart():
-    llms = [build("llama", *formats) for formats in (("full",), ("int8",), ("int4",), ("full", "int8"))]
-    assert len({llm.digest for llm in llms}) == 4
+    llms = [build("llama", *formats) for formats in (("full",), ("int8",), ("int4",), ("int4g32",), ("full", "int8"))]
+    assert len({llm.digest for llm in llms}) == 5
     assert build("llama").digest == llms[0].digest
 
 
@@ -154,7 +157,7 @@ def test_int4_of_sizes_that_its_groups_do_not_divide_is_refused_before_anything_
     tiny = build_tiny_llm()
     with pytest.raises(
         UnsupportedArchitecture,
-        match=r"expected inputs and outputs in multiples of 64 for int4 weights; layer0.self_attn.q_proj has 32 inputs",
+        match=r"inputs in multiples of 64 and outputs in multiples of 64 .*; layer0.self_attn.q_proj has 32 inputs",
     ):
         quantise(tiny.model, "int4")
     assert isinstance(tiny.model.model.layers[0].mlp.down_proj, nn.Linear)
@@ -168,6 +171,8 @@ def test_int4_parts_that_its_groups_do_not_divide_are_refused_and_whole_sites_ar
     SwitchableLLM(model, None, "blocks")
     with pytest.raises(UnsupportedArchitecture, match=r"parts in multiples of 64 channels .* got channels 0 to 32"):
         SwitchableLLM(model, None, "groups", "group")
+    with pytest.raises(UnsupportedArchitecture, match=r"parts in multiples of 64 channels"):  # of outputs, still
+        ModelShape.from_config(model.config, granularity="group", weights="int4g32")
 
 
 def test_a_quantised_model_is_not_quantised_again():

@@ -1,5 +1,6 @@
 """Quantised layers compute with the numbers that they hold, by either way, on any CPU and in any thread."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rap_env.llm import quantised
-from rap_env.llm.quantised import Int4Linear, Int8Embedding, Int8Linear
+from rap_env.llm import int4, quantised
+from rap_env.llm.int4 import Int4Linear
+from rap_env.llm.quantised import Int8Embedding, Int8Linear
 from tests.llm.quantised_cases import numbers_of
 
-LAYERS = {"int8": Int8Linear, "int4": Int4Linear}
+LAYERS = {"int8": Int8Linear, "int4": Int4Linear, "int4g32": functools.partial(Int4Linear, group=32)}
 
 
 def random_matrix(n_outputs: int, n_inputs: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
@@ -28,23 +30,44 @@ def test_int8_scales_are_a_127th_of_each_rows_largest_weight():
     assert torch.isfinite(linear(torch.ones(3, 4))).all()
 
 
-def test_int4_groups_reach_from_their_least_to_their_largest_weight():
-    weight = torch.zeros(64, 128)
-    weight[0, :3] = torch.tensor([-3.0, 4.5, 1.2])  # step 7.5 / 15 = 0.5; 1.2 lies 8.4 steps above the least
-    linear = Int4Linear(weight)
+@pytest.mark.parametrize("group", [32, 64])
+def test_int4_weights_on_a_grid_of_16_steps_stay_as_they_are(group):
+    numbers = torch.randint(0, 16, (64, 128), generator=torch.Generator().manual_seed(0)).float()
+    numbers[:, ::group], numbers[:, 1::group] = 0, 15  # so that every group reaches over its grid
+    starts = torch.arange(64 * 128 // group).view(64, -1, 1).expand(-1, -1, group).reshape(64, 128)
+    weight = 0.5 * numbers - starts % 7
+    linear = Int4Linear(weight, group=group)
+    assert linear.scales.shape == (128 // group, 64, 2) and linear.group == group
+    torch.testing.assert_close(numbers_of(linear), weight.double(), rtol=0, atol=1e-5)
     scale, zero = linear.scales[0, 0].tolist()
-    assert (scale, zero) == (0.5, -3.0 + 8 * 0.5)
-    row = numbers_of(linear)[0]
-    assert row[:4].tolist() == [-3.0, 4.5, 1.0, 0.0] and not row[64:].any()
+    assert (scale, zero) == (pytest.approx(0.5), pytest.approx(0.5 * 8))  # numbers are held less 8
+
+
+def test_int4_grids_are_fitted_to_their_numbers(monkeypatch):
+    weight = random_matrix(64, 256)
+
+    def error() -> float:
+        return (numbers_of(Int4Linear(weight)) - weight).square().mean().item()
+
+    fitted = error()
+    monkeypatch.setattr(int4, "_FITS", 0)
+    step = (weight.view(64, 4, 64).amax(-1) - weight.view(64, 4, 64).amin(-1)) / 15
+    assert error() == pytest.approx(step.square().mean().item() / 12, rel=0.05)  # a step's uniform error
+    assert fitted < 0.9 * error()
+
+
+def test_int4_of_equal_weights_is_finite_and_near_them():
+    weight = torch.cat([torch.full((64, 64), 0.3), torch.zeros(64, 64)], 1).to(torch.bfloat16)
+    torch.testing.assert_close(numbers_of(Int4Linear(weight)), weight.double(), rtol=0.01, atol=1e-30)
 
 
 def test_int4_weights_lie_as_torchs_own_conversion_lays_them():
     linear = Int4Linear(random_matrix(192, 128))
     if not linear._has_kernel():
         pytest.skip("this CPU's kernel has another layout; its products are dequantised")
-    scales, zeros = linear.scales.repeat_interleave(64, 0).permute(2, 1, 0)
-    numbers = ((random_matrix(192, 128) - zeros) / scales).round() + 8
-    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.clamp(0, 15).int(), 1)
+    scales, zeros = linear.scales.double().repeat_interleave(64, 0).permute(2, 1, 0)
+    numbers = ((numbers_of(linear) - zeros) / scales).round() + 8
+    expected = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
     assert torch.equal(expected.flatten(), linear.weight.flatten())
 
 
@@ -126,7 +149,7 @@ def test_a_buffer_made_in_inference_mode_can_be_used_outside_of_it():
 
 SCRIPT = """
 import torch
-from rap_env.llm.quantised import Int4Linear, int4_layout
+from rap_env.llm.int4 import Int4Linear, int4_layout
 from tests.llm.quantised_cases import numbers_of
 linear = Int4Linear(torch.randn(192, 128, generator=torch.Generator().manual_seed(0)))
 inputs = torch.randn(30, 128, generator=torch.Generator().manual_seed(1))
