@@ -37,7 +37,8 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
         timings, _ = alternate(_stepping(of_models, step), options["repeats"])
         for name, seconds in timings.items():
             results[name][task] = speedup(timings[_FULL], seconds)
-    return {"formats": results, "windows": list(windows.shape), "decoded_tokens": options["decoded_tokens"]}
+    found = [{"format": name, **result} for name, result in results.items()]  # a list: records sort their keys
+    return {"formats": found, "windows": list(windows.shape), "decoded_tokens": options["decoded_tokens"]}
 
 
 def _stepping(ways: Mapping[str, Callable[[], Any]], step: Callable[..., Any]) -> dict[str, Callable[[int], Any]]:
@@ -94,19 +95,21 @@ def _prefill(llms: Mapping[str, SwitchableLLM], window: torch.Tensor) -> dict[st
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """What is printed."""
-    full, printed = results["formats"][_FULL], []
-    for name, found in results["formats"].items():
-        times = [
-            f"{task} at {_range([1 / r for r in found[task]['ratios']])} of its time"
-            for task in ("decoding", "prefill")
-        ]
+    """What is printed; times are ratios to those of the model as it was loaded."""
+    full, *others = results["formats"]
+    printed = [f"{_size(full)}; loss {full['loss']:.4f}; few rows and many differ by {full['few_rows_from_many']:.1%}"]
+    for found in others:
+        times = [f"{task} in {_range([1 / r for r in found[task]['ratios']])}" for task in ("decoding", "prefill")]
         printed.append(
-            f"{name}: {found['weight_bytes'] / 1e6:.1f} MB, {found['kv_bytes_per_token']:,} B of KV cache a token; loss"
-            f" {found['loss']:.4f}, {found['loss'] - full['loss']:+.4f}; {', '.join(times)}; few rows and many differ"
-            f" by {found['few_rows_from_many']:.1%}"
+            f"{_size(found)}; loss {found['loss'] - full['loss']:+.4f}; {', '.join(times)} of the time; few rows and"
+            f" many differ by {found['few_rows_from_many']:.1%}"
         )
     return printed
+
+
+def _size(found: Mapping[str, Any]) -> str:
+    megabytes = found["weight_bytes"] / 1e6
+    return f"{found['format']}: {megabytes:.1f} MB, {found['kv_bytes_per_token']:,} B of cache a token"
 
 
 def _range(ratios: Sequence[float]) -> str:

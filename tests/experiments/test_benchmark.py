@@ -117,8 +117,8 @@ def test_memory_is_measured_for_every_case(results_of, monkeypatch):
 
 def test_number_formats_are_measured_beside_the_loaded_one(results_of):
     results = results_of("quantised")
-    full, weights, cache = results["formats"].values()
-    assert list(results["formats"]) == [f"{w} weights, {kv} KV cache" for w, kv in FORMATS]
+    full, weights, cache = results["formats"]
+    assert [found["format"] for found in results["formats"]] == [f"{w} weights, {kv} KV cache" for w, kv in FORMATS]
     # 4 layers of 9,216 weights, 2 x 257 x 32 of embedding and head, 9 norms of 32; scales for 4 (2 x 32 + 2 x 16
     # + 2 x 64 + 32) outputs and 2 x 257 rows; 4 bytes each.
     assert full["weight_bytes"] == 4 * (4 * 9_216 + 2 * 257 * 32 + 9 * 32)
