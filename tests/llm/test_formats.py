@@ -58,6 +58,14 @@ def test_cached_generation_is_that_of_the_dequantised_model(pair):
                 assert torch.equal(llm.model.generate(**inputs, **options), plain.model.generate(**inputs, **options))
 
 
+def test_masks_run_together_give_exactly_what_each_gives_alone(pair):
+    llm, _plain = pair
+    with torch.inference_mode():
+        opened = llm.open_stream(TOKENS.repeat(1, 3))  # 54 rows
+        for mask, stream in llm.run_masks(list(masks_over(llm)), *opened):
+            assert torch.equal(stream, next(llm.run_masks([mask], *opened))[1])
+
+
 def test_losses_by_tiles_of_the_head_are_those_of_its_logits(pair):
     llm, _plain = pair
     with torch.inference_mode():
