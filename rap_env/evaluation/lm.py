@@ -17,7 +17,8 @@ from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
-_LOADING = ("dtype", "device", "revision", "trust_remote_code", "granularity")  # `load_llm`'s
+# `load_llm`'s
+_LOADING = ("dtype", "device", "revision", "trust_remote_code", "granularity", "weights", "kv_cache")
 # HFLM's that concern text and generation. It swallows whatever else it is given, so a misspelt `mask` would be lost.
 _TEXT = ("add_bos_token", "batch_size", "chat_template_args", "enable_thinking", "max_batch_size", "max_length")
 _TEXT += ("prefix_token_id", "think_end_token", "truncation")
@@ -34,8 +35,8 @@ class RapLM(HFLM):
         pretrained: A `SwitchableLLM`, or what `load_llm` takes: `smollm2-135m`, a folder, or a hub name.
         mask: JSON file that holds a pruning mask to apply (`PruningMask.to_json`); None leaves the model as it is.
         batch_tokens: Tokens that are forwarded at once when log-likelihoods are scored.
-        **options: `dtype`, `device`, `revision`, `trust_remote_code` and `granularity` of `load_llm`; and HFLM's
-            `add_bos_token`, `prefix_token_id`, `max_length` and the like.
+        **options: `dtype`, `device`, `revision`, `trust_remote_code`, `granularity`, `weights` and `kv_cache` of
+            `load_llm`; and HFLM's `add_bos_token`, `prefix_token_id`, `max_length` and the like.
 
     Raises:
         UnknownName: There is no such argument, model or dtype.

@@ -18,6 +18,7 @@ from rap_env.errors import ModelUnavailable, RapError, UnknownName, check_known
 from rap_env.llm.architecture import architecture_of
 from rap_env.llm.checkpoint import check_files, check_weights, forget_quantisation, weights_in
 from rap_env.llm.embedded import EMBEDDED_NAME, embedded_folder
+from rap_env.llm.formats import KV_CACHES, WEIGHTS, quantise
 from rap_env.llm.shape import GRANULARITIES, skeleton
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
@@ -27,13 +28,15 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_llm(
+def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
     name: str = EMBEDDED_NAME,
     dtype: str = "bfloat16",
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     granularity: str = "block",
+    weights: str = "full",
+    kv_cache: str = "full",
 ) -> SwitchableLLM:
     """Loads a causal LM from safetensors or GGUF weights.
 
@@ -46,26 +49,30 @@ def load_llm(
         trust_remote_code: Lets the repository run its own Python code; off unless you set it.
         granularity: What is a component: `"block"`, whole attentions and MLPs, or `"group"`, KV heads with their query
             heads and groups of 64 MLP channels.
+        weights: `"full"`, as loaded, in `dtype`; or `"int8"`, `"int4"`, `"int4g32"`, quantised then; see `quantise`.
+        kv_cache: `"full"`, in `dtype`, or `"int8"`.
 
     Raises:
-        UnknownName: Name, dtype or granularity are none of the above, or the model's family is not supported.
-        UnsupportedArchitecture: The family is supported, but not this member of it.
+        UnknownName: Name, dtype, granularity or a format are none of the above, or the model's family is not supported.
+        UnsupportedArchitecture: The family is supported, but not this member of it, or not in this format.
         ModelUnavailable: No network, no such repository, access not granted, no weights in a safe format, or files and
             config that disagree.
     """
     if dtype not in _DTYPES:
         raise UnknownName("dtype", dtype, _DTYPES)
     check_known("granularity", granularity, GRANULARITIES)
+    check_known("format of weights", weights, WEIGHTS)
+    check_known("format of the KV cache", kv_cache, KV_CACHES)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     transformers_logging.disable_progress_bar()
     if name == TINY_NAME:
-        llm = build_tiny_llm(dtype=dtype, device=device)
-        return SwitchableLLM(llm.model, llm.tokenizer, llm.name, granularity)
+        tiny = build_tiny_llm(dtype=dtype, device=device)
+        return SwitchableLLM(quantise(tiny.model, weights, kv_cache), tiny.tokenizer, tiny.name, granularity)
     source = str(embedded_folder()) if name == EMBEDDED_NAME else name
     if not Path(source).expanduser().is_dir() and not _HUB_NAME.fullmatch(source):
         raise UnknownName("model or folder", name, [EMBEDDED_NAME, TINY_NAME, "a folder", "owner/model on the hub"])
     model, tokenizer = _from_pretrained(source, _DTYPES[dtype], revision, trust_remote_code)
-    return SwitchableLLM(model.to(device), tokenizer, name, granularity)
+    return SwitchableLLM(quantise(model.to(device), weights, kv_cache), tokenizer, name, granularity)
 
 
 def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 GROUP_CHANNELS = 64  # MLP channels of a part
+_QUERIES = "self_attn.q_proj"
 
 # Of a site's parts, which rows (dimension 0) or columns (1) of which matrices are theirs, by path in the layer.
 Cut = dict[str, tuple[int, slice]]
@@ -43,7 +44,7 @@ def cut_attention(layer: nn.Module, output: str) -> dict[str, Cut]:
     width = attention.q_proj.out_features // n_kv_heads
     for index in range(n_kv_heads):
         own, queries = slice(index * head, (index + 1) * head), slice(index * width, (index + 1) * width)
-        inner = {"self_attn.q_proj": (0, queries), "self_attn.k_proj": (0, own), "self_attn.v_proj": (0, own)}
+        inner = {_QUERIES: (0, queries), "self_attn.k_proj": (0, own), "self_attn.v_proj": (0, own)}
         cuts[str(index)] = inner | {output: (1, queries)}
     return cuts
 
@@ -82,13 +83,17 @@ def narrowed(layer: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
         for name, tensor in _cut(layer, path, dim, kept).items():
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     attention = own("self_attn")
-    if hasattr(attention, "num_heads"):  # OPT's says it; the others read it off their matrices
-        attention.num_heads = attention.q_proj.weight.shape[0] // attention.head_dim
+    if _QUERIES in cuts[0] and hasattr(attention, "num_heads"):  # OPT's says it; the others read it off their matrices
+        widths = (cut[_QUERIES][1].stop - cut[_QUERIES][1].start for cut in cuts)
+        attention.num_heads = sum(widths) // attention.head_dim
     return copies[""]
 
 
 def _cut(layer: nn.Module, path: str, dim: int, kept: slice | torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of rows or columns of a matrix; one that is no plain `nn.Linear` has a method `cut` for it."""
     linear = layer.get_submodule(path)
+    if hasattr(linear, "cut"):
+        return linear.cut(dim, kept)
     if dim == 1:
         return {"weight": linear.weight[:, kept]}
     bias = {} if linear.bias is None else {"bias": linear.bias[kept]}

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rap_env.errors import check_known
 from rap_env.llm.architecture import DecoderLayer, architecture_of, attention_window, decoder_layers
+from rap_env.llm.formats import quantise
+from rap_env.llm.int8_cache import cached_bytes
 from rap_env.llm.parts import weight_bytes
 from rap_env.mask import ATTENTION, KINDS, Component, Site, shared
 
@@ -39,7 +41,12 @@ class ModelShape:
 
     @classmethod
     def from_config(
-        cls, config: PretrainedConfig, dtype: torch.dtype | None = None, granularity: str = "block"
+        cls,
+        config: PretrainedConfig,
+        dtype: torch.dtype | None = None,
+        granularity: str = "block",
+        weights: str = "full",
+        kv_cache: str = "full",
     ) -> "ModelShape":
         """Reads the sizes off a transformers config: those of a model that is built on the meta device.
 
@@ -47,12 +54,14 @@ class ModelShape:
             config: The config of a causal LM.
             dtype: Type of the weights; by default the config's, or float16 if it names none.
             granularity: As in `from_model`.
+            weights: Number format of the weights; see `quantise`.
+            kv_cache: Number format of the KV cache; see `quantise`.
 
         Raises:
-            UnknownName: The architecture table does not know the family, or there is no such granularity.
-            UnsupportedArchitecture: The layers are not alike, or not pre-norm.
+            UnknownName: The architecture table does not know the family, or there is no such granularity or format.
+            UnsupportedArchitecture: The layers are not alike, or not pre-norm; or the sizes don't allow the format.
         """
-        return cls.from_model(skeleton(config, dtype), granularity)
+        return cls.from_model(quantise(skeleton(config, dtype), weights, kv_cache), granularity)
 
     @classmethod
     def from_model(cls, model: nn.Module, granularity: str = "block") -> "ModelShape":
@@ -61,26 +70,25 @@ class ModelShape:
         Args:
             model: The causal LM.
             granularity: What is a component: `"block"`, whole sites, or `"group"`, KV heads with their query heads and
-                groups of `GROUP_CHANNELS` MLP channels. What a site has beside its groups (a bias of its output, norms
-                of heads) always stays then.
+                groups of `GROUP_CHANNELS` MLP channels. What a site has beside its groups (a bias or INT8 scales of its
+                output, norms of heads) always stays then.
 
         Raises what `from_config` raises.
         """
         check_known("granularity", granularity, GRANULARITIES)
         config, layers = model.config, decoder_layers(model)
         attention = layers[0].module.self_attn
-        kv_channels = attention.k_proj.out_features
         components = []
         for index, layer in enumerate(layers):
             for kind in KINDS:
-                kv_bytes = 2 * model.dtype.itemsize * kv_channels if kind == ATTENTION else 0
+                kv_bytes = cached_bytes(layer.module.self_attn, model.dtype) if kind == ATTENTION else 0
                 components += _rows(layer, Site(index, kind), kv_bytes, granularity)
         return cls(
             model_type=config.model_type,
             hidden_size=config.hidden_size,
             intermediate_size=getattr(config, "ffn_dim", None) or config.intermediate_size,
             query_channels=attention.q_proj.out_features,
-            kv_channels=kv_channels,
+            kv_channels=attention.k_proj.out_features,
             vocab_size=config.vocab_size,
             context_tokens=config.max_position_embeddings,
             attention_window=attention_window(config),

@@ -12,6 +12,7 @@ from torch import nn
 
 from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, submodule
+from rap_env.llm.int8_cache import in_int8
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.prepared import Preparation, Refits
@@ -77,8 +78,10 @@ class SwitchableLLM:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over the config and the names, types and bytes of all weights, hexadecimal: what it computes with."""
+        """SHA-256 over config, KV format and the weights' names, types and bytes, hexadecimal: what is computed."""
         config = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in _ORIGIN}
+        if in_int8(self._layers[0].module.self_attn):
+            config["kv_cache"] = "int8"
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
@@ -282,7 +285,9 @@ class SwitchableLLM:
 
     def head(self, normed: torch.Tensor, words: slice, out: torch.Tensor) -> torch.Tensor:
         """Logits of a range of the vocabulary, [N, H] -> [N, words] in the model's dtype, written to `out`."""
-        return torch.mm(normed, self.model.lm_head.weight[words].t(), out=out)
+        head = self.model.lm_head
+        columns = head.weight[words].t() if isinstance(head, nn.Linear) else head.matrix(words)
+        return torch.mm(normed, columns, out=out)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head, [..., H] -> [..., V] in the model's dtype."""

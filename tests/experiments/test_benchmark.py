@@ -37,7 +37,14 @@ TINY = [
     "scaling.masks=[1,2]",
     "scaling.models=[]",
     "scaling.repeats=1",
+    "quantised.formats=[[int8,full],[full,int8]]",
+    "quantised.windows=2",
+    "quantised.window_tokens=32",
+    "quantised.decoded_tokens=3",
+    "quantised.repeats=2",
 ]
+
+FORMATS = [("full", "full"), ("int8", "full"), ("full", "int8")]
 
 
 @pytest.fixture
@@ -108,6 +115,21 @@ def test_memory_is_measured_for_every_case(results_of, monkeypatch):
     assert results["weights_bytes"] == 4 * (4 * 9_216 + 2 * 257 * 32 + 9 * 32)
 
 
+def test_number_formats_are_measured_beside_the_loaded_one(results_of):
+    results = results_of("quantised")
+    full, weights, cache = results["formats"]
+    assert [found["format"] for found in results["formats"]] == [f"{w} weights, {kv} KV cache" for w, kv in FORMATS]
+    # 4 layers of 9,216 weights, 2 x 257 x 32 of embedding and head, 9 norms of 32; scales for 4 (2 x 32 + 2 x 16
+    # + 2 x 64 + 32) outputs and 2 x 257 rows; 4 bytes each.
+    assert full["weight_bytes"] == 4 * (4 * 9_216 + 2 * 257 * 32 + 9 * 32)
+    assert weights["weight_bytes"] == 4 * 9_216 + 2 * 257 * 32 + 4 * (9 * 32 + 4 * 256 + 2 * 257)
+    assert [cache["kv_bytes_per_token"], full["kv_bytes_per_token"]] == [4 * 2 * 2 * (8 + 4), 4 * 2 * 2 * 8 * 4]
+    assert full["decoding"]["ratios"] == full["prefill"]["ratios"] == [1.0, 1.0]
+    for found in (weights, cache):
+        assert found["decoding"]["repeats"] == found["prefill"]["repeats"] == 2
+        assert 0 < abs(found["loss"] - full["loss"]) < 0.1
+
+
 def test_ways_are_called_in_turn_and_in_turned_order():
     calls = []
     ways = {name: lambda repeat, name=name: calls.append((name, repeat)) or name for name in "ab"}
@@ -154,7 +176,7 @@ def test_mutants_keep_as_many_of_each_kind(tiny_llm):
 
 def test_every_comment_of_the_config_composes():
     commands = [line for line in (CONF / "benchmark.yaml").read_text().splitlines() if line.startswith("# python -m")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for command in commands:
             overrides = [word for word in command.split("  ")[0].split() if "=" in word]
