@@ -1,4 +1,4 @@
-"""Checkpoints that transformers loads: ordinary ones where the layers stay alike, else with a model file of their own."""
+"""Checkpoints that transformers loads: ordinary ones where the layers stay alike, else with a model file beside."""
 
 import copy
 import inspect
@@ -37,12 +37,12 @@ def write(pruned: PrunedModel, folder: Path) -> None:
     write_checkpoint(pruned, config, pruned.state(), folder)
 
 
-def check(pruned: PrunedModel, folder: Path) -> None:
+def check(pruned: PrunedModel, folder: Path) -> str:
     """Loads the checkpoint as its users will, and compares it; raises what `check_model` raises."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=pruned.dtype, trust_remote_code=(folder / Path(modeling_rap_pruned.__file__).name).is_file()
-    )
+    own_code = (folder / Path(modeling_rap_pruned.__file__).name).is_file()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=pruned.dtype, trust_remote_code=own_code)
     check_model(model.to(pruned.device).eval(), pruned, "transformers")
+    return "transformers, with trust_remote_code=True" if own_code else "transformers"
 
 
 def write_checkpoint(
@@ -56,7 +56,9 @@ def write_checkpoint(
     config.save_pretrained(folder)
     generation.save_pretrained(folder)
     pruned.tokenizer.save_pretrained(folder)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
 
 
 def _ordinary(pruned: PrunedModel) -> tuple[PretrainedConfig, PrunedModel] | None:

@@ -46,7 +46,9 @@ class KeptLayer:
 
     def with_biases(self, paths: Collection[str]) -> "KeptLayer":
         """The same with a bias on each of these matrices that it has: zeros where there was none."""
-        matrices = {f"{path}.bias": self.weights[f"{path}.weight"] for path in paths if f"{path}.weight" in self.weights}
+        matrices = {
+            f"{path}.bias": self.weights[f"{path}.weight"] for path in paths if f"{path}.weight" in self.weights
+        }
         zeros = {name: matrix.new_zeros(matrix.shape[0]) for name, matrix in matrices.items()}
         return replace(self, weights=zeros | dict(self.weights))
 

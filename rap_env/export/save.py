@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rap_env.errors import ExportRefused, check_known
-from rap_env.export import hf
+from rap_env.export import deci, gguf_file, hf
 from rap_env.export.pruned import PrunedModel
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -18,14 +18,31 @@ class Format:
     """How a format is written into a folder, and how what was written there is read again and compared."""
 
     write: Callable[[PrunedModel, Path], None]
-    check: Callable[[PrunedModel, Path], None]
+    check: Callable[[PrunedModel, Path], str]
 
 
-FORMATS = {"hf": Format(hf.write, hf.check)}
+FORMATS = {
+    "hf": Format(hf.write, hf.check),
+    "deci": Format(deci.write, deci.check),
+    "gguf": Format(gguf_file.write, gguf_file.check),
+}
 
 
-def export_pruned(llm: SwitchableLLM, mask: PruningMask, format: str, folder: str | Path) -> Path:
-    """Writes the model without what a mask drops into a new folder, which is returned.
+@dataclass(frozen=True)
+class Exported:
+    """An export that was read again and computes what the masked model does.
+
+    Attributes:
+        folder: Where it lies.
+        reader: Who read it.
+    """
+
+    folder: Path
+    reader: str
+
+
+def export_pruned(llm: SwitchableLLM, mask: PruningMask, format: str, folder: str | Path) -> Exported:
+    """Writes the model without what a mask drops into a new folder.
 
     Args:
         llm: The model.
@@ -50,8 +67,8 @@ def export_pruned(llm: SwitchableLLM, mask: PruningMask, format: str, folder: st
         inner = draft / folder.name
         inner.mkdir(parents=True)
         FORMATS[format].write(pruned, inner)
-        FORMATS[format].check(pruned, inner)
+        reader = FORMATS[format].check(pruned, inner)
         inner.rename(folder)  # at once: nobody sees an export that is half written or was not checked
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return folder
+    return Exported(folder, reader)
