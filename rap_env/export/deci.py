@@ -13,21 +13,15 @@ from transformers import AutoConfig
 from rap_env.errors import ExportRefused
 from rap_env.export import configuration_decilm, modeling_rap_pruned
 from rap_env.export.compare import check_model
-from rap_env.export.hf import BIAS_FLAGS
+from rap_env.export.hf import BIAS_FLAGS, model_with
 from rap_env.export.pruned import KeptLayer, PrunedModel
-from rap_env.rng import isolated_rng
 
 _MULTIPLE = 256  # readers round the width of an MLP up to a multiple of this
 _WEIGHTS = "model.safetensors"
 
 
 def write(pruned: PrunedModel, folder: Path) -> None:
-    """Writes config, weights and tokenizer.
-
-    Raises:
-        ExportRefused: DeciLM can't hold the model or the mask.
-    """
-    _check_holds(pruned)
+    """Writes config, weights and tokenizer."""
     flags = {flag: bool(pruned.biased & set(paths)) for flag, paths in BIAS_FLAGS.items()}
     for flag, paths in BIAS_FLAGS.items():
         if flags[flag]:
@@ -44,7 +38,12 @@ def write(pruned: PrunedModel, folder: Path) -> None:
     pruned.tokenizer.save_pretrained(folder)
 
 
-def _check_holds(pruned: PrunedModel) -> None:
+def refuse(pruned: PrunedModel) -> None:
+    """Refuses what the format can't hold, before anything is written.
+
+    Raises:
+        ExportRefused: Says what it is.
+    """
     config, why = pruned.config, None
     heads = {layer.query_heads for layer in pruned.layers} - {0}
     if config.model_type == "opt":
@@ -129,18 +128,14 @@ def check(pruned: PrunedModel, folder: Path) -> str:
         "layer_mlp_channels": [0 if ffn.no_op else _width(ffn.ffn_mult, config.hidden_size) for _, ffn in blocks],
         "biased_linears": [path for flag, paths in BIAS_FLAGS.items() if getattr(config, flag) for path in paths],
     }
-    for key in ("model_type", "architectures", "auto_map", "torch_dtype"):
+    for key in ("model_type", "auto_map", "torch_dtype"):
         del values[key]
-    with isolated_rng(0):
-        model = modeling_rap_pruned.RapPrunedLlamaForCausalLM(modeling_rap_pruned.RapPrunedLlamaConfig(**values))
-    state = load_file(folder / _WEIGHTS)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    values["architectures"] = [modeling_rap_pruned.RapPrunedLlamaForCausalLM.__name__]
     try:
-        model.load_state_dict(state)
+        model = model_with(modeling_rap_pruned.RapPrunedLlamaConfig(**values), load_file(folder / _WEIGHTS))
     except RuntimeError as error:
         raise ExportRefused(f"the DeciLM checkpoint does not hold what its config says: {error}") from error
-    check_model(model.to(pruned.device, pruned.dtype).eval(), pruned, "the rules of DeciLM's readers")
+    check_model(model.to(pruned.device, pruned.dtype), pruned, "the rules of DeciLM's readers")
     return "the rules of DeciLM's readers: transformers has none"
 
 

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: its architecture `llama` where the layers stay alike, else `deci`, where they may differ."""
+"""GGUF files for llama.cpp: its architecture `llama` where layers stay alike, else `deci`, where they may differ."""
 
 import math
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import torch
 from rap_env.errors import ExportRefused
 from rap_env.export import llama_cpp
 from rap_env.export.compare import check_logits
+from rap_env.export.hf import own_model
 from rap_env.export.pruned import KeptLayer, PrunedModel
 from rap_env.export.vocabulary import vocabulary_of
 
@@ -32,16 +33,12 @@ _IN_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_TEXT = "It's 12,345 o'clock.\n\n  Na\u00efve fa\u00e7ades: 20\u20ac \u2014 \u6f22\u5b57,\tand THEY'RE  done"
 _ZERO_CHANNELS = 32  # of an MLP that adds nothing: one block of llama.cpp's quantised types
 
 
 def write(pruned: PrunedModel, folder: Path) -> None:
-    """Writes one file with the weights in their own type and the tokenizer.
-
-    Raises:
-        ExportRefused: llama.cpp's `deci` can't compute what the model does, or the tokenizer can't be held.
-    """
-    _check_holds(pruned)
+    """Writes one file with the weights in their own type and the tokenizer."""
     layers = readable(pruned)
     alike = len({layer.widths for layer in layers}) == 1
     kind, file_type = _TYPES[pruned.dtype]
@@ -74,18 +71,35 @@ def check(pruned: PrunedModel, folder: Path) -> str:
             raise ExportRefused(f"{path.name} does not hold {name!r} as it was to be written; nothing was written")
     if not llama_cpp.is_installed():
         return f"the gguf package, tensor by tensor; {llama_cpp.LIBRARY}, which runs llama.cpp, is not installed"
-    vocabulary = vocabulary_of(pruned.tokenizer, pruned.config.vocab_size)
-    printable = next(row for row, token in enumerate(vocabulary.tokens) if token.isascii() and token.isalpha())
-    row, lengths = pruned.tokens[0].tolist(), (1, 12, 20, 21, 22, len(pruned.tokens[0]))
-    probabilities = llama_cpp.next_tokens(path, [row[:n] for n in lengths], pruned.config.vocab_size, printable)
-    for length, known in zip(lengths, probabilities, strict=True):
-        logits = pruned.logits[0, length - 1]
-        expected = logits.log_softmax(-1)[list(known)]
-        check_logits(torch.tensor(list(known.values())), expected, pruned.dtype, "llama.cpp")
+    _check_computed(pruned, path)
     return "llama.cpp"
 
 
-def _check_holds(pruned: PrunedModel) -> None:
+def _check_computed(pruned: PrunedModel, path: Path) -> None:
+    """Compares llama.cpp with the model in float32: llama.cpp rounds to the weights' type in other places than PyTorch.
+
+    In bfloat16 the two differ by more than the mistakes that are to be found here.
+    """
+    vocabulary = vocabulary_of(pruned.tokenizer, pruned.config.vocab_size)
+    reader = llama_cpp.Reader(path, vocabulary, pruned.config.vocab_size)
+    with torch.inference_mode():
+        logits = own_model(pruned).float()(pruned.tokens.to(pruned.device), use_cache=False).logits[0].cpu()
+    row = pruned.tokens[0].tolist()
+    for length in (1, 12, 20, 21, 22, len(row)):  # each continues the one before from the KV cache
+        known = reader.next_token(row[:length])
+        expected = logits[length - 1].log_softmax(-1)[list(known)]
+        check_logits(torch.tensor(list(known.values())), expected, pruned.dtype, "llama.cpp")
+    ids = pruned.tokenizer(_TEXT).input_ids
+    if reader.next_token(_TEXT, from_cache=False) != reader.next_token(ids, from_cache=False):
+        raise ExportRefused("llama.cpp splits text into other tokens than the model's tokenizer; nothing was written")
+
+
+def refuse(pruned: PrunedModel) -> None:
+    """Refuses what the format can't hold, before anything is written.
+
+    Raises:
+        ExportRefused: Says what it is.
+    """
     config, why = pruned.config, None
     rope = getattr(config, "rope_parameters", None) or {}
     if config.model_type == "opt":
@@ -100,6 +114,7 @@ def _check_holds(pruned: PrunedModel) -> None:
         why = f"its positions are of rope_type {rope['rope_type']!r}"
     if why:
         raise ExportRefused(f"llama.cpp's architecture 'deci' can't hold this model: {why}; export it as hf")
+    vocabulary_of(pruned.tokenizer, config.vocab_size)
 
 
 def readable(pruned: PrunedModel) -> list[KeptLayer]:

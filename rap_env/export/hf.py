@@ -17,6 +17,7 @@ from rap_env.export import modeling_rap_pruned
 from rap_env.export.compare import check_model
 from rap_env.export.pruned import PrunedModel
 from rap_env.llm.shape import skeleton
+from rap_env.rng import isolated_rng
 
 _ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 _MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
@@ -39,10 +40,18 @@ def write(pruned: PrunedModel, folder: Path) -> None:
 
 def check(pruned: PrunedModel, folder: Path) -> str:
     """Loads the checkpoint as its users will, and compares it; raises what `check_model` raises."""
-    own_code = (folder / Path(modeling_rap_pruned.__file__).name).is_file()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=pruned.dtype, trust_remote_code=own_code)
-    check_model(model.to(pruned.device).eval(), pruned, "transformers")
-    return "transformers, with trust_remote_code=True" if own_code else "transformers"
+    model = load(folder, pruned.dtype)
+    check_model(model.to(pruned.device), pruned, "transformers")
+    return "transformers, with trust_remote_code=True" if _has_own_code(folder) else "transformers"
+
+
+def load(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Loads a checkpoint that `write` wrote."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=_has_own_code(folder)).eval()
+
+
+def _has_own_code(folder: Path) -> bool:
+    return (folder / Path(modeling_rap_pruned.__file__).name).is_file()
 
 
 def write_checkpoint(
@@ -128,3 +137,26 @@ def own_config(pruned: PrunedModel) -> PretrainedConfig:
         values["head_dim"] = pruned.head_size
     del values["model_type"]
     return getattr(modeling_rap_pruned, f"{name}Config")(**values)
+
+
+def own_model(pruned: PrunedModel) -> nn.Module:
+    """The model as the class in `modeling_rap_pruned.py` builds it, in the weights' own type.
+
+    Raises:
+        ExportRefused: It does not compute what the masked model does.
+    """
+    config = own_config(pruned)
+    pruned = pruned.with_biases(config.biased_linears)
+    model = model_with(config, pruned.state()).to(pruned.device, pruned.dtype)
+    check_model(model, pruned, "the class of its own")
+    return model
+
+
+def model_with(config: PretrainedConfig, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A float32 model of a class in `modeling_rap_pruned.py`; `RuntimeError` where it needs other weights."""
+    with isolated_rng(0):  # its weights are random at first
+        model = getattr(modeling_rap_pruned, config.architectures[0])(config)
+    if config.tie_word_embeddings:
+        state = dict(state) | {"lm_head.weight": model.lm_head.weight}
+    model.load_state_dict(state)
+    return model.eval()
