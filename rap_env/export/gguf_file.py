@@ -33,7 +33,7 @@ _IN_LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_TEXT = "It's 12,345 o'clock.\n\n  Na\u00efve fa\u00e7ades: 20\u20ac \u2014 \u6f22\u5b57,\tand THEY'RE  done"
+_TEXT = "It's 12,345 Na\u00efve\n\n  \u20ac1 \u6f22\u5b57,\tTHEY'RE  ok"  # letters, digits, spaces, signs
 _ZERO_CHANNELS = 32  # of an MLP that adds nothing: one block of llama.cpp's quantised types
 
 

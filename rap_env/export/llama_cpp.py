@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from rap_env.errors import ExportRefused
 from rap_env.export.vocabulary import Vocabulary
 
@@ -35,6 +37,8 @@ class Reader:
         options.model.path = str(path)
         options.n_ctx, options.n_parallel, options.n_gpu_layers = _CONTEXT_TOKENS, 1, 0
         options.warmup, options.verbosity = False, 0
+        # As many as PyTorch takes: threads that wait for others spin, and a busy machine makes them wait long.
+        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = torch.get_num_threads()
         options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         try:
@@ -53,8 +57,13 @@ class Reader:
         Args:
             prompt: Text, or token ids.
             from_cache: Whether what it shares with the prompt before is taken from the KV cache.
+
+        Raises:
+            ExportRefused: llama.cpp answers with an error.
         """
         prompt = prompt if isinstance(prompt, str) else list(prompt)
         answer = self._server.handle_completions(self._request | {"prompt": prompt, "cache_prompt": from_cache})
+        if "choices" not in answer:
+            raise ExportRefused(f"llama.cpp can't run the GGUF file: {answer}; nothing was written")
         (step,) = answer["choices"][0]["logprobs"]["content"]
         return {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -115,7 +116,9 @@ def _trained(model: nn.Module, windows: torch.Tensor, recovery: Recovery) -> nn.
     config = peft.LoraConfig(
         r=recovery.rank, lora_alpha=2 * recovery.rank, target_modules=sorted(matrices - {"lm_head"})
     )
-    model = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # it asks transformers for what that calls by another name now
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=recovery.learning_rate)
     order = torch.randperm(len(windows)).tolist()
     for batch in islice(_batches(order, recovery.batch_size), recovery.steps):
