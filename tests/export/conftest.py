@@ -1,6 +1,9 @@
 """Fixtures: MLPs in parts of a few channels, and whether llama.cpp can be asked."""
 
+import sys
+
 import pytest
+from transformers import dynamic_module_utils
 
 from rap_env.export import llama_cpp
 from rap_env.llm import parts
@@ -13,6 +16,16 @@ def small_groups():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "GROUP_CHANNELS", GROUP)
         yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def own_module_cache(tmp_path_factory):
+    """Where transformers copies the code of checkpoints: not where other processes do at the same time."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("modules")
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.setattr("sys.path", list(sys.path))
+        yield folder
 
 
 @pytest.fixture
