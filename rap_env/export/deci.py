@@ -1,6 +1,5 @@
 """DeciLM checkpoints: Llama's weights, and for each layer whether it has an attention and how wide its MLP is."""
 
-import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import AutoConfig
 from rap_env.errors import ExportRefused
 from rap_env.export import configuration_decilm, modeling_rap_pruned
 from rap_env.export.compare import check_model
-from rap_env.export.hf import BIAS_FLAGS, model_with
+from rap_env.export.hf import BIAS_FLAGS, in_type, model_with
 from rap_env.export.pruned import KeptLayer, PrunedModel
 
 _MULTIPLE = 256  # readers round the width of an MLP up to a multiple of this
@@ -29,7 +28,7 @@ def write(pruned: PrunedModel, folder: Path) -> None:
     pruned = replace(pruned, layers=tuple(_padded(layer) for layer in pruned.layers))
     values = _config(pruned) | flags
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    source = Path(inspect.getfile(configuration_decilm))
+    source = Path(configuration_decilm.__file__)
     (folder / source.name).write_bytes(source.read_bytes())
     save_file(
         {name: tensor.contiguous() for name, tensor in pruned.state().items()}, folder / _WEIGHTS, {"format": "pt"}
@@ -92,7 +91,7 @@ def _config(pruned: PrunedModel) -> dict[str, Any]:
         "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
         "num_hidden_layers": len(pruned.layers),
         "num_key_value_heads": max(layer.kv_heads for layer in pruned.layers),
-        "intermediate_size": max(layer.mlp_channels for layer in pruned.layers),
+        "intermediate_size": max(layer.mlp_channels for layer in pruned.layers) or config.intermediate_size,
         "head_dim": pruned.head_size,
         "rope_theta": theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
@@ -135,7 +134,7 @@ def check(pruned: PrunedModel, folder: Path) -> str:
         model = model_with(modeling_rap_pruned.RapPrunedLlamaConfig(**values), load_file(folder / _WEIGHTS))
     except RuntimeError as error:
         raise ExportRefused(f"the DeciLM checkpoint does not hold what its config says: {error}") from error
-    check_model(model.to(pruned.device, pruned.dtype), pruned, "the rules of DeciLM's readers")
+    check_model(in_type(model, pruned.dtype).to(pruned.device), pruned, "the rules of DeciLM's readers")
     return "the rules of DeciLM's readers: transformers has none"
 
 

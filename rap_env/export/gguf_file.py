@@ -11,7 +11,7 @@ import torch
 from rap_env.errors import ExportRefused
 from rap_env.export import llama_cpp
 from rap_env.export.compare import check_logits
-from rap_env.export.hf import own_model
+from rap_env.export.hf import in_type, own_model
 from rap_env.export.pruned import KeptLayer, PrunedModel
 from rap_env.export.vocabulary import vocabulary_of
 
@@ -83,7 +83,8 @@ def _check_computed(pruned: PrunedModel, path: Path) -> None:
     vocabulary = vocabulary_of(pruned.tokenizer, pruned.config.vocab_size)
     reader = llama_cpp.Reader(path, vocabulary, pruned.config.vocab_size)
     with torch.inference_mode():
-        logits = own_model(pruned).float()(pruned.tokens.to(pruned.device), use_cache=False).logits[0].cpu()
+        model = in_type(own_model(pruned), torch.float32)
+        logits = model(pruned.tokens.to(pruned.device), use_cache=False).logits[0].cpu()
     row = pruned.tokens[0].tolist()
     for length in (1, 12, 20, 21, 22, len(row)):  # each continues the one before from the KV cache
         known = reader.next_token(row[:length])

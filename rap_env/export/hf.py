@@ -1,7 +1,6 @@
 """Checkpoints that transformers loads: ordinary ones where the layers stay alike, else with a model file beside."""
 
 import copy
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ _ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 _MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 # Entries of a config that give matrices a bias, all of these at once.
 BIAS_FLAGS = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
+_CODE = Path(modeling_rap_pruned.__file__)
 _NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "opt": "OPT"}
 
 
@@ -32,8 +32,7 @@ def write(pruned: PrunedModel, folder: Path) -> None:
         config, pruned = ordinary
     else:
         config = own_config(pruned)
-        source = Path(inspect.getfile(modeling_rap_pruned))
-        (folder / source.name).write_bytes(source.read_bytes())
+        (folder / _CODE.name).write_bytes(_CODE.read_bytes())
         pruned = pruned.with_biases(config.biased_linears)
     write_checkpoint(pruned, config, pruned.state(), folder)
 
@@ -51,7 +50,7 @@ def load(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _has_own_code(folder: Path) -> bool:
-    return (folder / Path(modeling_rap_pruned.__file__).name).is_file()
+    return (folder / _CODE.name).is_file()
 
 
 def write_checkpoint(
@@ -147,7 +146,7 @@ def own_model(pruned: PrunedModel) -> nn.Module:
     """
     config = own_config(pruned)
     pruned = pruned.with_biases(config.biased_linears)
-    model = model_with(config, pruned.state()).to(pruned.device, pruned.dtype)
+    model = in_type(model_with(config, pruned.state()), pruned.dtype).to(pruned.device)
     check_model(model, pruned, "the class of its own")
     return model
 
@@ -160,3 +159,10 @@ def model_with(config: PretrainedConfig, state: Mapping[str, torch.Tensor]) -> n
         state = dict(state) | {"lm_head.weight": model.lm_head.weight}
     model.load_state_dict(state)
     return model.eval()
+
+
+def in_type(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its weights in another type; rotary frequencies stay in float32, as transformers keeps them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

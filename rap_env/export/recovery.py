@@ -72,9 +72,10 @@ def recovered(pruned: PrunedModel, recovery: Recovery) -> Recovered:
         inner.mkdir()
         hf.write(pruned, inner)
         model = hf.load(inner, torch.float32).to(pruned.device)
-    before = _loss(model.to(pruned.dtype), held_out)
+    before = _loss(hf.in_type(model, pruned.dtype), held_out)
     with isolated_rng(recovery.seed):
-        model = _trained(model.float(), learned, recovery).to(pruned.dtype).eval()
+        model = _trained(hf.in_type(model, torch.float32), learned, recovery)
+    model = hf.in_type(model, pruned.dtype).eval()
     after = _loss(model, held_out)
     if not after < before:  # also where it is not a number
         raise ExportRefused(

@@ -26,14 +26,14 @@ HELD = {
 }
 
 
-def cut_llm(family: str, sizes: dict, granularity: str = "group") -> SwitchableLLM:
+def cut_llm(family: str, sizes: dict, dtype: str = "float32") -> SwitchableLLM:
     """A random model whose biases are no zeros: otherwise a lost one would not be seen."""
-    whole = build_random_llm(family, sizes)
+    whole = build_random_llm(family, sizes, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in whole.model.named_parameters():
         if name.endswith("bias"):
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    return SwitchableLLM(whole.model, whole.tokenizer, "cut", granularity)
+            parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+    return SwitchableLLM(whole.model, whole.tokenizer, "cut", "group")
 
 
 def merging(tokenizer: PreTrainedTokenizerFast, **changes) -> PreTrainedTokenizerFast:
@@ -46,7 +46,7 @@ def merging(tokenizer: PreTrainedTokenizerFast, **changes) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data | changes)), **names)
 
 
-def llm_with_merges(family: str, sizes: dict) -> SwitchableLLM:
-    llm = cut_llm(family, sizes)
+def llm_with_merges(family: str, sizes: dict, dtype: str = "float32") -> SwitchableLLM:
+    llm = cut_llm(family, sizes, dtype)
     llm.tokenizer = merging(llm.tokenizer)
     return llm

@@ -65,6 +65,12 @@ def test_a_layer_of_which_nothing_is_kept_is_not_there(tmp_path):
     assert config["num_hidden_layers"] == len(config["block_configs"]) == 2
 
 
+def test_a_model_without_any_mlp_is_held(tmp_path):
+    folder = exported(cut_llm("llama", PAIRS), tmp_path, *(f"layer{index}.mlp" for index in range(3)))
+    config = json.loads((folder / "config.json").read_text())
+    assert all(block["ffn"]["no_op"] for block in config["block_configs"]) and config["intermediate_size"] == 64
+
+
 def test_readers_that_take_the_config_from_transformers_find_blocks_as_objects(tmp_path):
     folder = exported(cut_llm("llama", PAIRS), tmp_path, "layer1.attention")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)

@@ -9,6 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rap_env.export.hf import own_model
+from rap_env.export.pruned import PrunedModel
 from rap_env.export.save import export_pruned
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, MLP, PruningMask
@@ -139,6 +141,20 @@ def test_the_file_holds_the_kept_parts_only_and_tied_embeddings_once(tmp_path):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
+@pytest.mark.parametrize(("member", "key"), [("llama, biases", "hidden_act"), ("opt", "activation_function")])
+def test_activations_with_weights_of_their_own_keep_them(member, key, tmp_path):
+    family, sizes = MEMBERS[member]
+    llm = cut_llm(family, sizes | {key: "prelu"})
+    for name, parameter in llm.model.named_parameters():
+        if "act" in name.rpartition(".")[0].rpartition(".")[2]:
+            parameter.data.fill_(0.7)
+    mask = all_but(llm, "layer1.mlp", "layer2.mlp.16:40")
+    model = loaded(export_pruned(llm, mask, "hf", tmp_path / "out").folder, trust_remote_code=True)
+    assert sum(bool((parameter == 0.7).all()) for parameter in model.parameters()) == 2
+    with torch.inference_mode(), llm.pruned(mask):
+        assert torch.equal(model(TOKENS).logits, llm.model(TOKENS).logits)
+
+
 def test_a_checkpoint_needs_nothing_of_this_package(tmp_path):
     llm = cut_llm(*MEMBERS["qwen3"])
     mask = all_but(llm, "layer0.attention", "layer2.mlp")
@@ -161,9 +177,17 @@ def test_transformers_does_not_load_a_model_file_unless_it_is_told_to(tmp_path):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 
 
+def test_a_model_in_another_type_keeps_its_rotary_frequencies():
+    llm = cut_llm(*MEMBERS["llama, 2 KV heads"], "bfloat16")
+    model = own_model(PrunedModel.of(llm, llm.mask))
+    assert model.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    tokens = torch.arange(60)[None]
+    with torch.inference_mode():
+        assert torch.equal(model(tokens).logits, llm.model(tokens).logits)
+
+
 def test_the_tokenizer_and_the_type_of_the_weights_stay(tmp_path):
-    llm = cut_llm(*MEMBERS["llama, 2 KV heads"])
-    llm = SwitchableLLM(llm.model.bfloat16(), llm.tokenizer, "cut", "group")
+    llm = cut_llm(*MEMBERS["llama, 2 KV heads"], "bfloat16")
     folder = export_pruned(llm, all_but(llm, f"layer1.{MLP}"), "hf", tmp_path / "out").folder
     assert AutoTokenizer.from_pretrained(folder)("a b").input_ids == llm.tokenizer("a b").input_ids
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
