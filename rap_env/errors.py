@@ -121,5 +121,9 @@ class InvalidConfig(RapError, ValueError):
     """A value in a run's config that no run can use: no whole number, too small, or an empty list of scenarios."""
 
 
+class ExportRefused(RapError, ValueError):
+    """A pruned model that a format can't hold, a folder that holds something, or files that do not compute the same."""
+
+
 class SearchExhausted(RapError):
     """A token budget that is used up; searches end with the best found so far."""

@@ -18,8 +18,8 @@ MAP = PROJECT / "docs" / "architecture.md"
 
 # library -> files or folders that may import it
 HOMES = {
-    "transformers": ("rap_env/llm/",),
-    "huggingface_hub": ("rap_env/llm/",),
+    "transformers": ("rap_env/llm/", "rap_env/export/"),
+    "huggingface_hub": ("rap_env/llm/", "rap_env/export/hf.py"),
     "tokenizers": ("rap_env/llm/",),
     "lm_eval": (
         "rap_env/evaluation/lm.py",
@@ -33,6 +33,9 @@ HOMES = {
     "omegaconf": ("train.py", "experiments/"),
     "wandb": ("experiments/tracking.py",),
     "plotly": ("experiments/report/",),
+    "gguf": ("rap_env/export/",),
+    "peft": ("rap_env/export/recovery.py",),
+    "xllamacpp": ("rap_env/export/llama_cpp.py",),
     "sqlalchemy": ("rap_env/evaluation/store.py", "rap_env/evaluation/database.py"),
     "sklearn": ("rap_env/calibration/clusters.py", "rap_env/evaluation/predictor.py"),
 }
