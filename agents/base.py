@@ -65,6 +65,16 @@ class Task:
     progress: Callable[[int, int], None] = lambda done, total: None
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
 
+    def pay_for_preparation(self) -> None:
+        """Pays for the statistics that the order of the model's parts rests on, if it rests on any.
+
+        Raises:
+            SearchExhausted: The token budget does not cover them.
+        """
+        preparation, budget = self.problem.llm.preparation, self.problem.budget
+        if preparation.tokens and budget.spend("preparation", ["order of parts"], preparation.tokens):
+            budget.measured_seconds += preparation.seconds
+
     @functools.cached_property
     def calibration(self) -> Meter:
         """Evaluates masks by their loss on the calibration windows."""

@@ -108,6 +108,11 @@ class Granularity:
         places = [np.mean([rank[component.name] for component in bit]) for bit in self.bits]
         return self.fit(np.ones(len(self.bits), dtype=bool), np.argsort(places, kind="stable"))
 
+    def uniform(self) -> np.ndarray:
+        """The same part of every group; bits that are sites go from the last layer's to the first's."""
+        places = np.concatenate([(np.arange(len(group)) + 0.5) / len(group) for group in self.groups])
+        return self.fit(np.ones(len(self.bits), dtype=bool), np.argsort(-places, kind="stable"))
+
     def mask(self, keep: np.ndarray) -> PruningMask:
         dropped = [component for bit in np.flatnonzero(~keep) for component in self.bits[bit]]
         return PruningMask.all_kept(self.shape).drop(*dropped)

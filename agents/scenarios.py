@@ -3,12 +3,14 @@
 from collections import deque
 from collections.abc import Generator, Sequence
 
+import numpy as np
+
 from agents.base import ArchiveAgent, Case, Evaluated, Task
 from agents.granularity import GRANULARITIES, Granularity, distinct_searches
 from rap_env.errors import check_known
 from rap_env.mask import PruningMask
 
-STARTS = ("random", "greedy")
+STARTS = ("random", "greedy", "uniform")
 Evolution = Generator[list[PruningMask], list[float], None]
 
 
@@ -21,7 +23,8 @@ class ScenarioAgent(ArchiveAgent):
     Args:
         granularity: `"component"` (a bit for each, masks that fit the bytes), `"layer"` (whole layers, as many as it
             takes) or `"equal_counts"` (as many attentions as MLPs).
-        start: `"random"` masks, which need no ranking, or `"greedy"`, the ranking's.
+        start: `"random"` masks, which need no ranking, `"greedy"`, the ranking's, or `"uniform"`, the same part of each
+            site, which needs none either.
 
     Raises:
         UnknownName: No such granularity or start.
@@ -29,7 +32,14 @@ class ScenarioAgent(ArchiveAgent):
 
     def __init__(self, granularity: str, start: str) -> None:
         self._granularity = check_known("granularity", granularity, GRANULARITIES)
-        self.ranked = check_known("start", start, STARTS) == "greedy"
+        self._start = check_known("start", start, STARTS)
+        self.ranked = start == "greedy"
+
+    def started(self, space: Granularity) -> np.ndarray | None:
+        """What a search begins with [n_bits]; None where it is to draw that."""
+        if self._start == "random":
+            return None
+        return space.greedy(self.order) if self.ranked else space.uniform()
 
     def evolve(self, space: Granularity) -> Evolution:
         """One search: yields masks and receives their rewards; it is closed where its share does not pay for all."""

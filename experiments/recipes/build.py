@@ -22,6 +22,7 @@ from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
 from rap_env.memory.scenario import Scenario, ScenarioSampler, scenario_grid
 from rap_env.problem import PruningProblem
+from rap_env.widths.prepare import WidthRecipe, prepare_widths
 
 _SMALLEST = {"seed": 0, "token_budget": 0, "in_flight": 1, "decisions": 0}
 _built: dict[str, tuple[str, Any]] = {}  # by name, in the order of building: the JSON of the config, and the part
@@ -80,16 +81,21 @@ def build(config: DictConfig, main: str) -> Parts:
     Raises:
         RapError: Whatever is wrong with the config; see `rap_env.errors`.
     """
-    llm: SwitchableLLM = _once("model", config.model, lambda: instantiate(config.model))
+    whole = config.model.granularity == "block"
+    # Ordering parts changes the model: with other text or another recipe it is loaded anew.
+    stands_on = [] if whole else [config.widths, config.calibration, config.evaluation]
+    llm: SwitchableLLM = _once("model", [config.model, *stands_on], lambda: _load(config.model, whole))
     sampler: ScenarioSampler = instantiate(config.workload.sampler)
     sampler.check(llm.shape)
+    evaluations = {main: config.evaluation, **config.report}
+    halves = _once("evaluations", evaluations, lambda: _halves(evaluations, llm))
+    corpus, windows = _once("calibration", config.calibration, lambda: _calibration(config, halves, llm))
+    if not whole:
+        _once("widths", config.widths, lambda: _prepare(config, corpus, llm))
     searched, reported = (
         scenario_grid(llm.shape, half.workloads, half.budget_ratios, config.workload.generated_tokens)
         for half in (config.workload.search, config.workload.report)
     )
-    evaluations = {main: config.evaluation, **config.report}
-    halves = _once("evaluations", evaluations, lambda: _halves(evaluations, llm))
-    corpus, windows = _once("calibration", config.calibration, lambda: _calibration(config, halves, llm))
     location = config.store or cache_folder() / "results.db"
     store = _once("store", str(location), lambda: ResultStore(location))
     weights = plain(config.reward)
@@ -98,6 +104,21 @@ def build(config: DictConfig, main: str) -> Parts:
     for problem in (search, *reports.values()):
         _ = problem.meter.tokens_each  # encodes the items: what can't be scored is refused now
     return Parts(search, reports, sampler, searched, reported, corpus, windows, halves[main].counts)
+
+
+def _load(model: DictConfig, whole: bool) -> SwitchableLLM:
+    """The model; where it has parts they are ordered, and refitted, before it is quantised."""
+    return instantiate(model) if whole else instantiate(model, weights="full", kv_cache="full")
+
+
+def _prepare(config: DictConfig, corpus: Corpus, llm: SwitchableLLM) -> None:
+    options = plain(config.widths)
+    size = options.pop("n_samples"), options.pop("tokens_per_sample")
+    recipe = WidthRecipe(**options)
+    check_windows(*size, llm.shape.context_tokens)
+    sampling = instantiate(config.calibration.sampling, _partial_=True)
+    prepare_widths(llm, sampling(corpus, llm.tokenizer, *size, config.calibration.seed), recipe)
+    llm.quantise(config.model.weights, config.model.kv_cache)
 
 
 def _once(name: str, config: Any, build: Callable[[], Any]) -> Any:

@@ -10,9 +10,10 @@ from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.importance.lazy import LazyRounds, split_windows
 from rap_env.importance.rounds import ExactRounds
+from rap_env.importance.stages import StagedRounds
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import bytes_by_name
 from rap_env.memory.workload import Workload
 
@@ -26,7 +27,7 @@ class ImportanceRanking:
     Attributes:
         order: Names of all components; the first `len(losses)` were removed in this order, the others follow by
             what was measured of them last.
-        losses: Calibration loss after each removal.
+        losses: Calibration loss after each removal; of parts that were removed together the loss without all of them.
         dense_loss: Calibration loss of the dense model.
         increases: For each component, by how much the loss of the dense model rises without it. The lazy rule knows
             the least important third of them from all windows and others from the sketch; the half of the greatest
@@ -61,7 +62,8 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
 
     Each round removes the component whose absence gives the lowest loss. The exact rule tries every kept component in
     every round: n (n + 1) / 2 evaluations for a full ranking of n. The lazy rule tries only what looks least important;
-    see `rap_env.importance.lazy`.
+    see `rap_env.importance.lazy`. Where sites have parts, these go in stages, by loss increase for each byte of
+    weights; see `rap_env.importance.stages`.
 
     Args:
         llm: The model.
@@ -81,17 +83,20 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
     check_windows(*windows.shape, llm.shape.context_tokens)
     budget = TokenBudget() if budget is None else budget
     spent_before, seconds_before = budget.spent, budget.measured_seconds
-    freed = bytes_by_name(llm.shape, workload) if workload else {c.name: 1 for c in llm.shape.components}
-    parts = [windows] if exact else split_windows(windows)
+    whole = len(llm.shape.sites) == len(llm.shape.components)
+    freed = {c.name: 1 if whole else c.weight_bytes for c in llm.shape.components}
+    freed = bytes_by_name(llm.shape, workload) if workload else freed
+    rule = ExactRounds if exact else LazyRounds if whole else StagedRounds
+    parts = split_windows(windows) if rule is LazyRounds else [windows]
     meters = [Meter(llm, PerplexityEvaluator(part, CALIBRATION), store, budget) for part in parts]
-    rounds = ExactRounds(*meters, freed=freed) if exact else LazyRounds(*meters, freed=freed)
+    rounds = rule(*meters, freed=freed)
     n_rounds = len(freed) if removals is None else min(removals, len(freed))
     dense_loss, removed = rounds.loss, []
     for index in range(n_rounds):
         removed.append(rounds.remove_least_important())
         progress(index + 1, n_rounds)
     return ImportanceRanking(
-        order=(*(removal.name for removal in removed), *rounds.left()),
+        order=full_order(llm.shape.components, [*(removal.name for removal in removed), *rounds.left()]),
         losses=tuple(removal.loss for removal in removed),
         dense_loss=dense_loss,
         increases=rounds.first_increases,

@@ -13,6 +13,7 @@ from torch import nn
 from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, submodule
 from rap_env.llm.int8_cache import in_int8
+from rap_env.llm.formats import quantise
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.prepared import Preparation, Refits
@@ -95,9 +96,15 @@ class SwitchableLLM:
         """SHA-256 over everything that turns text into tokens, hexadecimal."""
         return tokenizer_digest(self.tokenizer)
 
+    def quantise(self, weights: str = "full", kv_cache: str = "full") -> None:
+        """Turns the weights, or the KV cache, into other number formats; takes, and refuses, what `quantise` does."""
+        quantise(self.model, weights, kv_cache)
+        self.weights_changed()
+
     def weights_changed(self) -> None:
         """Has to be called after weights or refits were changed: what is known of them is forgotten."""
         self.__dict__.pop("digest", None)
+        self._layers = decoder_layers(self.model)
         self.shape = ModelShape.from_model(self.model, self._granularity)
         self.apply(PruningMask.all_kept(self.shape))
 

@@ -39,7 +39,7 @@ class WidthRecipe:
     Attributes:
         score: `"wanda"`, `"flap"` or `"2ssp"`; see `rap_env.widths.order`.
         compensation: `"none"`, `"bias"`, `"ridge"` or `"procrustes"`; see `rap_env.widths.compensation`.
-        ridge: Strength of `"ridge"` in mean diagonal entries; None chooses it for each site on a quarter of the windows.
+        ridge: Strength of `"ridge"` in mean diagonal entries; None chooses it for each site on a quarter of the text.
 
     Raises:
         UnknownName: No such score or compensation.
@@ -66,9 +66,9 @@ class WidthRecipe:
 def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe | None = None) -> None:
     """Orders the parts of every site by a score, and fits the output matrices of all widths.
 
-    Widths are nested then: what a mask keeps of a site are the first rows and columns of its matrices, so views of them.
-    The dense model stays the same function but for rounding. What was measured is kept in the cache folder: the orders
-    and, with compensation, a matrix for each site and width, of which only those in use take memory.
+    Widths are nested then: what a mask keeps of a site are the first rows and columns of its matrices, views of them. The
+    dense model stays the same function but for rounding. What was measured is kept in the cache folder: the orders and,
+    with compensation, a matrix for each site and width, of which only those in use take memory.
 
     Args:
         llm: A model with the granularity `"group"`; its weights change their places, and its digest changes.
