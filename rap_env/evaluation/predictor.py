@@ -25,8 +25,8 @@ class ScorePredictor:
     """A Gaussian process over what is dropped: a linear part for what each component is worth alone, and one that falls
     with the distance of two masks for how components act together.
 
-    Dropped components near to each other in depth harm more than apart, so a mask is described by its bits and by how
-    many of each kind are dropped around every layer. The process is fitted to log(1 + dense score - score), because
+    Dropped components near to each other in depth harm more than apart, so a mask is described by how much of each site
+    and of each kind around every layer is dropped. The process is fitted to log(1 + dense score - score), because
     scores fall ever faster while more is dropped. PPF (arXiv 2508.02381) predicts losses with a network from thousands
     of masks; a process needs tens, and knows what it does not know.
 
@@ -113,10 +113,11 @@ def _hinted_by(losses: Mapping[PruningMask, float], scores: Mapping[PruningMask,
 
 
 def _features(masks: Sequence[PruningMask]) -> np.ndarray:
-    """What is dropped, bit by bit and around every layer for each kind and width, [N, features]."""
-    components = masks[0].components
+    """How much of each site is dropped, and around every layer for each kind and width, [N, features]."""
+    sites = masks[0].components.sites
     dropped = 1.0 - np.array([mask.keep for mask in masks], dtype=float)
-    layers, kinds = (np.array([getattr(row.site, name) for row in components]) for name in ("layer", "kind"))
+    dropped = np.stack([dropped[:, positions].mean(axis=1) for _site, positions in sites], axis=1)
+    layers, kinds = (np.array([getattr(site, name) for site, _positions in sites]) for name in ("layer", "kind"))
     depths = np.arange(layers.max() + 1)
     columns = [dropped]
     for width in _WIDTHS:

@@ -19,8 +19,8 @@ class StagedRounds(Rounds):
 
     The first stage measures the next step of every site on the dense model, and each later one the cheaper half of the
     steps again on the model that is left. A stage removes a third of the steps, the cheapest of those that it measured.
-    When half is freed the rest follows by what was measured last. For 30 layers these are about 220 evaluations; the exact
-    rule over 810 parts would take 328,455.
+    When half is freed the rest follows by what was measured last. For 30 layers these are about 220 evaluations; the
+    exact rule over their 810 parts would take 328,455.
 
     Args:
         meter: Measures on all windows.

@@ -1,0 +1,188 @@
+"""Models with ordered parts: the same function when dense, and masks that are exactly the smaller model."""
+
+import pytest
+import torch
+
+from rap_env.errors import CompensationFailed, InvalidMask, InvalidWorkload, UnknownName
+from rap_env.llm import parts
+from rap_env.llm.loading import build_random_llm, build_tiny_llm
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import ATTENTION, PruningMask, kept_sites
+from rap_env.memory.footprint import footprint
+from rap_env.memory.workload import Workload
+from rap_env.widths import prepare
+from rap_env.widths.order import SCORES
+from rap_env.widths.prepare import WidthRecipe, prepare_widths
+from rap_env.widths.statistics import input_statistics
+from tests.llm.test_parts import GROUP, MEMBERS, TOKENS, cut_by_hand
+
+WINDOWS = torch.randint(0, 256, (8, 12), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(autouse=True)
+def small_groups(monkeypatch, tmp_path):
+    monkeypatch.setattr(parts, "GROUP_CHANNELS", GROUP)
+    monkeypatch.setenv("RAP_CACHE", str(tmp_path))
+
+
+def build(member: str = "llama, 2 KV heads") -> SwitchableLLM:
+    whole = build_random_llm(*MEMBERS[member])
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in whole.model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return SwitchableLLM(whole.model, whole.tokenizer, "cut", "group")
+
+
+def some_widths(llm: SwitchableLLM) -> list[PruningMask]:
+    generator = torch.Generator().manual_seed(2)
+    numbers = [len(bits) for _site, bits in PruningMask.all_kept(llm.shape).kept_parts]
+    rows = [[int(torch.randint(0, n + 1, (1,), generator=generator)) for n in numbers] for _ in range(6)]
+    return [PruningMask.from_widths(llm.shape, row) for row in [numbers, *rows]]
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_ordered_parts_leave_the_dense_model_and_masks_are_the_model_cut_by_hand(member):
+    llm = build(member)
+    with torch.inference_mode():
+        before = llm.model(TOKENS).logits
+    digest = llm.digest
+    prepare_widths(llm, WINDOWS)
+    assert llm.digest != digest
+    with torch.inference_mode():
+        assert torch.allclose(llm.model(TOKENS).logits, before, atol=2e-5)
+        for mask in some_widths(llm):
+            with llm.pruned(mask):
+                assert torch.allclose(llm.model(TOKENS).logits, cut_by_hand(llm, mask)(TOKENS).logits, atol=2e-5)
+
+
+def test_what_a_mask_keeps_are_views(monkeypatch):
+    llm = build()
+    prepare_widths(llm, WINDOWS)
+    own = {parameter.untyped_storage().data_ptr() for parameter in llm.model.parameters()}
+    for mask in some_widths(llm):
+        for site in kept_sites(mask):
+            modules = llm.layer_of(site).modules_of(site.kind)
+            assert all(p.untyped_storage().data_ptr() in own for module in modules for p in module.parameters())
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_parts_stand_in_the_order_of_their_scores(score):
+    llm = build()
+    prepare_widths(llm, WINDOWS, WidthRecipe(score))
+    scores = llm.preparation.scores[score]
+    for site in llm.shape.sites:
+        rows = [row for row in llm.shape.components if row.site == site]
+        values = [scores[row.name] / row.weight_bytes for row in rows]
+        assert values == sorted(values, reverse=True) and min(values) > 0.0
+    assert llm.preparation.tokens == WINDOWS.numel()
+
+
+def test_statistics_are_those_of_what_upstream_computes():
+    llm = build("opt")
+    seen = {}
+    for site in llm.shape.sites:
+        output = llm.layer_of(site).output(site.kind)
+        output.register_forward_pre_hook(lambda _module, inputs, site=site: seen.__setitem__(site, inputs[0]))
+    with torch.inference_mode():
+        llm.model(WINDOWS)
+    upstream = {site: inputs.reshape(*WINDOWS.shape, -1).double() for site, inputs in seen.items()}
+    for site, statistics in input_statistics(llm, WINDOWS, gram=True):
+        inputs, flat = upstream[site], upstream[site].flatten(0, 1)
+        assert torch.allclose(statistics.mean.double(), flat.mean(0), atol=1e-5)
+        assert torch.allclose(statistics.second_moment.double(), flat.square().mean(0), atol=1e-5)
+        assert torch.allclose(statistics.variance.double(), flat.var(0, correction=0), atol=1e-5)
+        assert torch.allclose(statistics.window_norm.double(), inputs.norm(dim=1).mean(0), atol=1e-5)
+        assert torch.allclose(statistics.gram.double(), flat.T @ flat / len(flat), atol=1e-5)
+
+
+@pytest.mark.parametrize("compensation", ["bias", "ridge", "procrustes"])
+def test_refits_stand_in_for_output_matrices_and_cost_what_they_weigh(compensation):
+    plain, llm = build(), build()
+    prepare_widths(plain, WINDOWS)
+    prepare_widths(llm, WINDOWS, WidthRecipe(compensation=compensation))
+    assert llm.digest != plain.digest
+    assert llm.shape.components == plain.shape.components
+    numbers = [len(bits) for _site, bits in PruningMask.all_kept(llm.shape).kept_parts]
+    widths = [max(1, number - 1) for number in numbers]
+    mask = PruningMask.from_widths(llm.shape, widths)
+    hand = cut_by_hand(llm, mask)
+    for layer, site in zip([layer for layer in hand.model.layers for _ in range(2)], llm.shape.sites, strict=True):
+        kept = next(one for one in kept_sites(mask) if (one.layer, one.kind) == (site.layer, site.kind))
+        weight, bias = llm.refits.of(kept)
+        output = layer.self_attn.o_proj if site.kind == ATTENTION else layer.mlp.down_proj
+        output.weight.data[:, : weight.shape[1]] = weight
+        if bias is not None:
+            output.bias.data = bias
+    with torch.inference_mode(), llm.pruned(mask):
+        assert torch.allclose(llm.model(TOKENS).logits, hand(TOKENS).logits, atol=2e-5)
+    assert llm.shape.weight_bytes == sum(parameter.nbytes for parameter in llm.model.parameters())
+    tensors = {
+        id(p): p for site in kept_sites(mask) for m in llm.layer_of(site).modules_of(site.kind) for p in m.parameters()
+    }
+    needed = footprint(llm.shape, mask, Workload(1, 1)).weights_bytes
+    always = llm.shape.fixed_bytes - sum(
+        p.nbytes for site in llm.shape.sites if (p := llm.layer_of(site).output(site.kind).bias) is not None
+    )
+    assert needed == always + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_refits_bring_outputs_nearer_to_the_dense_ones():
+    errors = {}
+    for compensation in ("none", "procrustes", "ridge"):
+        llm = build("llama, as many KV heads")
+        windows = torch.randint(0, 256, (64, 24), generator=torch.Generator().manual_seed(5))
+        prepare_widths(
+            llm, windows, WidthRecipe(compensation=compensation, ridge=0.01 if compensation == "ridge" else None)
+        )
+        numbers = [len(bits) for _site, bits in PruningMask.all_kept(llm.shape).kept_parts]
+        mask = PruningMask.from_widths(llm.shape, [numbers[0] - 3, *numbers[1:]])
+        with torch.inference_mode():
+            hidden, context = llm.open_stream(windows)
+            dense = llm.run(llm.shape.sites[:1], hidden, context)
+            errors[compensation] = (llm.run(kept_sites(mask)[:1], hidden, context) - dense).square().mean().item()
+    assert errors["ridge"] < errors["procrustes"] < errors["none"]
+
+
+def test_what_was_measured_is_kept_and_the_same_model_is_not_measured_again(monkeypatch):
+    first, second = build(), build()
+    prepare_widths(first, WINDOWS, WidthRecipe("flap", "ridge"))
+    monkeypatch.setattr(prepare, "input_statistics", None)
+    prepare_widths(second, WINDOWS, WidthRecipe("flap", "ridge"))
+    assert first.digest == second.digest and first.preparation == second.preparation
+    mask = some_widths(first)[1]
+    with torch.inference_mode(), first.pruned(mask), second.pruned(mask):
+        assert torch.equal(first.model(TOKENS).logits, second.model(TOKENS).logits)
+
+
+def test_a_mask_that_keeps_other_parts_has_no_refit():
+    llm = build()
+    prepare_widths(llm, WINDOWS, WidthRecipe(compensation="ridge"))
+    mask = PruningMask.all_kept(llm.shape).drop("layer1.mlp.0:16")
+    with pytest.raises(CompensationFailed, match=r"keep the first parts of each site; layer1\.mlp keeps others"):
+        llm.apply(mask)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "windows", "error", "message"),
+    [
+        ({"score": "magnitude"}, WINDOWS, UnknownName, "magnitude"),
+        ({"compensation": "lora"}, WINDOWS, UnknownName, "lora"),
+        ({"compensation": "bias", "ridge": 0.1}, WINDOWS, CompensationFailed, "got 0.1 with 'bias'"),
+        ({"compensation": "ridge", "ridge": -1.0}, WINDOWS, CompensationFailed, "a ridge of at least 0"),
+        ({"compensation": "ridge"}, WINDOWS[:3], CompensationFailed, "at least 4 windows to choose a ridge on; got 3"),
+        ({"compensation": "ridge", "ridge": 0.0}, WINDOWS[:1], CompensationFailed, "are singular"),
+        ({}, WINDOWS[:0], InvalidWorkload, "at least 1 window"),
+    ],
+)
+def test_what_can_not_be_prepared_is_refused_and_the_model_stays(recipe, windows, error, message):
+    llm = build()
+    digest = llm.digest
+    with pytest.raises(error, match=message):
+        prepare_widths(llm, windows, WidthRecipe(**recipe))
+    assert llm.digest == digest and llm.refits is None
+
+
+def test_whole_sites_have_no_parts_to_order():
+    with pytest.raises(InvalidMask, match="expected a model of the granularity 'group'"):
+        prepare_widths(build_tiny_llm(), WINDOWS)
