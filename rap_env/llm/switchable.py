@@ -12,8 +12,8 @@ from torch import nn
 
 from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, submodule
-from rap_env.llm.int8_cache import in_int8
 from rap_env.llm.formats import quantise
+from rap_env.llm.int8_cache import in_int8
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.prepared import Preparation, Refits

@@ -66,7 +66,7 @@ class WidthRecipe:
 def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe | None = None) -> None:
     """Orders the parts of every site by a score, and fits the output matrices of all widths.
 
-    Widths are nested then: what a mask keeps of a site are the first rows and columns of its matrices, views of them. The
+    Widths are nested then: what a mask keeps of a site are views of the first rows and columns of its matrices. The
     dense model stays the same function but for rounding. What was measured is kept in the cache folder: the orders and,
     with compensation, a matrix for each site and width, of which only those in use take memory.
 
