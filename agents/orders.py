@@ -10,7 +10,7 @@ from rap_env.importance.block_influence import block_influence
 from rap_env.importance.gsi import ImportanceRanking
 from rap_env.importance.single_drops import single_drop_increases
 from rap_env.mask import PruningMask, by_layer
-from rap_env.policies import DensePolicy, MilpPolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy
+from rap_env.policies import DensePolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy
 
 
 class DenseAgent(Agent):
@@ -136,10 +136,3 @@ class GreedyPerByteAgent(Agent):
 
     def policy(self) -> NearestOrderPolicy:
         return NearestOrderPolicy(self.task.problem.shape, self._orders)
-
-
-class MilpAgent(OneShotAgent):
-    """Measures what `OneShotAgent` does; the policy solves for the cheapest sum when it is asked (Puzzle)."""
-
-    def policy(self) -> MilpPolicy:
-        return MilpPolicy(self.task.problem.shape, self.details["increases"])

@@ -1,21 +1,24 @@
-"""Agents that only rank, where sites have parts: how much each site keeps follows from scores of calibration text."""
+"""Agents that only rank, by what is known of sites and their parts: the order of dropping follows from a price each."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from agents.orders import OrderAgent
 from rap_env.errors import InvalidMask
-from rap_env.mask import ATTENTION, Component
+from rap_env.evaluation.meter import Meter
+from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.importance.gsi import CALIBRATION
+from rap_env.mask import ATTENTION, KINDS, Component, PruningMask, Site
+from rap_env.policies import MilpPolicy
 
 
-class _ScoresAgent(OrderAgent):
-    """An order that the statistics behind the model's order of parts tell; they are paid for as its preparation."""
+class _PricesAgent(OrderAgent):
+    """An order by a price for each component; sites that have no parts are sites of one part."""
 
     def rank(self) -> Sequence[str]:
         components = self.task.problem.shape.components
-        if all(component.part is None for component in components):
-            raise InvalidMask("expected a model of the granularity 'group'; whole sites have no parts to compare")
         prices = self.prices(components)
         return sorted((component.name for component in reversed(components)), key=prices.__getitem__)
 
@@ -31,7 +34,7 @@ class _ScoresAgent(OrderAgent):
         return list(sites.values())
 
 
-class UniformAgent(_ScoresAgent):
+class UniformAgent(_PricesAgent):
     """The same part of every site: Wanda-sp (in FLAP's code, arXiv 2312.11983), where parts are ordered by `"wanda"`.
 
     Args:
@@ -49,7 +52,7 @@ class UniformAgent(_ScoresAgent):
         return prices
 
 
-class FlapAgent(_ScoresAgent):
+class FlapAgent(_PricesAgent):
     """FLAP (arXiv 2312.11983): fluctuation scores, standardised within each site, and one order over all.
 
     A group of channels has the mean of their scores. The paper's order inside a site is that of the same score
@@ -57,7 +60,10 @@ class FlapAgent(_ScoresAgent):
     """
 
     def prices(self, components: Sequence[Component]) -> dict[str, float]:
-        scores, prices = self.task.problem.llm.preparation.scores["flap"], {}
+        prepared, prices = self.task.problem.llm.preparation.scores, {}
+        if not prepared:
+            raise InvalidMask("flap compares scores of parts: expected a model of the granularity 'group' in order")
+        scores = prepared["flap"]
         for parts in self.of_sites(components):
             values = np.array([scores[part.name] / part.weight_bytes for part in parts])
             values = (values**2 if parts[0].site.kind == ATTENTION else values) / values.mean()
@@ -65,3 +71,79 @@ class FlapAgent(_ScoresAgent):
             nested = np.maximum.accumulate(standard[::-1])[::-1]
             prices |= dict(zip((part.name for part in parts), nested.tolist(), strict=True))
         return prices
+
+
+class TwoSspAgent(_PricesAgent):
+    """2SSP (arXiv 2501.17771): all MLPs equally narrow, and a few whole attentions, the more the sparser.
+
+    At a sparsity s the paper drops round(L s^(P_mlp / P_attention / 1.5)) of L attentions, in the order of greedy
+    removal on one sample, and what is missing from all MLPs. Here that is one order, from s = 0 to 1, and attentions
+    are ranked on the dense model. The paper's order inside an MLP is that of `widths.score=2ssp`.
+
+    Args:
+        rounds: Attentions that are ranked by greedy removal on one calibration window; the others follow.
+    """
+
+    def __init__(self, rounds: int = 10) -> None:
+        self._rounds = rounds
+
+    def prices(self, components: Sequence[Component]) -> dict[str, float]:
+        sites = self.of_sites(components)
+        attentions, mlps = ([parts for parts in sites if parts[0].site.kind == kind] for kind in KINDS)
+        of_attentions, of_mlps = (sum(row.weight_bytes for parts in of for row in parts) for of in (attentions, mlps))
+        power = of_mlps / of_attentions / 1.5
+        sparsity = np.linspace(0.0, 1.0, 4001)
+        n_dropped = np.round(len(attentions) * sparsity**power)
+        missing = sparsity * (of_attentions + of_mlps) - n_dropped * of_attentions / len(attentions)
+        dropped_part = np.maximum.accumulate(missing / of_mlps)
+        prices = {}
+        for place, site in enumerate(self._greedy([parts[0].site for parts in attentions])):
+            names = [row.name for row in components if row.site == site]
+            prices |= dict.fromkeys(names, float(sparsity[np.searchsorted(n_dropped, place + 1)]))
+        for parts in mlps:
+            for index, part in enumerate(parts):
+                place = np.searchsorted(dropped_part, 1.0 - (index + 1) / len(parts), side="right")
+                prices[part.name] = float(sparsity[min(place, len(sparsity) - 1)])
+        return prices
+
+    def _greedy(self, left: list[Site]) -> list[Site]:
+        problem, window = self.task.problem, self.task.windows[:1]
+        meter = Meter(problem.llm, PerplexityEvaluator(window, CALIBRATION), problem.store, problem.budget)
+        mask, order = PruningMask.all_kept(problem.shape), []
+        for _ in range(min(self._rounds, len(left))):
+            evaluated = meter.evaluate([mask.drop(site) for site in left], near=mask)
+            order.append(left.pop(max(range(len(left)), key=lambda index: evaluated[index].score)))
+            mask = mask.drop(order[-1])
+        return [*order, *left]
+
+
+class MilpAgent(_PricesAgent):
+    """A loss curve for each site, measured with all others whole; the policy solves for the cheapest widths that fit.
+
+    Puzzle's block-wise scores with mixed-integer programming (arXiv 2411.19146). A site without parts has one point.
+
+    Args:
+        levels: Points of a curve; sites of fewer parts have as many as these.
+    """
+
+    def __init__(self, levels: int = 4) -> None:
+        self._levels = levels
+
+    def prices(self, components: Sequence[Component]) -> dict[str, float]:
+        dense, widths = PruningMask.all_kept(self.task.problem.shape), {}
+        for parts in self.of_sites(components):
+            levels = np.unique(np.linspace(0, len(parts), self._levels + 1).round().astype(int)).tolist()
+            widths[tuple(parts)] = levels[::-1]
+        masks = {(parts, width): dense.drop(*parts[width:]) for parts, levels in widths.items() for width in levels}
+        outcomes = self.task.calibration.evaluate(list(masks.values()))
+        losses = dict(zip(masks, (-outcome.score for outcome in outcomes), strict=True))
+        costs: dict[str, float] = {}
+        for parts, levels in widths.items():
+            for wide, narrow in itertools.pairwise(levels):
+                rise = losses[parts, narrow] - losses[parts, wide]
+                costs |= dict.fromkeys((part.name for part in parts[narrow:wide]), rise / (wide - narrow))
+        self.details["increases"] = costs
+        return costs
+
+    def policy(self) -> MilpPolicy:
+        return MilpPolicy(self.task.problem.shape, self.details["increases"])

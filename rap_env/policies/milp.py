@@ -6,13 +6,16 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from rap_env.errors import InvalidMask
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import PruningMask
+from rap_env.mask import Components, PruningMask
 from rap_env.memory.footprint import check_feasible, component_bytes, dense_bytes
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import Policy, policy_kind
+
+_GAP = 1e-3  # relative, where sites have parts
 
 
 @policy_kind
@@ -23,9 +26,11 @@ class MilpPolicy(Policy):
 
         minimise    sum of costs * x
         subject to  sum of freed bytes * x >= dense bytes - budget,   x in {0, 1}
+                    x of a part <= x of the next part of its site
 
     This is the optimum if costs add up, which those of single drops do not quite. A component with a negative cost is
-    dropped whether or not the budget asks for it: that is the optimum of what was measured.
+    dropped whether or not the budget asks for it: that is the optimum of what was measured. Where sites have parts it
+    is the optimum but for a thousandth of the costs, which takes a tenth of the time.
 
     Args:
         shape: The model.
@@ -44,6 +49,8 @@ class MilpPolicy(Policy):
         if set(costs) != set(names):
             raise InvalidMask(f"expected a cost for each of the {len(names)} components; got {len(costs)} others")
         self._costs = np.array([costs[name] for name in names], dtype=float)
+        self._nesting = _nesting(shape.components)
+        self._gap = _GAP if self._nesting.shape[0] else 0.0
         if not np.isfinite(self._costs).all():
             raise ValueError(f"expected finite costs; got {dict(costs)}")
 
@@ -58,8 +65,11 @@ class MilpPolicy(Policy):
             self._costs / largest,
             integrality=np.ones_like(freed),
             bounds=Bounds(0, 1),
-            constraints=LinearConstraint(freed // unit, lb=math.ceil(missing_bytes / unit)),
-            options={"mip_rel_gap": 0.0},
+            constraints=[
+                LinearConstraint(freed // unit, lb=math.ceil(missing_bytes / unit)),
+                *([LinearConstraint(self._nesting, ub=0.0)] if self._nesting.shape[0] else []),
+            ],
+            options={"mip_rel_gap": self._gap},
         )
         assert solution.success, solution.message
         dropped = solution.x.round().astype(bool)
@@ -69,3 +79,11 @@ class MilpPolicy(Policy):
     def parameters(self) -> dict[str, Any]:
         names = (component.name for component in self.shape.components)
         return {"costs": dict(zip(names, self._costs.tolist(), strict=True))}
+
+
+def _nesting(components: Components) -> csr_array:
+    """Rows [pairs, n] that are positive where a part is dropped and the next one of its site is not."""
+    first = [i for _site, own in components.sites for i in range(own.start, own.stop - 1)]
+    rows, ones = np.arange(len(first)).repeat(2), np.tile([1.0, -1.0], len(first))
+    columns = np.stack([first, np.add(first, 1)], axis=1).ravel() if first else np.array([], dtype=int)
+    return csr_array((ones, (rows, columns)), shape=(len(first), len(components)))

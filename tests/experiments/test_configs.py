@@ -151,13 +151,16 @@ def test_an_experiment_compares_agents_that_there_are_in_a_folder_of_its_name(pa
     if path.stem == "smoke":
         assert config.hydra.sweeper.params is None
         return
-    agents = config.hydra.sweeper.params.agent.split(",")
+    swept = OmegaConf.to_container(config.hydra.sweeper.params)
+    agents = swept["agent"].split(",")
     assert len(set(agents)) == len(agents) and set(agents) <= set(GROUPS["agent"])
     seeds = [int(seed) for seed in str(config.hydra.sweeper.params.seed).split(",")]
     assert seeds == list(range(len(seeds)))
     sweep = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     assert sweep["dir"] == "outputs/compare/${name}"
-    assert sweep["subdir"] == "${hydra:runtime.choices.agent}-${seed}"
+    others = swept.keys() - {"agent", "seed"}
+    assert all(f"${{{key}}}" in sweep["subdir"] for key in others)
+    assert others or sweep["subdir"] == "${hydra:runtime.choices.agent}-${seed}"
 
 
 def test_commands_in_the_main_configs_comment_compose(composed):
