@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
-import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -12,8 +10,8 @@ from torch import nn
 
 from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, submodule
+from rap_env.llm.digest import weights_digest
 from rap_env.llm.formats import quantise
-from rap_env.llm.int8_cache import in_int8
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.prepared import Preparation, Refits
@@ -21,9 +19,6 @@ from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import cut_stream, join_streams
 from rap_env.llm.tokenizer import tokenizer_digest
 from rap_env.mask import ATTENTION, KINDS, PruningMask, Site, kept_sites, parting
-
-# Entries of a config that say where it comes from, or what the weights' own types say already.
-_ORIGIN = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
 
 
 class _StreamCaptured(Exception):
@@ -80,16 +75,7 @@ class SwitchableLLM:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over config, KV format and the weights' names, types and bytes, hexadecimal: what is computed."""
-        config = {key: value for key, value in self.model.config.to_diff_dict().items() if key not in _ORIGIN}
-        if in_int8(self._layers[0].module.self_attn):
-            config["kv_cache"] = "int8"
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
-        if self.refits is not None:
-            digest.update(self.refits.digest.encode())
-        return digest.hexdigest()
+        return weights_digest(self.model, "" if self.refits is None else self.refits.digest)
 
     @functools.cached_property
     def tokenizer_digest(self) -> str:
