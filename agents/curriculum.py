@@ -121,7 +121,9 @@ class CurriculumProblem:
         masks = dict.fromkeys(mask for mask, _workload, _budget_bytes in cases)
         if len(problem.meter.affordable(list(masks))) < len(masks):
             budget = problem.budget
-            raise SearchExhausted(f"{budget.spent:,} of {budget.limit:,} tokens are spent; no further batch is paid for")
+            raise SearchExhausted(
+                f"{budget.spent:,} of {budget.limit:,} tokens are spent; no further batch is paid for"
+            )
         outcomes = problem.evaluate_many(cases)
         rewards = list(map(self.reward, outcomes))
         if problem is self._whole:

@@ -1,6 +1,7 @@
 """FastForward Pruning (arXiv 2511.18977): one-step reinforcement learning of widths, through Stable-Baselines3."""
 
 from collections.abc import Mapping
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class FastForward(Learner):
     Args:
         algorithm: `"ppo"`, as in the paper, `"sac"` or `"td3"`. The last two squash actions into the bounds.
         total_episodes: At most so many, in batches of 15.
-        projection: Arguments of `Projection`: `kind`, `p_min`.
+        projection: Arguments of `Projection`: `kind`, `p_min`, `reading`.
         curriculum: Arguments of `Curriculum`: `episodes`, `sparsity`, `text`.
         network: `layers` and `activation` of policy and value networks, `blind_to` of `WidthNetwork`, for PPO
             `log_std`, where the logarithms of the standard deviations start, and for TD3 `noise`, the standard
@@ -101,7 +102,8 @@ class FastForward(Learner):
         network = dict(network or {})
         self._log_std, self._noise = network.pop("log_std", 1.0), network.pop("noise", 0.3)
         self._network = {"squashed": algorithm != "ppo", **network}
-        WidthNetwork(1, **self._network)  # refuses what it does not know
+        with isolated_rng():
+            self._form = WidthNetwork(1, **self._network)  # refuses what it does not know
         self._hyperparameters, self._remember = dict(hyperparameters or {}), remember
 
     def begin(self, task: Task) -> None:
@@ -111,7 +113,8 @@ class FastForward(Learner):
         first.prepare()
         if (needed := _N_ENVS * first.meter.tokens_each + first.evaluator.setup_tokens) > budget.left:
             raise SearchExhausted(
-                f"{budget.spent:,} of {budget.limit:,} tokens are spent; the first {_N_ENVS} episodes may need {needed:,}"
+                f"{budget.spent:,} of {budget.limit:,} tokens are spent;"
+                f" the first {_N_ENVS} episodes may need {needed:,}"
             )
 
     def learn(self) -> None:
@@ -135,11 +138,10 @@ class FastForward(Learner):
         return self._archive_policy(policy) if self._remember else policy
 
     def _build(self, sampler: CurriculumSampler) -> BaseAlgorithm:
-        projection, network = self._projection, WidthNetwork(1, **self._network)
-        envs = WidthVectorEnv(
-            _N_ENVS, problem=self._problem, sampler=sampler, projection=projection.kind, p_min=projection.p_min
-        )
-        options: dict[str, Any] = {
+        network, (kind, p_min, reading) = self._form, astuple(self._projection)
+        options = {"projection": kind, "p_min": p_min, "reading": reading}
+        envs = WidthVectorEnv(_N_ENVS, problem=self._problem, sampler=sampler, **options)
+        policy: dict[str, Any] = {
             "features_extractor_class": _WidthExtractor,
             "features_extractor_kwargs": {"blind_to": network.blind_to},
             "net_arch": list(network.layers),
@@ -147,7 +149,7 @@ class FastForward(Learner):
         }
         arguments = dict(self._hyperparameters)
         if self._algorithm == "ppo":
-            options["log_std_init"] = self._log_std
+            policy["log_std_init"] = self._log_std
             arguments = {"n_steps": 1, "batch_size": _N_ENVS, **arguments}
         elif self._algorithm == "td3":
             zeros = np.zeros(envs.single_action_space.shape)
@@ -157,7 +159,7 @@ class FastForward(Learner):
             TrainingVecEnv(envs),
             seed=self.task.seed,
             device="cpu",
-            policy_kwargs=options,
+            policy_kwargs=policy,
             **arguments,
         )
 

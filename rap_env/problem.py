@@ -110,7 +110,7 @@ class PruningProblem:
 
     @property
     def dense_score(self) -> float | None:
-        """The unpruned model's score, where rewards are relative to it and `prepare` or an evaluation has paid for it."""
+        """The unpruned model's score, where rewards are relative to it and it was paid for; see `prepare`."""
         known = self.meter.known.get(PruningMask.all_kept(self.shape)) if self._is_relative else None
         return None if known is None else known.score
 

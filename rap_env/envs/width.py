@@ -19,8 +19,8 @@ class WidthEnv(MaskEnv):
     ## Action Space
     `Box(-1, 1, (S,), float32)`: a number for each of the S sites in the model's order (attention and MLP of layer 0, of
     layer 1, ...). Its absolute value, at least `p_min`, is the fraction of the site's parts that the agent asks for, so
-    that larger bounds would add nothing; these are the ones that SAC and TD3 squash their actions into. Numbers beyond
-    them count as the bounds. Anything but S finite numbers raises `InvalidMask`.
+    that larger bounds would add nothing; these are the ones that SAC and TD3 squash their actions into. Finite numbers
+    beyond them count as the bounds. Anything but S finite numbers raises `InvalidMask`.
 
     ## Observation Space
     A `Dict`; every entry lies in [0, 1].
@@ -58,14 +58,15 @@ class WidthEnv(MaskEnv):
     | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
     | `projection` | `"exact"` | `"nested"` gives masks of one action that are subsets of one another |
     | `p_min` | 0.1 | smallest keep fraction of a site, unless the budget does not pay for it |
+    | `reading` | `"magnitude"` | `"affine"` reads -1 to 1 as fractions from 0 to 1 instead of absolute values |
     | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |
 
     ## Version History
     * v0: first version.
     """
 
-    def __init__(self, projection: str = "exact", p_min: float = 0.1, **arguments) -> None:
-        self.projection = Projection(projection, p_min)
+    def __init__(self, projection: str = "exact", p_min: float = 0.1, reading: str = "magnitude", **arguments) -> None:
+        self.projection = Projection(projection, p_min, reading)
         super().__init__(**arguments)
         n_sites = len(self.shape.components.sites)
         self.action_space = spaces.Box(-1.0, 1.0, (n_sites,), np.float32)

@@ -10,6 +10,7 @@ from rap_env.memory.footprint import check_feasible, component_bytes, smallest_b
 from rap_env.memory.workload import Workload
 
 EXACT, NESTED = "exact", "nested"
+_READINGS = {"magnitude": abs, "affine": lambda value: (value + 1.0) / 2.0}
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,11 @@ class Projection:
     Bytes are those of `component_bytes` at a workload. One of a single token makes the KV cache vanish, and the budget
     one of parameters, as in FastForward (arXiv 2511.18977).
 
-    **exact** is the paper's: keep fractions are `clip(|action|, p_min, 1)`; bytes that they leave over are spread over
+    Keep fractions are `clip(|action|, p_min, 1)` in the paper, the reading "magnitude". An action and its opposite are
+    the same there, so that a broad symmetric policy, as SAC's, has no reason to move its mean away from 0; "affine"
+    reads -1 to 1 as 0 to 1 instead.
+
+    **exact** is the paper's way to meet a budget: bytes that they leave over are spread over
     the sites by their headroom, bytes that they take too many are taken from the sites in order, each down to `p_min`;
     then they are rounded to whole parts. What rounding took too many is given back, the part that was rounded up most
     first, and, beyond the paper, what it left over is used, the part that was rounded down most first.
@@ -36,17 +41,20 @@ class Projection:
     Attributes:
         kind: `"exact"` or `"nested"`.
         p_min: Smallest keep fraction of a site.
+        reading: `"magnitude"` or `"affine"`.
 
     Raises:
-        UnknownName: No such kind.
+        UnknownName: No such kind or reading.
         InvalidConfig: `p_min` is not above 0, or above 1.
     """
 
     kind: str = EXACT
     p_min: float = 0.1
+    reading: str = "magnitude"
 
     def __post_init__(self) -> None:
         check_known("projection", self.kind, (EXACT, NESTED))
+        check_known("reading of actions", self.reading, _READINGS)
         if not 0.0 < self.p_min <= 1.0:
             raise InvalidConfig(f"p_min: expected a fraction above 0 and at most 1; got {self.p_min}")
 
@@ -66,13 +74,24 @@ class Projection:
         check_feasible(shape, workload, budget_bytes)
         sites, freed = shape.components.sites, component_bytes(shape, workload)
         parts = [freed[positions] for _site, positions in sites]
-        fractions = keep_fractions(action, len(sites), self.p_min)
+        fractions = self.fractions(action, len(sites))
         floors = [smallest_width(len(of_site), self.p_min) for of_site in parts]
         free_bytes = budget_bytes - smallest_bytes(shape, workload)
         if self.kind == NESTED:
             return PruningMask.from_widths(shape, nested_widths(fractions, parts, floors, free_bytes))
         meeting = exact_fractions(fractions, [sum(of_site) for of_site in parts], free_bytes, self.p_min)
         return PruningMask.from_widths(shape, whole_widths(meeting, parts, floors, free_bytes))
+
+    def fractions(self, action: Sequence[float], n_sites: int) -> list[float]:
+        """The keep fractions [S] that an action asks for, between `p_min` and 1.
+
+        Raises:
+            InvalidMask: There is not exactly one finite number for each site.
+        """
+        values = [float(value) for value in action]
+        if len(values) != n_sites or not all(map(math.isfinite, values)):
+            raise InvalidMask(f"expected {n_sites} finite numbers, one for each site; got {values[:8]}")
+        return [min(max(_READINGS[self.reading](value), self.p_min), 1.0) for value in values]
 
     def dropping_order(self, shape, action: Sequence[float]) -> list[str]:
         """All component names, the last of the nested projection's order first: what shrinking budgets cost, in turn.
@@ -83,25 +102,13 @@ class Projection:
         positions = [place for _site, place in shape.components.sites]
         n_parts = [place.stop - place.start for place in positions]
         floors = [smallest_width(n, self.p_min) for n in n_parts]
-        entering = nested_order(keep_fractions(action, len(positions), self.p_min), n_parts, floors)
+        entering = nested_order(self.fractions(action, len(positions)), n_parts, floors)
         return [shape.components[positions[site].start + part].name for site, part in reversed(entering)]
-
-
-def keep_fractions(action: Sequence[float], n_sites: int, p_min: float) -> list[float]:
-    """`clip(|action|, p_min, 1)` [S].
-
-    Raises:
-        InvalidMask: There is not exactly one finite number for each site.
-    """
-    values = [abs(float(value)) for value in action]
-    if len(values) != n_sites or not all(map(math.isfinite, values)):
-        raise InvalidMask(f"expected {n_sites} finite numbers, one for each site; got {list(action)[:8]}")
-    return [min(max(value, p_min), 1.0) for value in values]
 
 
 def smallest_width(n_parts: int, p_min: float) -> int:
     """Parts that a site of several keeps at least; 0 for a site of one part."""
-    return math.ceil(p_min * n_parts) if n_parts > 1 else 0
+    return math.ceil(p_min * n_parts - 1e-9) if n_parts > 1 else 0
 
 
 def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes: int, p_min: float) -> list[float]:

@@ -23,6 +23,7 @@ from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidWorkload, Unkno
 from rap_env.importance.source import ImportanceSource
 from rap_env.memory.footprint import dense_bytes
 from rap_env.memory.scenario import Scenario, ScenarioSampler
+from rap_env.problem import PruningProblem
 from tests.envs.conftest import WORK
 
 IDS = sorted(name for name in gymnasium.registry if name.startswith("rap/"))
@@ -151,15 +152,17 @@ def test_given_scenario_is_played_and_the_next_one_is_drawn(make, name, scenario
     # float32: attention 3072 weights and 2 * 16 KV channels * 1024 tokens, MLP 6144 weights, 16736 weights stay
     attention, mlp = 4 * (3072 + 2 * 16 * 1024), 4 * 6144
     dense = 4 * 16736 + 4 * (attention + mlp)
-    assert seen["component_bytes" if name in RANKED else "site_bytes"] == pytest.approx([attention / dense, mlp / dense] * 4)
+    assert seen["component_bytes" if name in RANKED else "site_bytes"] == pytest.approx(
+        [attention / dense, mlp / dense] * 4
+    )
     assert env.reset()[1]["scenario"] != scenario
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_bad_arguments_are_refused_before_any_work(make, name, toy_problem):
-    misspelt = {"gsi": "curent"} if name in RANKED else {"projection": "exakt"}
-    with pytest.raises(UnknownName, match="gsi mode 'curent'; did you mean current|projection 'exakt'; did you mean exact"):
-        make(name, problem=toy_problem, **misspelt)
+    argument, says = ("gsi", "gsi mode") if name in RANKED else ("reading", "reading of actions")
+    with pytest.raises(UnknownName, match=f"{says} 'curent'; "):
+        make(name, problem=toy_problem, **{argument: "curent"})
     with pytest.raises(UnknownName, match="render mode 'human'; known: ansi, rgb_array"):
         MaskEnv(problem=toy_problem, render_mode="human")
     with pytest.raises(InfeasibleBudget, match="no pruning mask fits"):
@@ -250,3 +253,33 @@ print("stepped")
     )
     assert done.stdout == "stepped\n", done.stderr
     assert (tmp_path / "results.db").is_file()
+
+
+def test_a_width_action_is_projected_onto_the_budget(make, scenario):
+    env = make("rap/Width-v0").unwrapped
+    env.reset(options={"scenario": scenario})
+    observation, reward, terminated, truncated, info = env.step(np.array([1, 1, 1, 1, -1, -1, 0, 0], np.float32))
+    assert terminated and not truncated and info["overshoot_bytes"] == 0
+    assert info["mask"] == env.projection.mask(env.shape, [1] * 6 + [0] * 2, WORK, scenario.budget_bytes)
+    assert_equal(observation["widths"], np.array(info["mask"].keep))
+    assert reward == info["reward_terms"]["accuracy"]
+    assert observation["footprint"] == pytest.approx(info["footprint"]["peak_bytes"] / dense_bytes(env.shape, WORK))
+
+
+def test_a_width_action_without_a_number_for_each_site_is_refused(make):
+    env = make("rap/Width-v0").unwrapped
+    env.reset(seed=0)
+    for action in (np.ones(7), np.full(8, np.nan)):
+        with pytest.raises(InvalidMask, match="expected 8 finite numbers, one for each site; got"):
+            env.step(action)
+
+
+def test_the_perplexity_ratio_is_relative_to_the_dense_model(make, toy_problem, scenario):
+    problem = PruningProblem(toy_problem.llm, toy_problem.evaluator, reward_weights={"perplexity_ratio": 2.0})
+    env = make("rap/Width-v0", problem=problem)
+    env.reset(options={"scenario": scenario})
+    _, reward, _, _, info = env.step(np.ones(8, np.float32))
+    score = info["reward_terms"]["accuracy"]
+    assert reward == pytest.approx(2 * np.exp(score - 1.0)) and score < 1.0, "the dense toy scores 1"
+    assert info["reward_terms"]["perplexity_ratio"] == pytest.approx(reward / 2)
+    assert problem.evaluator.calls == problem.budget.spent == 2
