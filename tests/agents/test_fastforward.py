@@ -44,14 +44,15 @@ def grouped_llm():
     return load_llm("tiny", granularity="group")
 
 
-def test_ppo_improves_over_its_start_towards_the_optimum(tiny_llm):
-    start, task = search(tiny_llm, total_episodes=15)
-    learned, _task = search(tiny_llm, total_episodes=1500, **{"curriculum.episodes": 300})
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ppo_improves_over_its_start_towards_the_optimum(seed, tiny_llm):
+    (start, task), (learned, _task) = (search(tiny_llm, total_episodes=n, seed=seed) for n in (15, 2000))
     best = np.mean([optimum(tiny_llm.shape, scenario) for scenario in task.scenarios])
     before, after = (mean_score(result.policy, task.scenarios) for result in (start, learned))
-    assert before < 0.7 < 0.8 < after <= best + 1e-9
+    assert before < 0.66 and best == pytest.approx(0.85, abs=0.001)
+    assert 0.77 < after <= best, "more than half of the way"
     curve = learned.details["learning_curve"]
-    assert curve[-1][0] == learned.details["episodes"] == 1500
+    assert curve[-1][0] == learned.details["episodes"] == 1995, "whole batches of 15"
 
 
 @pytest.mark.parametrize("name", AGENTS)
