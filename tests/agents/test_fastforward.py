@@ -190,3 +190,12 @@ def test_what_it_can_not_use_is_refused_when_it_is_made():
         FastForward(curriculum={"text": 0})
     with pytest.raises(InvalidConfig, match=r"curriculum\.episodes: expected at least 0; got -1"):
         FastForward(curriculum={"episodes": -1})
+
+
+def test_other_searches_keep_their_tokens_with_a_reward_that_pays_for_the_dense_model(tiny_llm):
+    task = make_task(tiny_llm, order=None)
+    weights = {"perplexity_ratio": 1.0}
+    problem = PruningProblem(tiny_llm, task.problem.evaluator, None, weights, TokenBudget(5))
+    object.__setattr__(task, "problem", problem)
+    result = run_search(build_agent("random_search"), task)
+    assert result.tokens == problem.evaluator.calls == 5 and len(task.archive) >= 1

@@ -80,7 +80,7 @@ def test_bytes_are_those_of_the_workload():
     for kind, expected in (("exact", (2, 5)), ("nested", (3, 4))):
         assert widths(shape, kind, ASKED, free_bytes, Workload(1, 100)) == expected
         assert sum(n * each for n, each in zip(expected, (200, 100), strict=True)) <= free_bytes
-    assert widths(shape, "exact", ASKED, 500) == widths(HAND, "exact", ASKED, 500) == (2, 3), "one token hardly counts"
+    assert widths(shape, "exact", ASKED, 502) == widths(HAND, "exact", ASKED, 500) == (2, 3), "of one token 2 bytes"
 
 
 def test_a_site_with_one_part_is_kept_from_one_half_and_keeps_no_minimum():
