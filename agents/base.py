@@ -97,7 +97,8 @@ class Task:
         if _without_name(searched) == _without_name(self.calibration.evaluator):
             for mask, loss in ranking.known.items():
                 evaluation = Evaluation(-loss, {}, searched.tokens(self.problem.llm), 0.0)
-                self.archive[mask] = self.problem.reward(Outcome(evaluation, Footprint(0, 0, 0), 1, True, 0.0))
+                outcome = Outcome(evaluation, Footprint(0, 0, 0), 1, True, 0.0, dense_score=self.problem.dense_score)
+                self.archive[mask] = self.problem.reward(outcome)
         return ranking
 
     def rank(self, workload: Workload | None = None) -> ImportanceRanking:

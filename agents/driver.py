@@ -54,6 +54,7 @@ def run_search(agent: Agent, task: Task, in_flight: int = 1) -> SearchResult:
         raise ValueError(f"expected a token budget with a limit and in_flight of at least 1; got {in_flight}")
     started = time.perf_counter()
     task.pay_for_preparation()
+    task.problem.prepare()
     agent.begin(task)
     if isinstance(agent, Learner):
         agent.learn()

@@ -100,4 +100,6 @@ class TrainingProblem:
             too_large = smallest_bytes(self.shape, workload) + self._bits @ freed > budget_bytes
             distances[too_large] += len(mask.keep) + 1  # they answer only where nothing that was evaluated fits
         nearest = self._ascending[int(distances.argmin())]  # the first of equals
-        return Outcome(known[nearest], needed, budget_bytes, from_store=True, seconds=0.0)
+        return Outcome(
+            known[nearest], needed, budget_bytes, from_store=True, seconds=0.0, dense_score=self._problem.dense_score
+        )

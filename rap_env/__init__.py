@@ -61,3 +61,8 @@ gymnasium.register(
     entry_point="rap_env.envs.sequential:SequentialPruningEnv",
     vector_entry_point="rap_env.envs.vector:SequentialPruningVectorEnv",
 )
+gymnasium.register(
+    "rap/Width-v0",
+    entry_point="rap_env.envs.width:WidthEnv",
+    vector_entry_point="rap_env.envs.vector:WidthVectorEnv",
+)

@@ -14,23 +14,27 @@ _LARGEST_BATCH = 1024  # scales `batch_size`; larger batches are clipped to 1
 
 
 def observation_space(shape) -> spaces.Dict:
-    """The observation of both environments; n is the number of components, every entry lies in [0, 1]."""
+    """The observation where components are dropped; n is their number, every entry lies in [0, 1]."""
     n = len(shape.components)
-
-    def unit_box(size: int) -> spaces.Box:
-        return spaces.Box(0.0, 1.0, (size,), np.float32)
-
     return spaces.Dict(
         {
-            "memory_budget": unit_box(1),
-            "batch_size": unit_box(1),
-            "sequence_length": unit_box(1),
-            "gsi_ranking": unit_box(n),
+            "memory_budget": _unit_box(1),
+            "batch_size": _unit_box(1),
+            "sequence_length": _unit_box(1),
+            "gsi_ranking": _unit_box(n),
             "kept": spaces.MultiBinary(n),
-            "footprint": unit_box(1),
-            "component_bytes": unit_box(n),
+            "footprint": _unit_box(1),
+            "component_bytes": _unit_box(n),
         }
     )
+
+
+def width_observation_space(shape) -> spaces.Dict:
+    """The observation where widths are chosen; S is the number of sites, every entry lies in [0, 1]."""
+    n_sites = len(shape.components.sites)
+    sizes = {"memory_budget": 1, "batch_size": 1, "sequence_length": 1, "footprint": 1}
+    sizes |= {"site_bytes": n_sites, "site_parts": n_sites, "widths": n_sites}
+    return spaces.Dict({name: _unit_box(size) for name, size in sizes.items()})
 
 
 def observe(shape, scenario: Scenario, mask: PruningMask, order: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -52,6 +56,27 @@ def observe(shape, scenario: Scenario, mask: PruningMask, order: tuple[str, ...]
     }
 
 
+def observe_widths(shape, scenario: Scenario, mask: PruningMask) -> dict[str, np.ndarray]:
+    """Builds an observation of `width_observation_space`; it holds entries for sites instead of components.
+
+    Args:
+        shape: The model's `ModelShape`.
+        scenario: Workload and budget.
+        mask: What is kept now.
+    """
+    fixed, smallest = _scenario_entries(shape, scenario)
+    freed, kept = fixed["component_bytes"].astype(np.float64), np.array(mask.keep, dtype=np.float64)
+    starts = [positions.start for _site, positions in shape.components.sites]
+    parts = np.add.reduceat(np.ones_like(kept), starts)
+    return {
+        **{name: fixed[name].copy() for name in ("memory_budget", "batch_size", "sequence_length")},
+        "footprint": _scalar(smallest + float(kept @ freed)),
+        "site_bytes": np.add.reduceat(freed, starts).astype(np.float32),
+        "site_parts": (parts / parts.max()).astype(np.float32),
+        "widths": (np.add.reduceat(kept, starts) / parts).astype(np.float32),
+    }
+
+
 def valid_actions(kept: np.ndarray, fits: bool) -> np.ndarray:
     """Which of the n + 1 actions make sense: dropping what is kept until the mask fits, then stopping (the last).
 
@@ -61,6 +86,10 @@ def valid_actions(kept: np.ndarray, fits: bool) -> np.ndarray:
     """
     done = fits or not kept.any()
     return np.append(kept.astype(bool) & (not done), done)
+
+
+def _unit_box(size: int) -> spaces.Box:
+    return spaces.Box(0.0, 1.0, (size,), np.float32)
 
 
 def _scalar(value: float) -> np.ndarray:

@@ -13,9 +13,10 @@ from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import Footprint, check_feasible, footprint
 from rap_env.memory.workload import Workload
-from rap_env.reward import overshoot_ratio, weighted_reward
+from rap_env.reward import overshoot_ratio, perplexity_ratio, weighted_reward
 
-REWARD_TERMS = ("accuracy", "smooth_accuracy", "overshoot", "violation")
+PERPLEXITY_RATIO = "perplexity_ratio"
+REWARD_TERMS = ("accuracy", "smooth_accuracy", "overshoot", "violation", PERPLEXITY_RATIO)
 ACCURACY_REWARD = {"accuracy": 1.0, "overshoot": -5.0}
 
 
@@ -29,6 +30,7 @@ class Outcome:
         budget_bytes: Bytes that it may need.
         from_store: Whether the evaluation was known already.
         seconds: Time that this call took.
+        dense_score: Score of the unpruned model on the same evaluator; None where no reward asks for it.
     """
 
     evaluation: Evaluation
@@ -36,6 +38,7 @@ class Outcome:
     budget_bytes: int
     from_store: bool = field(compare=False)
     seconds: float = field(compare=False)
+    dense_score: float | None = field(default=None, compare=False, kw_only=True)
 
     @property
     def score(self) -> float:
@@ -47,13 +50,19 @@ class Outcome:
 
     @property
     def reward_terms(self) -> dict[str, float]:
-        """`accuracy` (the score), `smooth_accuracy`, `overshoot` (fraction of the budget) and `violation` (0 or 1)."""
-        return {
+        """`accuracy` (the score), `smooth_accuracy`, `overshoot` (fraction of the budget) and `violation` (0 or 1).
+
+        With a dense score also `perplexity_ratio`, that of the dense model over that of the masked one.
+        """
+        terms = {
             "accuracy": self.score,
             "smooth_accuracy": self.evaluation.mean("smooth_acc"),
             "overshoot": overshoot_ratio(self.footprint.peak_bytes, self.budget_bytes),
             "violation": float(not self.fits),
         }
+        if self.dense_score is not None:
+            terms[PERPLEXITY_RATIO] = perplexity_ratio(self.score, self.dense_score)
+        return terms
 
 
 class PruningProblem:
@@ -88,6 +97,7 @@ class PruningProblem:
                 raise InvalidReward(f"no reward term {name!r}; known terms: {', '.join(REWARD_TERMS)}")
         self.meter = Meter(llm, evaluator, store, budget)
         self.reward_weights = dict(reward_weights)
+        self._is_relative = PERPLEXITY_RATIO in self.reward_weights
         self.llm, self.shape = llm, llm.shape
         self.evaluator, self.store, self.budget = evaluator, store, self.meter.budget
 
@@ -97,6 +107,21 @@ class PruningProblem:
     def with_budget(self, budget: TokenBudget | None = None) -> "PruningProblem":
         """The same model, evaluator, store and reward with a token budget of its own; by default without limit."""
         return PruningProblem(self.llm, self.evaluator, self.store, self.reward_weights, budget)
+
+    @property
+    def dense_score(self) -> float | None:
+        """The unpruned model's score, where rewards are relative to it and it was paid for; see `prepare`."""
+        known = self.meter.known.get(PruningMask.all_kept(self.shape)) if self._is_relative else None
+        return None if known is None else known.score
+
+    def prepare(self) -> None:
+        """Evaluates the unpruned model, where a reward weight asks for its score.
+
+        Raises:
+            SearchExhausted: The token budget does not cover it.
+        """
+        if self._is_relative:
+            self.meter.ensure_known([PruningMask.all_kept(self.shape)])
 
     def evaluate(self, mask: PruningMask, workload: Workload, budget_bytes: int) -> Outcome:
         """Evaluates a mask for a workload and a memory budget; raises what `evaluate_many` raises."""
@@ -117,11 +142,12 @@ class PruningProblem:
         started = time.perf_counter()
         for _mask, workload, budget_bytes in cases:
             check_feasible(self.shape, workload, budget_bytes)
+        self.prepare()
         needed = [footprint(self.shape, mask, workload) for mask, workload, _budget_bytes in cases]
         fresh = self.meter.ensure_known([mask for mask, _workload, _budget_bytes in cases])
-        seconds = time.perf_counter() - started
+        seconds, dense = time.perf_counter() - started, self.dense_score
         return [
-            Outcome(self.meter.known[mask], size, int(budget_bytes), mask not in fresh, seconds)
+            Outcome(self.meter.known[mask], size, int(budget_bytes), mask not in fresh, seconds, dense_score=dense)
             for (mask, _workload, budget_bytes), size in zip(cases, needed, strict=True)
         ]
 

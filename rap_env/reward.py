@@ -5,17 +5,27 @@ from collections.abc import Mapping
 
 from rap_env.errors import InvalidReward
 
+_LARGEST_EXPONENT = 700.0  # exp(709.8) is the largest float
+
 
 def overshoot_ratio(peak_bytes: int, budget_bytes: int) -> float:
     """How far a footprint exceeds the memory budget, as a fraction of the budget; 0 when it fits."""
     return max(0.0, peak_bytes / budget_bytes - 1.0)
 
 
+def perplexity_ratio(score: float, dense_score: float) -> float:
+    """Perplexity of the dense model over that of the masked one, where scores are minus a mean loss; 1 for no loss.
+
+    The reward of FastForward (arXiv 2511.18977).
+    """
+    return math.exp(min(score - dense_score, _LARGEST_EXPONENT))
+
+
 def weighted_reward(terms: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """Sum of `weights[name] * terms[name]` over the weights' names.
 
     Args:
-        terms: Everything that was measured: `accuracy`, `smooth_accuracy`, `overshoot`, `violation`.
+        terms: Everything that was measured: see `Outcome.reward_terms`.
         weights: The chosen names; a penalty has a negative weight.
 
     Raises:

@@ -236,3 +236,13 @@ def test_equality_of_outcomes_ignores_time_and_origin(toy_problem, mask):
     outcome = toy_problem.evaluate(mask, WORK, PLENTY_BYTES)
     assert replace(outcome, from_store=True, seconds=9.0) == outcome
     assert replace(outcome, budget_bytes=1) != outcome
+
+
+def test_a_relative_reward_pays_for_the_dense_model_once_and_other_rewards_never(tiny_llm, toy_problem):
+    dense, work = PruningMask.all_kept(tiny_llm.shape), Workload(1, 128)
+    for weights, calls in (({"accuracy": 1.0}, 2), ({"perplexity_ratio": 1.0}, 3)):
+        problem = PruningProblem(tiny_llm, type(toy_problem.evaluator)(), reward_weights=weights)
+        outcomes = problem.evaluate_many([(dense.drop(c), work, 10**9) for c in dense.components[:2]])
+        assert problem.evaluator.calls == problem.budget.spent == calls
+        assert ("perplexity_ratio" in outcomes[0].reward_terms) == (calls == 3)
+        assert problem.dense_score == (1.0 if calls == 3 else None)

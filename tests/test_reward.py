@@ -1,9 +1,11 @@
 """The reward is the sum of named terms times same-named weights."""
 
+import math
+
 import pytest
 
 from rap_env.errors import InvalidReward
-from rap_env.reward import overshoot_ratio, weighted_reward
+from rap_env.reward import overshoot_ratio, perplexity_ratio, weighted_reward
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,12 @@ from rap_env.reward import overshoot_ratio, weighted_reward
 )
 def test_overshoot_is_the_excess_as_a_fraction_of_the_budget(peak_bytes, budget_bytes, expected):
     assert overshoot_ratio(peak_bytes, budget_bytes) == expected
+
+
+def test_the_perplexity_ratio_is_that_of_dense_over_masked_and_stays_finite():
+    assert perplexity_ratio(-math.log(40.0), -math.log(26.0)) == pytest.approx(26 / 40)
+    assert perplexity_ratio(-3.0, -3.0) == 1.0 and perplexity_ratio(-1e6, -3.0) == 0.0
+    assert math.isfinite(perplexity_ratio(-3.0, -1e6))
 
 
 def test_the_reward_sums_weights_times_terms_of_the_same_name():

@@ -1,4 +1,4 @@
-"""What both pruning environments share: scenario, step, observation, info and rendering."""
+"""What all pruning environments share: scenario, step, info and rendering; and what those with a ranking share."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from rap_env.envs.defaults import embedded_defaults
+from rap_env.envs.defaults import embedded_defaults, embedded_problem
 from rap_env.envs.render import Scene, render_ansi
 from rap_env.errors import check_known
 from rap_env.importance.source import ImportanceSource
@@ -33,21 +33,15 @@ class MaskEnv(gymnasium.Env):
     def __init__(
         self,
         problem: PruningProblem | None = None,
-        importance: ImportanceSource | None = None,
         sampler: ScenarioSampler | None = None,
-        gsi: str = "static",
         render_mode: str | None = None,
     ) -> None:
-        self._gsi = check_known("gsi mode", gsi, ("static", "current"))
         if render_mode is not None:
             check_known("render mode", render_mode, self.metadata["render_modes"])
-        self.problem = problem or embedded_defaults().problem
-        self.importance = importance or embedded_defaults().importance
+        self.problem = problem or self._default_problem()
         self.sampler = sampler or ScenarioSampler()
         self.shape = self.problem.shape
         self.sampler.check(self.shape)
-        full_order(self.shape.components, self.importance.static)
-        self.observation_space = observation_space(self.shape)
         self.render_mode = render_mode
         self.scenario: Scenario | None = None
         self._mask = PruningMask.all_kept(self.shape)
@@ -90,9 +84,12 @@ class MaskEnv(gymnasium.Env):
         reward = self.problem.reward(outcome) if outcome else 0.0
         return self._observe(), reward, terminated, truncated, self._info()
 
+    def _default_problem(self) -> PruningProblem:
+        return embedded_problem()
+
     def _observe(self) -> dict[str, np.ndarray]:
-        order = self.importance.static if self._gsi == "static" else self.importance.current(self._mask)
-        return observe(self.shape, self.scenario, self._mask, order)
+        """The observation of the present scenario and mask."""
+        raise NotImplementedError
 
     def _footprint(self) -> Footprint:
         """Bytes of the present mask; the outcome's own once it is evaluated."""
@@ -135,3 +132,28 @@ class MaskEnv(gymnasium.Env):
         from rap_env.envs.render_pixels import render_rgb  # here, so that only pictures need matplotlib
 
         return render_rgb(scene)
+
+
+class RankedMaskEnv(MaskEnv):
+    """A `MaskEnv` that observes an importance ranking and acts on components."""
+
+    def __init__(
+        self,
+        problem: PruningProblem | None = None,
+        importance: ImportanceSource | None = None,
+        sampler: ScenarioSampler | None = None,
+        gsi: str = "static",
+        render_mode: str | None = None,
+    ) -> None:
+        self._gsi = check_known("gsi mode", gsi, ("static", "current"))
+        super().__init__(problem, sampler, render_mode)
+        self.importance = importance or embedded_defaults().importance
+        full_order(self.shape.components, self.importance.static)
+        self.observation_space = observation_space(self.shape)
+
+    def _default_problem(self) -> PruningProblem:
+        return embedded_defaults().problem
+
+    def _observe(self) -> dict[str, np.ndarray]:
+        order = self.importance.static if self._gsi == "static" else self.importance.current(self._mask)
+        return observe(self.shape, self.scenario, self._mask, order)

@@ -23,18 +23,23 @@ class Defaults:
 
 
 @functools.cache
+def embedded_problem() -> PruningProblem:
+    """The embedded model on the embedded tasks, with the store in the cache folder; one for all of a process."""
+    return PruningProblem(load_llm(), HarnessEvaluator(["rap_search"]), ResultStore(cache_folder() / "results.db"))
+
+
+@functools.cache
 def embedded_defaults() -> Defaults:
-    """Loads the embedded model and ranks its components; measured once, then read from the store in the cache folder.
+    """The same with a ranking of its components; measured once, then read from the store.
 
     The first call on a machine measures the ranking, which takes minutes on a laptop; environments of one process
     share the result.
     """
     from rap_env.calibration import packaged_corpus, random_windows  # here, and not for every import of the package
 
-    llm = load_llm()
-    store = ResultStore(cache_folder() / "results.db")
+    problem = embedded_problem()
+    llm, store = problem.llm, problem.store
     windows = random_windows(packaged_corpus(), llm.tokenizer, n_samples=2, tokens_per_sample=256, seed=0)
     ranking = greedy_sequential_importance(llm, windows, exact=False, store=store)
-    problem = PruningProblem(llm, HarnessEvaluator(["rap_search"]), store)
     meter = Meter(llm, PerplexityEvaluator(windows, CALIBRATION), store)
     return Defaults(problem, ImportanceSource(ranking.order, meter))

@@ -3,11 +3,11 @@
 import numpy as np
 from gymnasium import spaces
 
-from rap_env.envs.base import MaskEnv
+from rap_env.envs.base import RankedMaskEnv
 from rap_env.mask import PruningMask
 
 
-class PruningEnv(MaskEnv):
+class PruningEnv(RankedMaskEnv):
     """Prune a large language model for one request batch and one memory budget, in a single step.
 
     ## Description

@@ -3,12 +3,12 @@
 import numpy as np
 from gymnasium import spaces
 
-from rap_env.envs.base import MaskEnv
+from rap_env.envs.base import RankedMaskEnv
 from rap_env.errors import InvalidMask
 from rap_env.observation import valid_actions
 
 
-class SequentialPruningEnv(MaskEnv):
+class SequentialPruningEnv(RankedMaskEnv):
     """Prune a large language model for one request batch and one memory budget, one component at a time.
 
     ## Description

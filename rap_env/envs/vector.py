@@ -11,6 +11,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from rap_env.envs.base import MaskEnv
 from rap_env.envs.pruning import PruningEnv
 from rap_env.envs.sequential import SequentialPruningEnv
+from rap_env.envs.width import WidthEnv
 
 
 class PruningVectorEnv(VectorEnv):
@@ -165,3 +166,9 @@ class SequentialPruningVectorEnv(PruningVectorEnv):
     def action_masks(self) -> np.ndarray:
         """Booleans [N, n + 1], for MaskablePPO."""
         return np.stack([env.action_masks() for env in self.envs])
+
+
+class WidthVectorEnv(PruningVectorEnv):
+    """N `rap/Width-v0`; as `PruningVectorEnv`, with actions [N, S] for S sites."""
+
+    single_class = WidthEnv

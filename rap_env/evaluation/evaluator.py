@@ -79,6 +79,14 @@ class Evaluator(Protocol):
                 front may be kept until the next call.
         """
 
+    def first(self, fraction: float) -> "Evaluator":
+        """An evaluator like this one on the first part of its data, rounded up; itself where it can't be cut.
+
+        Args:
+            fraction: Above 0 and at most 1.
+        """
+        return self
+
     def evaluate(self, llm: SwitchableLLM) -> Evaluation:
         """Evaluates the model with the mask that is applied."""
         return next(iter(self.evaluate_many(llm, [llm.mask])))[1]

@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -138,6 +139,13 @@ class HarnessEvaluator(Evaluator):
         with isolated_rng(0):
             other._build({name: copy.copy(task) for name, task in self._tasks.items()}, rows)
         return other
+
+    def first(self, fraction: float) -> Self:
+        """The same evaluator on the first items of each task."""
+        texts = self.item_texts
+        kept = {text for of_task in texts.values() for text in of_task[: math.ceil(fraction * len(of_task))]}
+        later = {text for of_task in texts.values() for text in of_task} - kept
+        return self.without(later) if later else self
 
     def tokens(self, llm: SwitchableLLM) -> int:
         return self.plan(llm).tokens

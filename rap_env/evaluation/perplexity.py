@@ -122,6 +122,10 @@ class TextEvaluator(Evaluator):
     def tokens(self, llm: SwitchableLLM) -> int:
         return self.windows.numel()
 
+    def first(self, fraction: float) -> "TextEvaluator":
+        n_windows = math.ceil(fraction * len(self.windows))
+        return self if n_windows == len(self.windows) else type(self)(self.windows[:n_windows], self.name)
+
     def batches(self) -> list[slice]:
         """Windows that are forwarded at once."""
         n_windows, size = len(self.windows), max(1, BATCH_TOKENS // self.windows.shape[1])

@@ -18,9 +18,10 @@ def make(tiny_llm, toy_problem, toy_importance, toy_sampler):
     def make_env(name: str, **arguments) -> gymnasium.Env:
         parts = {
             "problem": PruningProblem(tiny_llm, type(toy_problem.evaluator)(), reward_weights=WEIGHTS),
-            "importance": toy_importance,
             "sampler": toy_sampler,
         }
+        if name != "rap/Width-v0":  # it observes no ranking
+            parts["importance"] = toy_importance
         return gymnasium.make(name, **parts | arguments)
 
     return make_env

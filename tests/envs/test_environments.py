@@ -23,9 +23,11 @@ from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidWorkload, Unkno
 from rap_env.importance.source import ImportanceSource
 from rap_env.memory.footprint import dense_bytes
 from rap_env.memory.scenario import Scenario, ScenarioSampler
+from rap_env.problem import PruningProblem
 from tests.envs.conftest import WORK
 
 IDS = sorted(name for name in gymnasium.registry if name.startswith("rap/"))
+RANKED = [name for name in IDS if name != "rap/Width-v0"]
 HEADINGS = (
     "Description, Action Space, Observation Space, Rewards, Starting State, Episode End, Information, Arguments,"
     " Version History"
@@ -49,8 +51,8 @@ def arguments_of(cls: type) -> list[str]:
     raise AssertionError(f"{cls} never names its arguments")
 
 
-def test_there_are_two_environments():
-    assert IDS == ["rap/Pruning-v0", "rap/SequentialPruning-v0"]
+def test_there_are_three_environments():
+    assert IDS == ["rap/Pruning-v0", "rap/SequentialPruning-v0", "rap/Width-v0"]
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -100,11 +102,12 @@ def test_a_step_without_a_running_episode_is_refused(make, name):
 
 @pytest.mark.parametrize("name", IDS)
 def test_specs_hold_the_live_parts_themselves(make, name, toy_problem, toy_importance):
-    env = make(name, problem=toy_problem, importance=toy_importance)
+    live = {"problem": toy_problem} | ({"importance": toy_importance} if name in RANKED else {})
+    env = make(name, **live)
     wrapped = gymnasium.wrappers.TimeLimit(gymnasium.wrappers.FlattenObservation(env), 100)
-    vector = gymnasium.make_vec(name, num_envs=2, problem=toy_problem, importance=toy_importance)
+    vector = gymnasium.make_vec(name, num_envs=2, **live)
     for spec in (env.spec, env.unwrapped.spec, wrapped.spec, copy.deepcopy(env.spec), vector.spec):
-        assert spec.kwargs["problem"] is toy_problem and spec.kwargs["importance"] is toy_importance
+        assert all(spec.kwargs[argument] is part for argument, part in live.items())
     assert gymnasium.make(env.spec).unwrapped.problem is toy_problem
     started = time.perf_counter()
     for _ in range(100):
@@ -137,22 +140,29 @@ def test_given_scenario_is_played_and_the_next_one_is_drawn(make, name, scenario
     assert info["scenario"] == scenario
     assert info["overshoot_bytes"] == info["footprint"]["peak_bytes"] - scenario.budget_bytes > 0
     assert not info["mask"].dropped and "outcome" not in info
+    assert seen["footprint"] == [1.0]
     assert seen["memory_budget"] == pytest.approx([0.75], abs=1e-5)
     assert seen["batch_size"] == pytest.approx([0.1])  # log2(2) / log2(1024)
     assert seen["sequence_length"] == pytest.approx([9 / 13])  # log2(512) / log2(8192)
-    assert seen["gsi_ranking"] == pytest.approx(np.arange(8) / 7)  # the toy order is the components' own
-    assert seen["footprint"] == [1.0] and seen["kept"].all()
+    if name in RANKED:
+        assert seen["gsi_ranking"] == pytest.approx(np.arange(8) / 7)  # the toy order is the components' own
+        assert seen["kept"].all()
+    else:
+        assert seen["widths"].all() and seen["site_parts"].all()
     # float32: attention 3072 weights and 2 * 16 KV channels * 1024 tokens, MLP 6144 weights, 16736 weights stay
     attention, mlp = 4 * (3072 + 2 * 16 * 1024), 4 * 6144
     dense = 4 * 16736 + 4 * (attention + mlp)
-    assert seen["component_bytes"] == pytest.approx([attention / dense, mlp / dense] * 4)
+    assert seen["component_bytes" if name in RANKED else "site_bytes"] == pytest.approx(
+        [attention / dense, mlp / dense] * 4
+    )
     assert env.reset()[1]["scenario"] != scenario
 
 
 @pytest.mark.parametrize("name", IDS)
 def test_bad_arguments_are_refused_before_any_work(make, name, toy_problem):
-    with pytest.raises(UnknownName, match="gsi mode 'curent'; did you mean current"):
-        make(name, gsi="curent", problem=toy_problem)
+    argument, says = ("gsi", "gsi mode") if name in RANKED else ("reading", "reading of actions")
+    with pytest.raises(UnknownName, match=f"{says} 'curent'; "):
+        make(name, problem=toy_problem, **{argument: "curent"})
     with pytest.raises(UnknownName, match="render mode 'human'; known: ansi, rgb_array"):
         MaskEnv(problem=toy_problem, render_mode="human")
     with pytest.raises(InfeasibleBudget, match="no pruning mask fits"):
@@ -164,7 +174,7 @@ def test_bad_arguments_are_refused_before_any_work(make, name, toy_problem):
     assert toy_problem.evaluator.calls == 0
 
 
-@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("name", RANKED)
 def test_current_ranking_needs_a_meter(make, name, toy_importance):
     env = make(name, gsi="current", importance=ImportanceSource(toy_importance.static))
     with pytest.raises(ValueError, match="give the ImportanceSource a Meter"):
@@ -186,9 +196,11 @@ def test_text_and_pixels_are_rendered_before_and_after_an_episode(make, name, sc
 @pytest.mark.parametrize("name", IDS)
 def test_nothing_given_means_the_embedded_parts(monkeypatch, name, toy_problem, toy_importance):
     monkeypatch.setattr(rap_env.envs.base, "embedded_defaults", lambda: Defaults(toy_problem, toy_importance))
+    monkeypatch.setattr(rap_env.envs.base, "embedded_problem", lambda: toy_problem)
     env = gymnasium.make(name)
     env.reset(seed=0)
-    assert env.unwrapped.problem is toy_problem and env.unwrapped.importance is toy_importance
+    assert env.unwrapped.problem is toy_problem
+    assert name not in RANKED or env.unwrapped.importance is toy_importance
 
 
 def test_one_step_pays_weights_times_terms(make, scenario):
@@ -241,3 +253,33 @@ print("stepped")
     )
     assert done.stdout == "stepped\n", done.stderr
     assert (tmp_path / "results.db").is_file()
+
+
+def test_a_width_action_is_projected_onto_the_budget(make, scenario):
+    env = make("rap/Width-v0").unwrapped
+    env.reset(options={"scenario": scenario})
+    observation, reward, terminated, truncated, info = env.step(np.array([1, 1, 1, 1, -1, -1, 0, 0], np.float32))
+    assert terminated and not truncated and info["overshoot_bytes"] == 0
+    assert info["mask"] == env.projection.mask(env.shape, [1] * 6 + [0] * 2, WORK, scenario.budget_bytes)
+    assert_equal(observation["widths"], np.array(info["mask"].keep))
+    assert reward == info["reward_terms"]["accuracy"]
+    assert observation["footprint"] == pytest.approx(info["footprint"]["peak_bytes"] / dense_bytes(env.shape, WORK))
+
+
+def test_a_width_action_without_a_number_for_each_site_is_refused(make):
+    env = make("rap/Width-v0").unwrapped
+    env.reset(seed=0)
+    for action in (np.ones(7), np.full(8, np.nan)):
+        with pytest.raises(InvalidMask, match="expected 8 finite numbers, one for each site; got"):
+            env.step(action)
+
+
+def test_the_perplexity_ratio_is_relative_to_the_dense_model(make, toy_problem, scenario):
+    problem = PruningProblem(toy_problem.llm, toy_problem.evaluator, reward_weights={"perplexity_ratio": 2.0})
+    env = make("rap/Width-v0", problem=problem)
+    env.reset(options={"scenario": scenario})
+    _, reward, _, _, info = env.step(np.ones(8, np.float32))
+    score = info["reward_terms"]["accuracy"]
+    assert reward == pytest.approx(2 * np.exp(score - 1.0)) and score < 1.0, "the dense toy scores 1"
+    assert info["reward_terms"]["perplexity_ratio"] == pytest.approx(reward / 2)
+    assert problem.evaluator.calls == problem.budget.spent == 2

@@ -10,7 +10,7 @@ from numpy.testing import assert_equal
 
 import rap_env.envs.base
 from rap_env.envs.defaults import Defaults
-from rap_env.envs.vector import PruningVectorEnv, SequentialPruningVectorEnv
+from rap_env.envs.vector import PruningVectorEnv, SequentialPruningVectorEnv, WidthVectorEnv
 from rap_env.errors import InfeasibleBudget, InvalidMask, SearchExhausted
 from rap_env.evaluation.meter import TokenBudget
 from rap_env.importance.source import ImportanceSource
@@ -85,6 +85,23 @@ def test_rollouts_are_those_of_single_environments_one_after_the_other(make, par
         ends += np.sum(step[2] | step[3])
     assert ends > 2 * N_ENVS, "autoreset was hardly tried"
     assert together.problem.budget.history == alone.envs[0].unwrapped.problem.budget.history
+
+
+def test_widths_of_many_environments_are_those_of_single_ones(parts):
+    arguments = {name: part for name, part in parts().items() if name != "importance"}
+    together, alone = (
+        gymnasium.make_vec("rap/Width-v0", num_envs=N_ENVS, **arguments),
+        serial("rap/Width-v0", **arguments),
+    )
+    together.action_space.seed(7)
+    assert type(together) is WidthVectorEnv
+    assert_equal(together.reset(seed=11)[0], alone.reset(seed=11)[0])
+    for _ in range(10):
+        actions = together.action_space.sample()
+        step, step_alone = together.step(actions), alone.step(actions)
+        assert_equal(step[:4], step_alone[:4])
+        assert_infos_equal(step[4], step_alone[4])
+        assert step[2].all() and not step[4]["final_info"]["overshoot_bytes"].any()
 
 
 def test_episodes_that_are_cut_are_evaluated_and_reset_like_the_others(make, parts):

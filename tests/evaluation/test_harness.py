@@ -269,3 +269,11 @@ def test_items_can_be_left_out_by_their_text(tiny_llm, folder):
     assert everything.evaluate(tiny_llm).tasks["toy_long"]["items"] == N_ITEMS, "it keeps its own items"
     with pytest.raises(EvaluationFailed, match="task 'toy_short' has no item to evaluate; it has 11 in all"):
         everything.without(everything.item_texts["toy_short"])
+
+
+def test_the_first_part_of_an_evaluator_has_the_first_items_of_each_task_and_costs_less(evaluator, tiny_llm):
+    part = evaluator.first(0.26)  # rounded up
+    for name, texts in evaluator.item_texts.items():
+        assert part.item_texts[name] == texts[: -(-26 * len(texts) // 100)]
+    assert part.tokens(tiny_llm) < evaluator.tokens(tiny_llm) and part.identity != evaluator.identity
+    assert evaluator.first(1.0) is evaluator

@@ -178,3 +178,12 @@ def test_the_dense_embedded_model_has_the_published_perplexity(embedded_llm):
     windows = torch.tensor(ids[: 64 * 512]).reshape(64, 512)
     evaluation = PerplexityEvaluator(windows, "wikitext2").evaluate(embedded_llm)
     assert evaluation.tasks["wikitext2"]["perplexity"] == pytest.approx(26.17, rel=0.005)
+
+
+def test_the_first_part_of_an_evaluator_has_the_first_windows_and_an_identity_of_its_own(windows, tiny_llm):
+    evaluator = PerplexityEvaluator(windows, "text")
+    for fraction, n_windows in ((0.01, 1), (0.2, 1), (0.21, 2), (0.81, 5)):
+        part = evaluator.first(fraction)
+        assert torch.equal(part.windows, windows[:n_windows]) and type(part) is PerplexityEvaluator
+        assert part.tokens(tiny_llm) == n_windows * 12
+        assert (part.identity == evaluator.identity) == (n_windows == 5)

@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
-from agents.sb3 import _ALGORITHMS
 from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
+from rap_env.problem import PruningProblem
 
 PROJECT = Path(__file__).parents[2]
 CONF = PROJECT / "conf"
@@ -92,14 +92,16 @@ def test_every_target_is_ours_and_takes_the_keys_that_stand_beside_it(path):
 def test_hyperparameters_are_arguments_of_the_algorithm(name):
     config = OmegaConf.load(CONF / "agent" / f"{name}.yaml")
     if "algorithm" in config:
-        algorithm, _policy = _ALGORITHMS[config.algorithm]
+        module = importlib.import_module((config.get("_target_") or "agents.sb3.").rpartition(".")[0])
+        algorithm, _more = module._ALGORITHMS[config.algorithm]
         inspect.signature(algorithm).bind_partial(**config.get("hyperparameters", {}))
 
 
 @pytest.mark.parametrize("name", GROUPS["reward"])
 def test_reward_weights_name_terms(name, toy_problem):
-    outcome = toy_problem.evaluate(PruningMask.all_kept(toy_problem.shape), Workload(1, 128), 10**9)
-    weights = OmegaConf.load(CONF / "reward" / f"{name}.yaml")
+    weights = OmegaConf.to_container(OmegaConf.load(CONF / "reward" / f"{name}.yaml"))
+    problem = PruningProblem(toy_problem.llm, toy_problem.evaluator, reward_weights=weights)
+    outcome = problem.evaluate(PruningMask.all_kept(problem.shape), Workload(1, 128), 10**9)
     assert weights and set(weights) <= set(outcome.reward_terms)
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from rap_env.memory.projection import Projection
 from rap_env.policies import (
     ArchivePolicy,
     DensePolicy,
@@ -11,8 +12,10 @@ from rap_env.policies import (
     OrderPolicy,
     RandomPolicy,
     SequentialPolicy,
+    WidthPolicy,
 )
 from rap_env.policies.network import ComponentNetwork
+from rap_env.policies.width import WidthNetwork
 from rap_env.rng import isolated_rng
 from tests.policies.test_archive import evaluated_masks
 
@@ -29,6 +32,15 @@ def random_network(shape, sequential: bool, seed: int = 0) -> ComponentNetwork:
     return network
 
 
+def random_width_network(shape, seed: int = 0) -> WidthNetwork:
+    """A network whose widths differ from site to site and from scenario to scenario."""
+    with isolated_rng(seed):
+        network = WidthNetwork(len(shape.components.sites), layers=(16, 16))
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return network
+
+
 MAKERS = {
     "dense": DensePolicy,
     "random": lambda shape: RandomPolicy(shape, seed=5),
@@ -37,5 +49,7 @@ MAKERS = {
     "archive": lambda shape: ArchivePolicy(shape, evaluated_masks(shape), ORDER),
     "milp": lambda shape: MilpPolicy(shape, COSTS),
     "nearest_order": lambda shape: NearestOrderPolicy(shape, {64: ORDER, 4096: ORDER[::-1]}),
+    "width": lambda shape: WidthPolicy(shape, random_width_network(shape), Projection()),
+    "width_nested": lambda shape: WidthPolicy(shape, random_width_network(shape), Projection("nested")),
     "sequential_network": lambda shape: SequentialPolicy(shape, random_network(shape, True), ORDER),
 }

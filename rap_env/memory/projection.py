@@ -1,0 +1,188 @@
+"""From one number for each site to widths that meet a memory budget: FastForward's projection, and a nested one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rap_env.errors import InvalidConfig, InvalidMask, check_known
+from rap_env.mask import PruningMask
+from rap_env.memory.footprint import check_feasible, component_bytes, smallest_bytes
+from rap_env.memory.workload import Workload
+
+EXACT, NESTED = "exact", "nested"
+_READINGS = {"magnitude": abs, "affine": lambda value: (value + 1.0) / 2.0}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Turns an action into a mask that fits, of which each site keeps the first parts.
+
+    Bytes are those of `component_bytes` at a workload. One of a single token makes the KV cache vanish, and the budget
+    one of parameters, as in FastForward (arXiv 2511.18977).
+
+    Keep fractions are `clip(|action|, p_min, 1)` in the paper, the reading "magnitude". An action and its opposite are
+    the same there, so that a broad symmetric policy, as SAC's, has no reason to move its mean away from 0; "affine"
+    reads -1 to 1 as 0 to 1 instead.
+
+    **exact** is the paper's way to meet a budget: bytes that they leave over are spread over
+    the sites by their headroom, bytes that they take too many are taken from the sites in order, each down to `p_min`;
+    then they are rounded to whole parts. What rounding took too many is given back, the part that was rounded up most
+    first, and, beyond the paper, what it left over is used, the part that was rounded down most first.
+
+    **nested** scales all keep fractions by one number, as large as the budget allows. Parts therefore enter in an order
+    that the action alone decides, and the mask is the longest beginning of this order that fits: of two budgets, and of
+    two workloads, one mask is a subset of the other.
+
+    Every site keeps at least `ceil(p_min * parts)` of its parts unless the budget does not pay for them. A site with
+    one part can only be kept or dropped: its fraction is rounded at 0.5, and it may be dropped.
+
+    Shapes: S sites.
+
+    Attributes:
+        kind: `"exact"` or `"nested"`.
+        p_min: Smallest keep fraction of a site.
+        reading: `"magnitude"` or `"affine"`.
+
+    Raises:
+        UnknownName: No such kind or reading.
+        InvalidConfig: `p_min` is not above 0, or above 1.
+    """
+
+    kind: str = EXACT
+    p_min: float = 0.1
+    reading: str = "magnitude"
+
+    def __post_init__(self) -> None:
+        check_known("projection", self.kind, (EXACT, NESTED))
+        check_known("reading of actions", self.reading, _READINGS)
+        if not 0.0 < self.p_min <= 1.0:
+            raise InvalidConfig(f"p_min: expected a fraction above 0 and at most 1; got {self.p_min}")
+
+    def mask(self, shape, action: Sequence[float], workload: Workload, budget_bytes: int) -> PruningMask:
+        """The mask of an action.
+
+        Args:
+            shape: The model's `ModelShape`.
+            action: A number for each site [S], in the order in which the model runs them.
+            workload: The request batch.
+            budget_bytes: Bytes that weights and KV cache may take.
+
+        Raises:
+            InvalidMask: There is not exactly one finite number for each site.
+            InfeasibleBudget: No mask can meet the budget.
+        """
+        check_feasible(shape, workload, budget_bytes)
+        sites, freed = shape.components.sites, component_bytes(shape, workload)
+        parts = [freed[positions] for _site, positions in sites]
+        fractions = self.fractions(action, len(sites))
+        floors = [smallest_width(len(of_site), self.p_min) for of_site in parts]
+        free_bytes = budget_bytes - smallest_bytes(shape, workload)
+        if self.kind == NESTED:
+            return PruningMask.from_widths(shape, nested_widths(fractions, parts, floors, free_bytes))
+        meeting = exact_fractions(fractions, [sum(of_site) for of_site in parts], free_bytes, self.p_min)
+        return PruningMask.from_widths(shape, whole_widths(meeting, parts, floors, free_bytes))
+
+    def fractions(self, action: Sequence[float], n_sites: int) -> list[float]:
+        """The keep fractions [S] that an action asks for, between `p_min` and 1.
+
+        Raises:
+            InvalidMask: There is not exactly one finite number for each site.
+        """
+        values = [float(value) for value in action]
+        if len(values) != n_sites or not all(map(math.isfinite, values)):
+            raise InvalidMask(f"expected {n_sites} finite numbers, one for each site; got {values[:8]}")
+        return [min(max(_READINGS[self.reading](value), self.p_min), 1.0) for value in values]
+
+    def dropping_order(self, shape, action: Sequence[float]) -> list[str]:
+        """All component names, the last of the nested projection's order first: what shrinking budgets cost, in turn.
+
+        Raises:
+            InvalidMask: There is not exactly one finite number for each site.
+        """
+        positions = [place for _site, place in shape.components.sites]
+        n_parts = [place.stop - place.start for place in positions]
+        floors = [smallest_width(n, self.p_min) for n in n_parts]
+        entering = nested_order(self.fractions(action, len(positions)), n_parts, floors)
+        return [shape.components[positions[site].start + part].name for site, part in reversed(entering)]
+
+
+def smallest_width(n_parts: int, p_min: float) -> int:
+    """Parts that a site of several keeps at least; 0 for a site of one part."""
+    return math.ceil(p_min * n_parts - 1e-9) if n_parts > 1 else 0
+
+
+def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes: int, p_min: float) -> list[float]:
+    """Keep fractions [S] that together take exactly the free bytes, as far as they may lie between `p_min` and 1.
+
+    Args:
+        fractions: Between `p_min` and 1 [S].
+        sizes: Bytes of each whole site [S].
+        free_bytes: Bytes that all sites may take together.
+        p_min: Smallest fraction.
+    """
+    deficit = free_bytes - sum(fraction * size for fraction, size in zip(fractions, sizes, strict=True))
+    if deficit >= 0:
+        headroom = sum((1.0 - fraction) * size for fraction, size in zip(fractions, sizes, strict=True))
+        share = min(1.0, deficit / headroom) if headroom > 0 else 1.0
+        return [fraction + (1.0 - fraction) * share for fraction in fractions]
+    surplus, meeting = -deficit, []
+    for fraction, size in zip(fractions, sizes, strict=True):
+        taken = min(surplus, (fraction - p_min) * size)
+        surplus -= taken
+        meeting.append(fraction - taken / size if size else fraction)
+    return meeting
+
+
+def whole_widths(
+    fractions: Sequence[float], parts: Sequence[Sequence[int]], floors: Sequence[int], free_bytes: int
+) -> list[int]:
+    """Keep fractions rounded to whole parts that fit.
+
+    Args:
+        fractions: Between 0 and 1 [S].
+        parts: Bytes of the parts of each site.
+        floors: Parts that each site keeps at least, unless the bytes do not suffice [S].
+        free_bytes: Bytes that all sites may take together.
+    """
+    wishes = [fraction * len(of_site) for fraction, of_site in zip(fractions, parts, strict=True)]
+    widths = [max(floor, int(wish + 0.5)) for wish, floor in zip(wishes, floors, strict=True)]
+    free_bytes -= sum(sum(of_site[:width]) for of_site, width in zip(parts, widths, strict=True))
+    sites = range(len(parts))
+    while free_bytes < 0:
+        shrinkable = [site for site in sites if widths[site] > floors[site]] or [site for site in sites if widths[site]]
+        site = max(shrinkable, key=lambda site: widths[site] - wishes[site])  # the first of equals
+        widths[site] -= 1
+        free_bytes += parts[site][widths[site]]
+    rounded_down = [site for site in sites if widths[site] < len(parts[site]) and wishes[site] > widths[site]]
+    for site in sorted(rounded_down, key=lambda site: widths[site] - wishes[site]):
+        if parts[site][widths[site]] <= free_bytes:
+            free_bytes -= parts[site][widths[site]]
+            widths[site] += 1
+    return widths
+
+
+def nested_widths(
+    fractions: Sequence[float], parts: Sequence[Sequence[int]], floors: Sequence[int], free_bytes: int
+) -> list[int]:
+    """Widths of the longest beginning of `nested_order` that fits; arguments as those of `whole_widths`."""
+    widths = [0] * len(parts)
+    for site, part in nested_order(fractions, [len(of_site) for of_site in parts], floors):
+        free_bytes -= parts[site][part]
+        if free_bytes < 0:
+            break
+        widths[site] += 1
+    return widths
+
+
+def nested_order(fractions: Sequence[float], n_parts: Sequence[int], floors: Sequence[int]) -> list[tuple[int, int]]:
+    """(site, part) of all parts in the order in which they enter while one number t scales all keep fractions.
+
+    Part j = 0, 1, ... of a site with n parts enters where `fraction * t * n` is rounded to j + 1. Parts below the
+    floors come first, in the same order.
+    """
+    entering = [
+        (part >= floor, (part + 0.5) / (n * fraction), site, part)
+        for site, (fraction, n, floor) in enumerate(zip(fractions, n_parts, floors, strict=True))
+        for part in range(n)
+    ]
+    return [(site, part) for _above, _t, site, part in sorted(entering)]
