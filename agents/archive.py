@@ -81,12 +81,13 @@ def swap_one(
         return mask
     going = [c.name for c in mask.kept if c.site == going][::-1][: _drawn_parts(mask, going, generator)]
     coming = [c.name for c in mask.dropped if c.site == coming][: _drawn_parts(mask, coming, generator)]
-    between = (name for name in order if name not in (*going, *coming))
+    moved = {*going, *coming}
+    between = (name for name in order if name not in moved)
     swapped, order = mask.drop(*going).restore(*coming), [*going, *between, *reversed(coming)]
     return fit_to_budget(swapped, shape, order, scenario.workload, scenario.budget_bytes)
 
 
 def _drawn_parts(mask: PruningMask, site: Site, generator: np.random.Generator) -> int:
     """How many parts of a site move at once."""
-    n_parts = sum(component.site == site for component in mask.components)
+    n_parts = len(mask.components.positions[site.name])
     return 1 if n_parts == 1 else int(generator.integers(1, 1 + math.ceil(n_parts * LARGEST_MOVE)))
