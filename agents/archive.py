@@ -84,7 +84,8 @@ def swap_one(
     moved = {*going, *coming}
     between = (name for name in order if name not in moved)
     swapped, order = mask.drop(*going).restore(*coming), [*going, *between, *reversed(coming)]
-    return fit_to_budget(swapped, shape, order, scenario.workload, scenario.budget_bytes)
+    # What goes comes back last, so that others of its site may have come back before it.
+    return fit_to_budget(swapped, shape, order, scenario.workload, scenario.budget_bytes).nested
 
 
 def _drawn_parts(mask: PruningMask, site: Site, generator: np.random.Generator) -> int:
