@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from rap_env.errors import UnknownName
 from rap_env.llm.packing import PACKED_ATTENTION, Packing
-from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed
+from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear
 from rap_env.llm.supported import Window, check_member
 from rap_env.mask import ATTENTION
 
@@ -147,6 +147,11 @@ class DecoderLayer:
     def narrowed(self, cuts: Sequence[Cut]) -> "DecoderLayer":
         """The layer with some parts of one site; see `rap_env.llm.parts.narrowed`."""
         return DecoderLayer(narrowed(self.module, cuts), self._architecture)
+
+    def refitted(self, kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> "DecoderLayer":
+        """A layer that `narrowed` returned with another output matrix of a site; without a bias its own stays."""
+        replace_linear(self.module, self.output_path(kind), weight, bias)
+        return DecoderLayer(self.module, self._architecture)
 
     def modules_of(self, kind: str) -> list[nn.Module]:
         """The modules that hold a site's weights, without the norm in front."""

@@ -61,6 +61,9 @@ class Int4Linear(QuantisedLinear):
         torch.addcmul(zeros.contiguous(), groups, scales.contiguous(), out=groups)
         return matrix
 
+    def requantised(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "Int4Linear":
+        return Int4Linear(weight, bias, self.group)
+
     def cut(self, dim: int, kept: Kept) -> dict[str, torch.Tensor]:
         if dim == 1:
             return {"weight": self.weight[:, kept], "scales": self.scales[_every(self.group, kept, self.group)]}

@@ -89,6 +89,25 @@ def narrowed(layer: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
     return copies[""]
 
 
+def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Gives a layer that `narrowed` returned another matrix in the number format of the one that it has.
+
+    Args:
+        layer: Changed in place; the layer that it was narrowed from is not.
+        path: Of the matrix.
+        weight: As it would be in full precision [N, K].
+        bias: Its bias [N]; None leaves the one that is there.
+    """
+    parent, _, name = path.rpartition(".")
+    linear = layer.get_submodule(path)
+    bias = linear.bias if bias is None else bias
+    if hasattr(linear, "requantised"):
+        layer.get_submodule(parent)._modules[name] = linear.requantised(weight, bias)
+    else:
+        own = {"weight": weight, "bias": bias}
+        linear._parameters |= {key: t if t is None else nn.Parameter(t, requires_grad=False) for key, t in own.items()}
+
+
 def _cut(layer: nn.Module, path: str, dim: int, kept: slice | torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of rows or columns of a matrix; one that is no plain `nn.Linear` has a method `cut` for it."""
     linear = layer.get_submodule(path)

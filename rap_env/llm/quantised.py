@@ -49,6 +49,10 @@ class QuantisedLinear(Quantised):
         """The dequantised weights of some outputs [K, outputs], in a buffer: valid until the thread's next call."""
         raise NotImplementedError
 
+    def requantised(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "QuantisedLinear":
+        """A layer of the same format with other weights [N, K], given in full precision."""
+        raise NotImplementedError
+
     def cut(self, dim: int, kept: Kept) -> dict[str, torch.Tensor]:
         """The tensors that belong to some outputs (dimension 0) or inputs (1); views where `kept` is a slice.
 
@@ -97,6 +101,9 @@ class Int8Linear(QuantisedLinear):
     def matrix(self, outputs: slice) -> torch.Tensor:
         weight, scales = self.weight[outputs], self.scales[outputs, None]
         return torch.mul(weight, scales, out=buffer(weight.shape, scales)).t()
+
+    def requantised(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "Int8Linear":
+        return Int8Linear(weight, bias)
 
     def cut(self, dim: int, kept: Kept) -> dict[str, torch.Tensor]:
         if dim == 1:

@@ -152,10 +152,7 @@ class SwitchableLLM:
             return layer
         cuts = list(layer.cuts(site.kind).values())
         narrowed = layer.narrowed([cuts[part] for part in site.parts])
-        if self.refits is not None:
-            output, tensors = narrowed.output(site.kind), zip(("weight", "bias"), self.refits.of(site), strict=True)
-            output._parameters |= {name: nn.Parameter(t, requires_grad=False) for name, t in tensors if t is not None}
-        return narrowed
+        return narrowed if self.refits is None else narrowed.refitted(site.kind, *self.refits.of(site))
 
     @contextlib.contextmanager
     def pruned(self, mask: PruningMask) -> Iterator["SwitchableLLM"]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
+from torch import nn
 
-from rap_env.errors import CompensationFailed, InvalidMask, check_known
+from rap_env.errors import CompensationFailed, InvalidMask, UnsupportedArchitecture, check_known
 from rap_env.evaluation.identity import engine_identity
 from rap_env.evaluation.perplexity import tokens_digest
 from rap_env.files import write_over
@@ -77,12 +78,15 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
 
     Raises:
         InvalidMask: The components are whole sites.
+        UnsupportedArchitecture: The weights are quantised already.
         InvalidWorkload: Nothing can be measured on the windows.
         CompensationFailed: A ridge that makes a system singular, or too few windows to choose one on.
     """
     recipe = recipe or WidthRecipe()
     if all(component.part is None for component in llm.shape.components):
         raise InvalidMask("expected a model of the granularity 'group'; whole sites have no parts to order")
+    if not all(type(llm.layer_of(site).output(site.kind)) is nn.Linear for site in llm.shape.sites):
+        raise UnsupportedArchitecture("expected weights as they were loaded for widths: quantise them afterwards")
     if recipe.chooses_ridge and len(windows) < _HELD_OUT:
         raise CompensationFailed(f"expected at least {_HELD_OUT} windows to choose a ridge on; got {len(windows)}")
     identity = engine_identity(llm) | {"windows": tokens_digest(windows), "recipe": vars(recipe), "version": _VERSION}

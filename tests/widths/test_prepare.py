@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rap_env.errors import CompensationFailed, InvalidMask, InvalidWorkload, UnknownName
+from rap_env.errors import CompensationFailed, InvalidMask, InvalidWorkload, UnknownName, UnsupportedArchitecture
 from rap_env.llm import parts
 from rap_env.llm.loading import build_random_llm, build_tiny_llm
 from rap_env.llm.switchable import SwitchableLLM
@@ -14,6 +14,7 @@ from rap_env.widths import prepare
 from rap_env.widths.order import SCORES
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
 from rap_env.widths.statistics import input_statistics
+from tests.llm import quantised_cases
 from tests.llm.test_parts import GROUP, MEMBERS, TOKENS, cut_by_hand
 
 WINDOWS = torch.randint(0, 256, (8, 12), generator=torch.Generator().manual_seed(4))
@@ -186,3 +187,38 @@ def test_what_can_not_be_prepared_is_refused_and_the_model_stays(recipe, windows
 def test_whole_sites_have_no_parts_to_order():
     with pytest.raises(InvalidMask, match="expected a model of the granularity 'group'"):
         prepare_widths(build_tiny_llm(), WINDOWS)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("member", ["llama", "opt"])
+def test_refits_take_the_number_format_of_the_matrices_that_they_stand_in_for(member, weights, monkeypatch):
+    monkeypatch.setattr(parts, "GROUP_CHANNELS", 64)
+    llm = quantised_cases.build(member)
+    prepare_widths(llm, WINDOWS, WidthRecipe(compensation="ridge", ridge=0.1))
+    digest = llm.digest
+    llm.quantise(weights)
+    assert llm.digest != digest
+    numbers = [len(bits) for _site, bits in PruningMask.all_kept(llm.shape).kept_parts]
+    mask = PruningMask.from_widths(llm.shape, [number - 1 for number in numbers])
+    tensors = {}
+    for site in kept_sites(mask):
+        layer = llm.layer_of(site)
+        output, (refit, _) = layer.output(site.kind), llm.refits.of(site)
+        expected = quantised_cases.numbers_of(output.requantised(refit, None))
+        assert torch.equal(quantised_cases.numbers_of(output), expected)
+        assert (quantised_cases.numbers_of(output) - refit.double()).abs().max() < 0.15 * refit.abs().max()
+        tensors |= {id(p): p for module in layer.modules_of(site.kind) for p in module.parameters()}
+    outside = sum(p.nbytes for p in llm.model.parameters()) - sum(
+        p.nbytes for site in llm.shape.sites for p in llm.parameters_of(site)
+    )
+    needed = footprint(llm.shape, mask, Workload(1, 1)).weights_bytes
+    assert needed == outside + sum(tensor.nbytes for tensor in tensors.values())
+    with torch.inference_mode(), llm.pruned(mask):
+        assert torch.isfinite(llm.model(TOKENS).logits).all()
+
+
+def test_quantised_weights_can_not_be_ordered_any_more(monkeypatch):
+    monkeypatch.setattr(parts, "GROUP_CHANNELS", 64)
+    llm = quantised_cases.build("llama", "int8")
+    with pytest.raises(UnsupportedArchitecture, match="quantise them afterwards"):
+        prepare_widths(llm, WINDOWS)
