@@ -3,12 +3,14 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from experiments.report.comparison import SEARCH, Comparison, decided, distinct, has_loss
 from experiments.report.metrics import SPREAD, interquartile_mean, loss_over_dense, plain_mean, regret, with_spread
+from experiments.report.table import Table
+from experiments.report.widths import compensation_table
 from rap_env.errors import UnknownName
 
 GB = 1e9
@@ -17,19 +19,12 @@ _SPENT_PARTS = (8, 4, 2, 1)  # of the token budget
 Named = Mapping[str, Sequence[dict[str, Any]]]  # records by the name of their comparison
 
 
-class Table(NamedTuple):
-    """Names of the columns, and cells."""
-
-    columns: list[str]
-    rows: list[list[str]]
-
-
 def table_lines(kind: str, named: Named) -> list[str]:
     """Markdown lines of a table with the notes under it.
 
     Args:
-        kind: `metrics`, `spending`, `run`: of all records together; `compact`, `perplexity`: each name's records are a
-            comparison of its own.
+        kind: `metrics`, `spending`, `run`, `compensation`: of all records together; `compact`, `perplexity`: each
+            name's records are a comparison of its own.
         named: Records by name.
 
     Raises:
@@ -216,4 +211,5 @@ KINDS = {
     "run": lambda named: run_table(*Comparison(_all(named)).records),
     "compact": compact_table,
     "perplexity": perplexity_table,
+    "compensation": lambda named: compensation_table(_all(named)),
 }

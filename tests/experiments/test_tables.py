@@ -159,3 +159,21 @@ def test_picture_takes_parts_of_sites():
     kept = copy.deepcopy(made)
     kept["results"]["rows"][0]["dropped"] = []
     assert (kept_picture(made) != kept_picture(kept)).any()
+
+
+def compensated(compensation: str, n_samples: int, loss: float, ridge: float | None = None) -> dict:
+    made = record("uniform_mlp", 0, [row(WORK, 0.8, 1.0, [])])
+    made["config"]["widths"] = {"compensation": compensation, "ridge": ridge, "n_samples": n_samples}
+    (only,) = made["results"]["rows"]
+    only["budget_ratio"], only["reports"]["text"]["score"] = 0.75, -loss
+    return made
+
+
+def test_compensations_have_a_row_each_and_a_column_for_each_budget_and_text():
+    made = [compensated("ridge", 8, 2.0, 0.1), compensated("ridge", 32, 1.0, 0.1), compensated("none", 8, 3.0)]
+    lines = table_lines("compensation", {"compensation": [*made, compensated("ridge", 8, 1.5)]})
+    first, second = "25.0% of all bytes, 8 windows", "25.0% of all bytes, 32 windows"
+    assert lines[0] == f"| compensation | ridge | {first} | {second} |"
+    assert lines[2:5] == ["| none |  | 20.09 | - |", "| ridge | 0.1 | 7.39 | 2.72 |", "| ridge | chosen | 4.48 | - |"]
+    with pytest.raises(ValueError, match="there are two of"):
+        table_lines("compensation", {"compensation": [made[0], made[0]]})
