@@ -9,7 +9,6 @@ from agents.base import ArchiveAgent, Case, Task
 from agents.granularity import LARGEST_MOVE
 from rap_env.mask import PruningMask, Site
 from rap_env.memory.scenario import Scenario
-from rap_env.policies import OrderPolicy
 from rap_env.policies.walk import fit_to_budget
 
 BATCH = 16  # proposals that are evaluated together, between two looks at the archive
@@ -37,9 +36,10 @@ class LocalSearchAgent(ArchiveAgent):
         if self._walked:
             return self.propose()
         self._walked = True
-        greedy = OrderPolicy(self.task.problem.shape, self.order)
         scenarios = [*self.task.scenarios, *(self.draw() for _ in range(min(_MOST_DRAWN, int(self.walk_part * n))))]
-        return [Case(greedy.decide(case.workload, case.budget_bytes), case) for case in scenarios] or self.propose()
+        walks = self.walks()
+        cases = [Case(walk.decide(one.workload, one.budget_bytes), one) for one in scenarios for walk in walks]
+        return cases or self.propose()
 
     def propose(self) -> list[Case]:
         """The next batch."""

@@ -17,7 +17,7 @@ from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import Footprint
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.memory.workload import Workload
-from rap_env.policies import ArchivePolicy, Policy
+from rap_env.policies import ArchivePolicy, OrderPolicy, Policy, PricedPolicy
 from rap_env.problem import Outcome, PruningProblem
 
 
@@ -183,6 +183,14 @@ class ArchiveAgent(Agent):
         components = self.task.problem.shape.components
         drawn = self.generator.permutation(len(components))
         return list(full_order(components, [components[position].name for position in drawn]))
+
+    def walks(self) -> list[Policy]:
+        """What a ranked search starts from: the ranking's order, and where sites have parts also its costs' order."""
+        shape = self.task.problem.shape
+        walks: list[Policy] = [OrderPolicy(shape, self.order)]
+        if self.ranked and len(shape.sites) < len(shape.components):
+            walks.append(PricedPolicy(shape, self.task.ranking.costs))
+        return walks
 
     def best(self) -> ArchivePolicy:
         """The best of what is known so far."""

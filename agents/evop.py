@@ -43,11 +43,11 @@ class EvopAgent(ScenarioAgent):
         self._tournament, self._mutation = tournament, mutation
 
     def evolve(self, space: Granularity) -> Evolution:
-        start = self.started(space)
-        if start is None:
-            population = [space.random(self.generator) for _ in range(self._population)]
+        if starts := self.started(space):
+            mutants = (self._mutant(starts[0], space) for _ in range(self._population - len(starts)))
+            population = [*starts, *mutants]
         else:
-            population = [start, *(self._mutant(start, space) for _ in range(self._population - 1))]
+            population = [space.random(self.generator) for _ in range(self._population)]
         for _ in range(1 + self._generations):
             fitness = yield [space.mask(member) for member in population]
             population = [self._child(population, fitness, space) for _ in population]

@@ -64,8 +64,8 @@ class EvopressAgent(ScenarioAgent):
     def evolve(self, space: Granularity) -> Evolution:
         """Runs generations until they are done, the share is used up, or there is no other mask."""
         parent, fitness = None, -np.inf
-        start = self.started(space)
-        candidates = [space.random(self.generator) for _ in range(_INITIALLY_GENERATED)] if start is None else [start]
+        drawn = (space.random(self.generator) for _ in range(_INITIALLY_GENERATED))
+        candidates = self.started(space) or list(drawn)
         for _ in range(1 + self._generations):
             bits = {mask: keep for keep in candidates if (mask := space.mask(keep)) != parent}
             finalists = self._passing(list(bits))

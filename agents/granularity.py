@@ -113,6 +113,11 @@ class Granularity:
         places = np.concatenate([(np.arange(len(group)) + 0.5) / len(group) for group in self.groups])
         return self.fit(np.ones(len(self.bits), dtype=bool), np.argsort(-places, kind="stable"))
 
+    def bits_of(self, mask: PruningMask) -> np.ndarray:
+        """An allowed vector near a mask: a bit is kept where the mask keeps most of what it stands for."""
+        kept = np.array([np.mean([mask.keeps(component) for component in bit]) > 0.5 for bit in self.bits])
+        return self.fit(kept, np.arange(len(self.bits))[::-1])
+
     def mask(self, keep: np.ndarray) -> PruningMask:
         dropped = [component for bit in np.flatnonzero(~keep) for component in self.bits[bit]]
         return PruningMask.all_kept(self.shape).drop(*dropped)

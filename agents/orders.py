@@ -10,7 +10,7 @@ from rap_env.importance.block_influence import block_influence
 from rap_env.importance.gsi import ImportanceRanking
 from rap_env.importance.single_drops import single_drop_increases
 from rap_env.mask import PruningMask, by_layer
-from rap_env.policies import DensePolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy
+from rap_env.policies import DensePolicy, NearestOrderPolicy, OrderPolicy, PricedPolicy, RandomPolicy
 
 
 class DenseAgent(Agent):
@@ -47,6 +47,21 @@ class GreedyGsiAgent(OrderAgent):
 
     def rank(self) -> Sequence[str]:
         return self.task.ranking.order
+
+
+class PricedGsiAgent(Agent):
+    """What the removals of greedy sequential importance cost, priced anew for what they free at each workload.
+
+    Where sites have parts these costs were measured on the model that was left; an order by weight bytes alone would
+    not know what a KV head frees at a long workload.
+    """
+
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        self._costs = task.ranking.costs
+
+    def policy(self) -> PricedPolicy:
+        return PricedPolicy(self.task.problem.shape, self._costs)
 
 
 class OneShotAgent(OrderAgent):

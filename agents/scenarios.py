@@ -35,11 +35,15 @@ class ScenarioAgent(ArchiveAgent):
         self._start = check_known("start", start, STARTS)
         self.ranked = start == "greedy"
 
-    def started(self, space: Granularity) -> np.ndarray | None:
-        """What a search begins with [n_bits]; None where it is to draw that."""
+    def started(self, space: Granularity) -> list[np.ndarray]:
+        """What a search begins with, vectors [n_bits]; none where it is to draw that."""
         if self._start == "random":
-            return None
-        return space.greedy(self.order) if self.ranked else space.uniform()
+            return []
+        if not self.ranked:
+            return [space.uniform()]
+        scenario, (_order, *others) = space.scenario, self.walks()
+        masks = [walk.decide(scenario.workload, scenario.budget_bytes) for walk in others]
+        return [space.greedy(self.order), *(space.bits_of(mask) for mask in masks)]
 
     def evolve(self, space: Granularity) -> Evolution:
         """One search: yields masks and receives their rewards; it is closed where its share does not pay for all."""

@@ -32,6 +32,8 @@ class ImportanceRanking:
         increases: For each component, by how much the loss of the dense model rises without it. The lazy rule knows
             the least important third of them from all windows and others from the sketch; the half of the greatest
             block influence it takes for proportional to that. Empty without any round.
+        costs: For each component, what its removal cost when it was measured last; where all sites are whole the same
+            as `increases`. It lets components be priced anew for what they free at a workload.
         known: Losses of all masks that were measured on all windows, the dense one among them.
         evaluations: Masks that the rule asked about, wholly or on the sketch only.
         tokens: Tokens that it paid for.
@@ -42,6 +44,7 @@ class ImportanceRanking:
     losses: tuple[float, ...]
     dense_loss: float
     increases: Mapping[str, float]
+    costs: Mapping[str, float]
     known: Mapping[PruningMask, float] = field(compare=False)
     evaluations: int
     tokens: int = field(compare=False)
@@ -100,6 +103,7 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
         losses=tuple(removal.loss for removal in removed),
         dense_loss=dense_loss,
         increases=rounds.first_increases,
+        costs=rounds.all_costs() if removed else {},
         known=rounds.known,
         evaluations=len(rounds.tried),
         tokens=budget.spent - spent_before,

@@ -44,6 +44,10 @@ class Rounds:
         self.known: dict[PruningMask, float] = {}
         self._freed = freed
 
+    def all_costs(self) -> dict[str, float]:
+        """What dropping each component costs, as far as it is known: by how much the dense model's loss rose."""
+        return self.first_increases
+
     def left(self) -> list[str]:
         """Names of what was not removed, the least important first."""
         return sorted((component.name for component in self.mask.kept), key=self._price)

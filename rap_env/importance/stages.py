@@ -11,6 +11,7 @@ from rap_env.mask import Component
 _STEP = 0.25  # part of a site's parts that are tried, and go, together
 _MEASURED = 0.5  # part of the steps that a later stage measures again: those that were cheapest
 _REMOVED = 1 / 3  # part of all steps that a stage removes
+_GROWTH = 2.0  # of a step's cost from one step of a site to the next, where it was not measured
 _ENOUGH = 0.5  # part of all that can be freed after which nothing is measured any more
 
 
@@ -32,6 +33,7 @@ class StagedRounds(Rounds):
         self._meter = meter
         self.loss = self.known[self.mask] = -meter.evaluate([self.mask])[0].score
         self._size = {site: math.ceil(_STEP * len(bits)) for site, bits in self.mask.kept_parts}
+        self.costs: dict[str, float] = {}
         self._waiting: deque[str] = deque()
         self._prices: dict[str, float] = {}  # of the next step of each site, by the site's name
 
@@ -40,6 +42,19 @@ class StagedRounds(Rounds):
         if not self._waiting:
             self._play_stage()
         return Removal(self._waiting.popleft(), self.loss)
+
+    def all_costs(self) -> dict[str, float]:
+        """By how much the loss rose without each part when it was measured last, at least 0.
+
+        A part that never was costs twice what the part that goes before it does, for losses rise ever faster.
+        """
+        costs, before = {}, {}
+        for component in reversed(self.mask.components):
+            known = self.costs.get(component.name)
+            if known is None:
+                known = _GROWTH ** (1 / self._size[component.site]) * before[component.site]
+            costs[component.name] = before[component.site] = max(known, 0.0)
+        return costs
 
     def left(self) -> list[str]:
         """Names of what was not removed: first what the last stage still held, then all others."""
@@ -79,5 +94,6 @@ class StagedRounds(Rounds):
             self._prices[name] = price(loss - self.loss, freed)
             for component in steps[name]:
                 self.increases[component.name] = (loss - self.loss) * self._freed[component.name] / freed
+        self.costs |= self.increases
         self.first_increases = self.first_increases or dict(self.increases)
         return names

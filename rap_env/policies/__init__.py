@@ -5,6 +5,7 @@ from rap_env.policies.base import Policy, load_policy, save_policy
 from rap_env.policies.fixed import DensePolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy
 from rap_env.policies.learned import OneStepPolicy, SequentialPolicy
 from rap_env.policies.milp import MilpPolicy
+from rap_env.policies.priced import PricedPolicy
 from rap_env.policies.width import WidthPolicy
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "OneStepPolicy",
     "OrderPolicy",
     "Policy",
+    "PricedPolicy",
     "RandomPolicy",
     "SequentialPolicy",
     "WidthPolicy",

@@ -133,7 +133,9 @@ def make_task(
     scenarios = scenario_grid(llm.shape, workloads, ratios)
     task = Task(problem, TOY_WINDOWS, sampler, scenarios, **{"seed": 0} | options)
     if order is not None:
-        ranking = ImportanceRanking(tuple(order) or tuple(names_of(llm)), (), 0.0, {}, known or {}, 0, 0, 0.0)
+        ranking = ImportanceRanking(
+            tuple(order) or tuple(names_of(llm)), (), 0.0, {}, dict.fromkeys(names_of(llm), 1.0), known or {}, 0, 0, 0.0
+        )
         task.__dict__["ranking"] = ranking
     return task
 
