@@ -11,6 +11,7 @@ from rap_env.mask import ATTENTION, PruningMask, kept_sites
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from rap_env.widths import prepare
+from rap_env.widths.compensation import COMPENSATIONS
 from rap_env.widths.order import SCORES
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
 from rap_env.widths.statistics import input_statistics
@@ -97,7 +98,7 @@ def test_statistics_are_those_of_what_upstream_computes():
         assert torch.allclose(statistics.gram.double(), flat.T @ flat / len(flat), atol=1e-5)
 
 
-@pytest.mark.parametrize("compensation", ["bias", "ridge", "procrustes"])
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
 def test_refits_stand_in_for_output_matrices_and_cost_what_they_weigh(compensation):
     plain, llm = build(), build()
     prepare_widths(plain, WINDOWS)
