@@ -23,11 +23,14 @@ class Preparation:
     """What the order of a model's parts rests on.
 
     Attributes:
+        order: What the order is, as a short digest; empty for the checkpoint's own. Components' names end with it, so
+            that a mask over parts in another order is refused.
         tokens: Calibration tokens that were forwarded for it.
         seconds: Time that this took when it was measured.
         scores: For each rule of scoring, the scores of the components by name.
     """
 
+    order: str = ""
     tokens: int = 0
     seconds: float = 0.0
     scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class ModelShape:
         return cls.from_model(quantise(skeleton(config, dtype), weights, kv_cache), granularity)
 
     @classmethod
-    def from_model(cls, model: nn.Module, granularity: str = "block") -> "ModelShape":
+    def from_model(cls, model: nn.Module, granularity: str = "block", order: str = "") -> "ModelShape":
         """Counts a model's own tensors, so that biases, query norms, ties and number formats are exactly its own.
 
         Args:
@@ -72,6 +72,7 @@ class ModelShape:
             granularity: What is a component: `"block"`, whole sites, or `"group"`, KV heads with their query heads and
                 groups of `GROUP_CHANNELS` MLP channels. What a site has beside its groups (a bias or INT8 scales of its
                 output, norms of heads) always stays then.
+            order: What the order of parts is, where it is not the checkpoint's: names end with `@` and this.
 
         Raises what `from_config` raises.
         """
@@ -82,7 +83,8 @@ class ModelShape:
         for index, layer in enumerate(layers):
             for kind in KINDS:
                 kv_bytes = cached_bytes(layer.module.self_attn, model.dtype) if kind == ATTENTION else 0
-                components += _rows(layer, Site(index, kind), kv_bytes, granularity)
+                rows = _rows(layer, Site(index, kind), kv_bytes, granularity)
+                components += [replace(row, name=f"{row.name}@{order}") for row in rows] if order else rows
         return cls(
             model_type=config.model_type,
             hidden_size=config.hidden_size,

@@ -91,7 +91,7 @@ class SwitchableLLM:
         """Has to be called after weights or refits were changed: what is known of them is forgotten."""
         self.__dict__.pop("digest", None)
         self._layers = decoder_layers(self.model)
-        self.shape = ModelShape.from_model(self.model, self._granularity)
+        self.shape = ModelShape.from_model(self.model, self._granularity, self.preparation.order)
         self.apply(PruningMask.all_kept(self.shape))
 
     def parameters_of(self, site: Site) -> list[nn.Parameter]:

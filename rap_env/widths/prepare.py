@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,14 +95,21 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
     if not (folder / _DESCRIPTION).is_file():
         _measure(llm, windows, recipe, folder)
     description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    orders = hashlib.sha256()
     for site in llm.shape.sites:
         with safe_open(file_of(folder, site), "pt") as file:
-            reorder(llm.layer_of(site), site.kind, file.get_tensor("order"))
+            order = file.get_tensor("order")
+        reorder(llm.layer_of(site), site.kind, order)
+        orders.update(order.numpy().tobytes())
         if recipe.compensation == "bias":
             add_bias(llm.layer_of(site).output(site.kind))
     llm.refits = None if recipe.compensation == NONE else Refits(folder, digest)
-    llm.preparation = Preparation(windows.numel(), description["seconds"], description["scores"])
+    prepared = Preparation(orders.hexdigest()[:6], windows.numel(), description["seconds"])
+    llm.preparation = prepared
     llm.weights_changed()
+    names = [component.name for component in llm.shape.components]
+    of_parts = {rule: dict(zip(names, of.values(), strict=True)) for rule, of in description["scores"].items()}
+    llm.preparation = replace(prepared, scores=of_parts)
 
 
 def _measure(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe, folder: Path) -> None:

@@ -160,7 +160,7 @@ def test_what_was_measured_is_kept_and_the_same_model_is_not_measured_again(monk
 def test_a_mask_that_keeps_other_parts_has_no_refit():
     llm = build()
     prepare_widths(llm, WINDOWS, WidthRecipe(compensation="ridge"))
-    mask = PruningMask.all_kept(llm.shape).drop("layer1.mlp.0:16")
+    mask = PruningMask.all_kept(llm.shape).drop(f"layer1.mlp.0:16@{llm.preparation.order}")
     with pytest.raises(CompensationFailed, match=r"keep the first parts of each site; layer1\.mlp keeps others"):
         llm.apply(mask)
 
@@ -223,3 +223,19 @@ def test_quantised_weights_can_not_be_ordered_any_more(monkeypatch):
     llm = quantised_cases.build("llama", "int8")
     with pytest.raises(UnsupportedArchitecture, match="quantise them afterwards"):
         prepare_widths(llm, WINDOWS)
+
+
+def test_a_mask_over_parts_in_another_order_is_refused():
+    plain, by_wanda, by_norm = build(), build(), build()
+    prepare_widths(by_wanda, WINDOWS)
+    prepare_widths(by_norm, WINDOWS, WidthRecipe("2ssp", "ridge"))
+    mask = PruningMask.from_widths(by_wanda.shape, [1, 2] * 3)
+    for other in (plain, by_norm):
+        with pytest.raises(InvalidMask, match="expected a mask over the"):
+            other.apply(mask)
+        with pytest.raises(UnknownName, match="@"):
+            PruningMask.from_json(other.shape, mask.to_json())
+    again = build()
+    prepare_widths(again, WINDOWS, WidthRecipe(compensation="bias"))
+    again.apply(PruningMask.from_json(again.shape, mask.to_json()))
+    assert again.mask.widths == mask.widths, "compensation leaves the order as it is"
