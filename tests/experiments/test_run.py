@@ -164,7 +164,9 @@ def test_generated_tokens_are_the_same_for_search_report_and_random_scenarios(ru
 
 def test_components_may_be_groups(run_here, folder):
     results = run_here(folder / "groups", "agent=greedy_gsi", "model.granularity=group")["results"]
-    assert results["components"][:4] == [
+    names, orders = zip(*(name.split("@") for name in results["components"]), strict=True)
+    assert len(set(orders)) == 1, "all parts say which order they stand in"
+    assert list(names[:4]) == [
         "layer0.attention.0",
         "layer0.attention.1",
         "layer0.mlp.0:64",
