@@ -1,13 +1,12 @@
 """Local search: the greedy walk first, then swaps in the best masks known."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from agents.base import ArchiveAgent, Case, Task
-from agents.granularity import LARGEST_MOVE
-from rap_env.mask import PruningMask, Site
+from agents.granularity import parts_to_move
+from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario
 from rap_env.policies.walk import fit_to_budget
 
@@ -79,16 +78,13 @@ def swap_one(
     going, coming = (group[generator.integers(len(group))].site for group in (mask.kept, mask.dropped))
     if going == coming:  # as many parts come as go
         return mask
-    going = [c.name for c in mask.kept if c.site == going][::-1][: _drawn_parts(mask, going, generator)]
-    coming = [c.name for c in mask.dropped if c.site == coming][: _drawn_parts(mask, coming, generator)]
+    n_going, n_coming = (
+        parts_to_move(len(mask.components.positions[site.name]), generator) for site in (going, coming)
+    )
+    going = [c.name for c in mask.kept if c.site == going][::-1][:n_going]
+    coming = [c.name for c in mask.dropped if c.site == coming][:n_coming]
     moved = {*going, *coming}
     between = (name for name in order if name not in moved)
     swapped, order = mask.drop(*going).restore(*coming), [*going, *between, *reversed(coming)]
     # What goes comes back last, so that others of its site may have come back before it.
     return fit_to_budget(swapped, shape, order, scenario.workload, scenario.budget_bytes).nested
-
-
-def _drawn_parts(mask: PruningMask, site: Site, generator: np.random.Generator) -> int:
-    """How many parts of a site move at once."""
-    n_parts = len(mask.components.positions[site.name])
-    return 1 if n_parts == 1 else int(generator.integers(1, 1 + math.ceil(n_parts * LARGEST_MOVE)))

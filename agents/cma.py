@@ -36,12 +36,6 @@ class CmaAgent(ScenarioAgent):
         )
         while not optimizer.should_stop():
             wishes = [optimizer.ask() for _ in range(self._population)]
-            masks = [space.mask(widths_of(wish, space)) for wish in wishes]
+            masks = [space.mask(space.in_proportion(wish)) for wish in wishes]
             rewards = yield masks
             optimizer.tell([(wish, -reward) for wish, reward in zip(wishes, rewards, strict=True)])
-
-
-def widths_of(wish: np.ndarray, space: Granularity) -> np.ndarray:
-    """The allowed vector [n_bits] in which sites keep parts in proportion to a wish [n_sites]."""
-    depths = [(np.arange(len(group)) + 0.5) / len(group) / own for group, own in zip(space.groups, wish, strict=True)]
-    return space.fit(np.ones(len(space.bits), dtype=bool), np.argsort(-np.concatenate(depths), kind="stable"))

@@ -15,6 +15,11 @@ from rap_env.memory.scenario import Scenario
 LARGEST_MOVE = 0.125  # part of a site's parts that a search moves at once at most
 
 
+def parts_to_move(n_parts: int, generator: np.random.Generator) -> int:
+    """How many of a site's parts a search moves at once."""
+    return 1 if n_parts == 1 else int(generator.integers(1, 1 + math.ceil(n_parts * LARGEST_MOVE)))
+
+
 class Granularity:
     """One bit a component: every mask that fits and leaves no room for another bit.
 
@@ -65,7 +70,7 @@ class Granularity:
         group = next(group for group in self.groups if group[0] <= bit <= group[-1])
         if len(group) == 1:
             return group
-        n_moved = generator.integers(1, 1 + math.ceil(len(group) * LARGEST_MOVE))
+        n_moved = parts_to_move(len(group), generator)
         return group[keep[group]][::-1][:n_moved] if keep[bit] else group[~keep[group]][:n_moved]
 
     def nest(self, keep: np.ndarray) -> np.ndarray:
@@ -108,10 +113,16 @@ class Granularity:
         places = [np.mean([rank[component.name] for component in bit]) for bit in self.bits]
         return self.fit(np.ones(len(self.bits), dtype=bool), np.argsort(places, kind="stable"))
 
+    def in_proportion(self, wishes: np.ndarray) -> np.ndarray:
+        """The allowed vector in which groups keep bits in proportion to a wish each [n_groups]."""
+        depths = [
+            (np.arange(len(group)) + 0.5) / len(group) / wish for group, wish in zip(self.groups, wishes, strict=True)
+        ]
+        return self.fit(np.ones(len(self.bits), dtype=bool), np.argsort(-np.concatenate(depths), kind="stable"))
+
     def uniform(self) -> np.ndarray:
-        """The same part of every group; bits that are sites go from the last layer's to the first's."""
-        places = np.concatenate([(np.arange(len(group)) + 0.5) / len(group) for group in self.groups])
-        return self.fit(np.ones(len(self.bits), dtype=bool), np.argsort(-places, kind="stable"))
+        """The same part of every group."""
+        return self.in_proportion(np.ones(len(self.groups)))
 
     def bits_of(self, mask: PruningMask) -> np.ndarray:
         """An allowed vector near a mask: a bit is kept where the mask keeps most of what it stands for."""

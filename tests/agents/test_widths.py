@@ -9,7 +9,6 @@ import torch
 from transformers import AutoConfig
 
 from agents.archive import swap_one
-from agents.cma import widths_of
 from agents.driver import run_search
 from agents.evopress import mutate
 from agents.granularity import Granularity
@@ -95,10 +94,10 @@ def test_uniform_widths_are_equal_in_all_sites_and_wishes_scale_them(grouped):
     uniform = space.mask(space.uniform())
     widths = np.array(uniform.widths).reshape(-1, 2)  # of attentions and MLPs
     assert np.ptp(widths[:, 0]) <= 1 and np.ptp(widths[:, 1]) <= 1
-    assert space.mask(widths_of(np.ones(8), space)) == uniform
+    assert space.mask(space.in_proportion(np.ones(8))) == uniform
     wish = np.ones(8)
     wish[3] = 0.05
-    assert space.mask(widths_of(wish, space)).widths[3] == 0
+    assert space.mask(space.in_proportion(wish)).widths[3] == 0
 
 
 def test_uniform_mlps_leave_attentions_alone(grouped):
