@@ -1,4 +1,4 @@
-"""Part `quantised`: bytes, perplexity and speed of models in other number formats, beside the one that was loaded."""
+"""Part `quantised`: bytes, perplexity and speed of number formats, whole and with a part of all MLP channels."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,9 @@ from rap_env.calibration.sampling import consecutive_windows
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.quantised import KERNEL_ROWS
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.mask import ATTENTION, MLP, PruningMask
+from rap_env.memory.footprint import footprint
+from rap_env.memory.workload import Workload
 
 _PROMPT_TOKENS = 64  # in front of what is decoded
 _FULL = "full weights, full KV cache"
@@ -27,11 +30,15 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     """Measures each format on the first windows of a text; all are timed in turn, and compared repeat by repeat."""
     options = bench.options["quantised"]
     formats = {name_of(*pair): pair for pair in [("full", "full"), *map(tuple, options["formats"])]}
-    llms = {name: bench.build_llm(weights=weights, kv_cache=kv) for name, (weights, kv) in formats.items()}
+    llms = {name: _built(bench, *pair) for name, pair in formats.items()}
     text = "".join(packaged_corpus("evaluation").documents) if options["text"] is None else local_text(options["text"])
     windows = consecutive_windows(text, bench.llm.tokenizer, options["window_tokens"], options["windows"])
-    step = counted(progress, len(llms) * (1 + 2 * options["repeats"]))
+    step = counted(progress, len(llms) * (1 + 4 * options["repeats"]))
     results = {name: step(_quality(llm, windows)) for name, llm in llms.items()}
+    for name, pair in formats.items():
+        narrow = f"{name}, {options['mlp_channels']:.0%} of all MLP channels"
+        llms[narrow] = _built(bench, *pair, options["mlp_channels"])
+        results[narrow] = _size_of(llms[narrow])  # nothing chose the channels, so their loss says nothing
     ways = {"decoding": _decoding(llms, windows[0], options["decoded_tokens"]), "prefill": _prefill(llms, windows[0])}
     for task, of_models in ways.items():
         timings, _ = alternate(_stepping(of_models, step), options["repeats"])
@@ -39,6 +46,15 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
             results[name][task] = speedup(timings[_FULL], seconds)
     found = [{"format": name, **result} for name, result in results.items()]  # a list: records sort their keys
     return {"formats": found, "windows": list(windows.shape), "decoded_tokens": options["decoded_tokens"]}
+
+
+def _built(bench: Bench, weights: str, kv_cache: str, mlp_channels: float = 1.0) -> SwitchableLLM:
+    """A model in a number format that keeps a part of the channels of every MLP."""
+    llm = bench.build_llm(granularity="group", weights=weights, kv_cache=kv_cache)
+    kept = {ATTENTION: 1.0, MLP: mlp_channels}
+    widths = [round(kept[site.kind] * (own.stop - own.start)) for site, own in llm.shape.components.sites]
+    llm.apply(PruningMask.from_widths(llm.shape, widths))
+    return llm
 
 
 def _stepping(ways: Mapping[str, Callable[[], Any]], step: Callable[..., Any]) -> dict[str, Callable[[int], Any]]:
@@ -54,12 +70,16 @@ def _quality(llm: SwitchableLLM, windows: torch.Tensor) -> dict[str, Any]:
     spread = torch.stack([_logits(llm, window)[1:few] for window in windows]).std()
     metrics = PerplexityEvaluator(windows, "text").evaluate(llm).tasks["text"]
     return {
+        **_size_of(llm),
         "loss": metrics["loss"],
-        "weight_bytes": llm.shape.weight_bytes,
-        "kv_bytes_per_token": sum(row.kv_bytes_per_token for row in llm.shape.components),
         # Of logits behind the first token, whose activations are huge.
         "few_rows_from_many": (torch.stack(apart)[:, 1:].square().mean().sqrt() / spread).item(),
     }
+
+
+def _size_of(llm: SwitchableLLM) -> dict[str, int]:
+    one_token = footprint(llm.shape, llm.mask, Workload(1, 1))
+    return {"weight_bytes": one_token.weights_bytes, "kv_bytes_per_token": one_token.kv_cache_bytes}
 
 
 def _logits(llm: SwitchableLLM, tokens: torch.Tensor) -> torch.Tensor:
@@ -100,10 +120,12 @@ def lines(results: dict[str, Any]) -> list[str]:
     printed = [f"{_size(full)}; loss {full['loss']:.4f}; few rows and many differ by {full['few_rows_from_many']:.1%}"]
     for found in others:
         times = [f"{task} in {_range([1 / r for r in found[task]['ratios']])}" for task in ("decoding", "prefill")]
-        printed.append(
-            f"{_size(found)}; loss {found['loss'] - full['loss']:+.4f}; {', '.join(times)} of the time; few rows and"
-            f" many differ by {found['few_rows_from_many']:.1%}"
+        quality = (
+            f"; loss {found['loss'] - full['loss']:+.4f}; few rows and many differ by {found['few_rows_from_many']:.1%}"
+            if "loss" in found
+            else ""
         )
+        printed.append(f"{_size(found)}; {', '.join(times)} of the time{quality}")
     return printed
 
 

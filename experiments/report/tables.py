@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.report.comparison import SEARCH, Comparison, decided, distinct, has_loss
+from experiments.report.frontier import frontier_table
 from experiments.report.metrics import SPREAD, interquartile_mean, loss_over_dense, plain_mean, regret, with_spread
 from experiments.report.table import Table
 from experiments.report.widths import compensation_table
@@ -23,8 +24,8 @@ def table_lines(kind: str, named: Named) -> list[str]:
     """Markdown lines of a table with the notes under it.
 
     Args:
-        kind: `metrics`, `spending`, `run`, `compensation`: of all records together; `compact`, `perplexity`: each
-            name's records are a comparison of its own.
+        kind: `metrics`, `spending`, `run`, `compensation`, `frontier`: of all records together; `compact`,
+            `perplexity`: each name's records are a comparison of its own.
         named: Records by name.
 
     Raises:
@@ -212,4 +213,5 @@ KINDS = {
     "compact": compact_table,
     "perplexity": perplexity_table,
     "compensation": lambda named: compensation_table(_all(named)),
+    "frontier": lambda named: frontier_table(_all(named)),
 }

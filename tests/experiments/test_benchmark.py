@@ -117,8 +117,16 @@ def test_memory_is_measured_for_every_case(results_of, monkeypatch):
 
 def test_number_formats_are_measured_beside_the_loaded_one(results_of):
     results = results_of("quantised")
-    full, weights, cache = results["formats"]
-    assert [found["format"] for found in results["formats"]] == [f"{w} weights, {kv} KV cache" for w, kv in FORMATS]
+    full, weights, cache, *narrow = results["formats"]
+    names = [f"{w} weights, {kv} KV cache" for w, kv in FORMATS]
+    assert [found["format"] for found in results["formats"]] == [
+        *names,
+        *(f"{name}, 50% of all MLP channels" for name in names),
+    ]
+    mlps = [4 * 4 * 3 * 32 * 64, 4 * (3 * 32 * 64 + 4 * 2 * 64), 4 * 4 * 3 * 32 * 64]  # one part: half is none
+    for whole, half, mlp in zip((full, weights, cache), narrow, mlps, strict=True):
+        assert half["weight_bytes"] == whole["weight_bytes"] - mlp and "loss" not in half
+        assert half["decoding"]["repeats"] == half["prefill"]["repeats"] == 2
     # 4 layers of 9,216 weights, 2 x 257 x 32 of embedding and head, 9 norms of 32; scales for 4 (2 x 32 + 2 x 16
     # + 2 x 64 + 32) outputs and 2 x 257 rows; 4 bytes each.
     assert full["weight_bytes"] == 4 * (4 * 9_216 + 2 * 257 * 32 + 9 * 32)

@@ -1,0 +1,179 @@
+"""Bytes against quality of several ways to make a model smaller: `experiment=frontier`'s table and picture.
+
+`python -m experiments.report.frontier results/frontier.jsonl -o page.html` prints the table and writes the picture.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from plotly.colors import qualitative
+from plotly.graph_objects import Scatter
+from plotly.io import to_html
+from plotly.offline import get_plotlyjs
+from plotly.subplots import make_subplots
+
+from experiments.records import read_records
+from experiments.report.comparison import SEARCH, workload_name
+from experiments.report.drawing import PageFigure
+from experiments.report.table import Table
+from rap_env.files import write_over
+
+BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)  # of the bytes of the model as it was loaded, all kept
+_BLOCKS, _GROUPS = "whole sites", "parts"
+_REFERENCE = _BLOCKS
+_LEAST_DRAWN = 1e-3  # losses below are drawn here: the axis is logarithmic
+_PAGE = Template("<!doctype html><meta charset='utf-8'><script>$plotly</script>$figure")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mask at a workload.
+
+    Attributes:
+        share: Its bytes, of those of the whole model in full precision.
+        search_score: Chooses among masks that fit.
+        loss: Report loss minus that of the whole model in full precision.
+    """
+
+    share: float
+    search_score: float
+    loss: float
+
+
+class Frontier:
+    """Records that differ in how the model was made smaller, read together.
+
+    Args:
+        records: One for each way; one of them of whole sites in full precision, which the others are relative to.
+
+    Attributes:
+        points: By way and workload, the whole model's first.
+
+    Raises:
+        ValueError: Two records are of one way, the reference is missing, or a workload is not in all of them.
+    """
+
+    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+        named = {way_of(record): record["results"] for record in records}
+        if len(named) < len(records):
+            raise ValueError("expected one record for each way to make the model smaller; there are two of one")
+        if _REFERENCE not in named:
+            raise ValueError(f"expected a record of {_REFERENCE!r} among them; got {', '.join(named)}")
+        self.points = {way: _points(results, named[_REFERENCE]) for way, results in sorted(named.items(), key=_rank)}
+        if len({tuple(sorted(of_way)) for of_way in self.points.values()}) > 1:
+            raise ValueError("expected records of the same workloads; they differ")
+
+    def best(self, way: str, budget: float) -> float:
+        """Mean loss over the workloads of the masks that fit, the best ones by the search's score; NaN if one has none.
+
+        Args:
+            way: One of `points`.
+            budget: Share of the bytes of the whole model in full precision.
+        """
+        losses = []
+        for points in self.points[way].values():
+            fitting = [point for point in points if point.share <= budget]
+            losses.append(max(fitting, key=lambda point: point.search_score).loss if fitting else np.nan)
+        return float(np.mean(losses))
+
+
+def way_of(record: Mapping[str, Any]) -> str:
+    """What a record's model was made smaller by, in words."""
+    model, widths = record["config"]["model"], record["config"]["widths"]
+    parts = [_BLOCKS if model["granularity"] == "block" else _GROUPS]
+    parts += [widths["compensation"]] * (widths["compensation"] != "none" and model["granularity"] != "block")
+    parts += [model["weights"].upper()] * (model["weights"] != "full")
+    parts += [f"{model['kv_cache'].upper()} KV"] * (model["kv_cache"] != "full")
+    return ", ".join(parts)
+
+
+def _rank(item: tuple[str, Any]) -> tuple[int, str]:
+    return item[0].count(","), item[0] != _REFERENCE, item[0]
+
+
+def _points(results: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """By workload, the whole model first."""
+    main, dense_loss = reference["evaluators"][0], -reference["dense"][reference["evaluators"][0]]
+    full_bytes = {workload_name(row): row["footprint"]["peak_bytes"] for row in reference["references"]["dense"]}
+    points: dict[str, list[Point]] = {}
+    for row in [*results["references"]["dense"], *results["rows"]]:
+        own, name = points.setdefault(workload_name(row), []), workload_name(row)
+        share = row["footprint"]["peak_bytes"] / full_bytes[name]
+        point = Point(share, row[SEARCH]["score"], -row["reports"][main]["score"] - dense_loss)
+        if point not in own:
+            own.append(point)
+    return points
+
+
+def frontier_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Mean loss over the full-precision model at budgets: a row for each way, the best of each budget in bold."""
+    frontier = Frontier(records)
+    losses = np.array([[frontier.best(way, budget) for budget in BUDGETS] for way in frontier.points])
+    best = np.nanmin(np.where(np.isnan(losses), np.inf, losses), axis=0)
+
+    def cell(loss: float, least: float) -> str:
+        text = "-" if np.isnan(loss) else f"{loss:.3f}"
+        return f"**{text}**" if loss == least else text
+
+    rows = [[way, *map(cell, of_way, best)] for way, of_way in zip(frontier.points, losses, strict=True)]
+    return Table(["", *(f"{budget:.0%}" for budget in BUDGETS)], rows)
+
+
+def frontier_figure(records: Sequence[Mapping[str, Any]]) -> PageFigure:
+    """Loss against bytes, a panel for each workload and a line for each way."""
+    frontier = Frontier(records)
+    names = list(next(iter(frontier.points.values())))
+    figure = make_subplots(1, len(names), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.02)
+    for number, (way, of_way) in enumerate(frontier.points.items()):
+        colour = qualitative.Dark24[number % len(qualitative.Dark24)]
+        for column, name in enumerate(names, 1):
+            points = sorted(of_way[name], key=lambda point: point.share)
+            figure.add_trace(
+                Scatter(
+                    x=[100 * point.share for point in points],
+                    y=[max(point.loss, _LEAST_DRAWN) for point in points],
+                    name=way,
+                    legendgroup=way,
+                    showlegend=column == 1,
+                    mode="lines+markers",
+                    line={"color": colour, "dash": "solid" if "INT" not in way else "dot"},
+                ),
+                1,
+                column,
+            )
+    figure.update_xaxes(title="bytes, % of the whole model's in full precision")
+    figure.update_yaxes(type="log")
+    figure.update_yaxes(title="report loss over that model (nats)", col=1)
+    figure.update_layout(height=520)
+    caption = (
+        "Each way's masks, from the whole model (right) to half of its own bytes. Lower and further left is better."
+    )
+    return PageFigure("frontier", "Bytes against quality", caption, figure)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the table, and writes a page with the picture, which `scripts/page_pictures.py` can draw."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report.frontier", description=__doc__.splitlines()[0])
+    parser.add_argument("records", type=Path, help="results/frontier.jsonl, or a sweep's folder")
+    parser.add_argument("-o", "--output", type=Path, help="HTML page to write")
+    options = parser.parse_args(arguments)
+    try:
+        records = read_records(options.records)
+        table = frontier_table(records)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(" | ".join(cells) for cells in (table.columns, *table.rows)))
+    if options.output:
+        drawn = frontier_figure(records)
+        html = to_html(drawn.figure, include_plotlyjs=False, full_html=False, div_id=f"figure-{drawn.name}")
+        print(write_over(options.output, _PAGE.substitute(plotly=get_plotlyjs(), figure=html)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
