@@ -93,11 +93,14 @@ def bytes_by_name(shape, workload: Workload) -> dict[str, int]:
     return dict(zip(names, component_bytes(shape, workload), strict=True))
 
 
-@functools.lru_cache(maxsize=256)
 def smallest_bytes(shape, workload: Workload) -> int:
-    """Peak bytes with every component dropped: the smallest budget that any mask can meet."""
-    none_kept = PruningMask(shape.components, (False,) * len(shape.components))
-    return footprint(shape, none_kept, workload).peak_bytes
+    """Peak bytes with every component dropped: the smallest budget that any mask can meet.
+
+    Raises:
+        InvalidWorkload: A sequence is longer than the model's context.
+    """
+    workload.check_context(shape.context_tokens)
+    return shape.fixed_bytes
 
 
 def check_feasible(shape, workload: Workload, budget_bytes: float) -> None:
@@ -112,7 +115,10 @@ def check_feasible(shape, workload: Workload, budget_bytes: float) -> None:
         raise InfeasibleBudget(budget_bytes, smallest, workload)
 
 
-@functools.lru_cache(maxsize=256)
 def dense_bytes(shape, workload: Workload) -> int:
-    """Peak bytes of the unpruned model; a `budget_ratio` is a fraction of it."""
-    return footprint(shape, PruningMask.all_kept(shape), workload).peak_bytes
+    """Peak bytes of the unpruned model; a `budget_ratio` is a fraction of it.
+
+    Raises:
+        InvalidWorkload: A sequence is longer than the model's context.
+    """
+    return smallest_bytes(shape, workload) + sum(component_bytes(shape, workload))

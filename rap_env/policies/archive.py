@@ -5,7 +5,7 @@ from typing import Any
 
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask, full_order
-from rap_env.memory.footprint import dense_bytes, footprint
+from rap_env.memory.footprint import dense_bytes, smallest_bytes
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import Policy, policy_kind
 from rap_env.policies.walk import fit_to_budget
@@ -38,8 +38,9 @@ class ArchivePolicy(Policy):
         dense = PruningMask.all_kept(self.shape)
         if dense_bytes(self.shape, workload) <= budget_bytes:
             return dense
-        for mask, _score in self._entries:  # the highest score first
-            if footprint(self.shape, mask, workload).peak_bytes <= budget_bytes:
+        smallest, tokens = smallest_bytes(self.shape, workload), workload.cached_tokens(self.shape.attention_window)
+        for (mask, _score), (weights, kv) in self._entries.items():  # the highest score first
+            if smallest + weights + kv * tokens <= budget_bytes:
                 return mask
         return fit_to_budget(dense, self.shape, self._order, workload, budget_bytes)
 
@@ -54,15 +55,15 @@ class ArchivePolicy(Policy):
         return cls(shape, evaluated, parameters["order"])
 
 
-def _pareto_front(evaluated: Iterable[tuple[PruningMask, float]]) -> list[tuple[PruningMask, float]]:
-    """Masks that are better than all that need no more of either sum, the best first."""
+def _pareto_front(evaluated: Iterable[tuple[PruningMask, float]]) -> dict[tuple[PruningMask, float], tuple[int, int]]:
+    """Masks that are better than all that need no more of either sum, the best first, with these sums."""
     costs = {}
     for mask, score in evaluated:
         weights, kv = sum(row.weight_bytes for row in mask.kept), sum(row.kv_bytes_per_token for row in mask.kept)
         costs[mask, score] = weights, kv
-    front: list[tuple[PruningMask, float]] = []
+    front: dict[tuple[PruningMask, float], tuple[int, int]] = {}
     for entry in sorted(costs, key=lambda entry: (-entry[1], costs[entry], entry[0].digest)):
         weights, kv = costs[entry]
-        if not any(costs[better][0] <= weights and costs[better][1] <= kv for better in front):
-            front.append(entry)
+        if not any(less <= weights and fewer <= kv for less, fewer in front.values()):
+            front[entry] = weights, kv
     return front
