@@ -114,6 +114,27 @@ class PrunedModel:
     def head_size(self) -> int:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
+    def refuse_unlike_llama(self, format: str) -> None:
+        """Refuses layers that can't be written as Llama's, for a format that knows no others.
+
+        Args:
+            format: What it is, for the message.
+
+        Raises:
+            ExportRefused: Says what differs.
+        """
+        why = None
+        if self.config.model_type == "opt":
+            why = "OPT has learned positions and layer norms with biases"
+        elif self.config.model_type == "qwen3":
+            why = "Qwen3 normalises queries and keys"
+        elif self.config.hidden_act != "silu":
+            why = f"its MLPs use {self.config.hidden_act!r} instead of 'silu'"
+        elif self.architecture.window(self.config) is not None:
+            why = "its attention looks back on a sliding window"
+        if why:
+            raise ExportRefused(f"{format} can't hold this model: {why}; export it as hf")
+
     @property
     def biased(self) -> set[str]:
         """Paths of the matrices that have a bias in any layer."""
