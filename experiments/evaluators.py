@@ -1,7 +1,7 @@
 """What scores masks: each YAML in conf/evaluation names one of these builders of a search half and a report half."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rap_env.calibration import (
@@ -166,6 +166,6 @@ def _text_halves(
     return Halves(search, report, search_text, reported, reported)
 
 
-def searched_corpus(search_text: Corpus) -> Corpus:
+def searched_corpus(search_text: Callable[[], Corpus]) -> Corpus:
     """Calibration text for `calibration=search`: what masks are searched on."""
-    return search_text
+    return search_text()

@@ -113,6 +113,10 @@ class RecordExists(RapError, FileExistsError):
     """A record that is already there; records are written once."""
 
 
+class RunUnreadable(RapError, ValueError):
+    """A folder without a run's record, or a record from which its model or a mask can't be had again."""
+
+
 class FolderInUse(RapError, OSError):
     """A run's folder that another run is writing into."""
 

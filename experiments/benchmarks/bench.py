@@ -46,7 +46,7 @@ class Bench:
 
     def windows(self, seed: int = 0) -> torch.Tensor:
         """Calibration tokens [N, T]."""
-        corpus = build_corpus(self._config, self._halves.search_text)
+        corpus = build_corpus(self._config, lambda: self._halves.search_text)
         return build_windows(self._config, corpus, self.llm, seed)
 
     @cached_property

@@ -25,6 +25,7 @@ from rap_env.problem import PruningProblem
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
 
 _SMALLEST = {"seed": 0, "token_budget": 0, "in_flight": 1, "decisions": 0}
+_SIZE = ("n_samples", "tokens_per_sample")
 _built: dict[str, tuple[str, Any]] = {}  # by name, in the order of building: the JSON of the config, and the part
 
 
@@ -81,7 +82,7 @@ def build(config: DictConfig, main: str) -> Parts:
     Raises:
         RapError: Whatever is wrong with the config; see `rap_env.errors`.
     """
-    whole = config.model.granularity == "block"
+    whole = _of_whole_sites(config.model)
     # Ordering parts changes the model: with other text or another recipe it is loaded anew.
     stands_on = [] if whole else [config.widths, config.calibration, config.evaluation]
     llm: SwitchableLLM = _once("model", [config.model, *stands_on], lambda: _load(config.model, whole))
@@ -106,18 +107,33 @@ def build(config: DictConfig, main: str) -> Parts:
     return Parts(search, reports, sampler, searched, reported, corpus, windows, halves[main].counts)
 
 
+def build_llm(config: DictConfig) -> tuple[SwitchableLLM, Corpus | None]:
+    """The model alone, as a run of the config has it, and the text that its parts are ordered on; None for whole sites.
+
+    Raises:
+        RapError: Whatever is wrong with the config; see `rap_env.errors`.
+    """
+    whole = _of_whole_sites(config.model)
+    llm = _load(config.model, whole)
+    if whole:
+        return llm, None
+    corpus = build_corpus(config, lambda: build_halves(config.evaluation, llm).search_text)
+    _prepare(config, corpus, llm)
+    return llm, corpus
+
+
+def _of_whole_sites(model: DictConfig) -> bool:
+    return model.granularity == "block"
+
+
 def _load(model: DictConfig, whole: bool) -> SwitchableLLM:
     """The model; where it has parts they are ordered, and refitted, before it is quantised."""
     return instantiate(model) if whole else instantiate(model, weights="full", kv_cache="full")
 
 
 def _prepare(config: DictConfig, corpus: Corpus, llm: SwitchableLLM) -> None:
-    options = plain(config.widths)
-    size = options.pop("n_samples"), options.pop("tokens_per_sample")
-    recipe = WidthRecipe(**options)
-    check_windows(*size, llm.shape.context_tokens)
-    sampling = instantiate(config.calibration.sampling, _partial_=True)
-    prepare_widths(llm, sampling(corpus, llm.tokenizer, *size, config.calibration.seed), recipe)
+    recipe = WidthRecipe(**{key: value for key, value in plain(config.widths).items() if key not in _SIZE})
+    prepare_widths(llm, build_windows(config, corpus, llm, config.calibration.seed, of="widths"), recipe)
     llm.quantise(config.model.weights, config.model.kv_cache)
 
 
@@ -146,7 +162,7 @@ def _halves(evaluations: Mapping[str, DictConfig], llm: SwitchableLLM) -> dict[s
 
 def _calibration(config: DictConfig, halves: Mapping[str, Halves], llm: SwitchableLLM) -> tuple[Corpus, torch.Tensor]:
     main, *others = halves.values()
-    corpus = build_corpus(config, main.search_text)
+    corpus = build_corpus(config, lambda: main.search_text)
     for texts in (main.held_out, *(other.reported for other in others)):
         refuse_contamination(corpus, texts)
     return corpus, build_windows(config, corpus, llm, config.calibration.seed)
@@ -157,14 +173,24 @@ def build_halves(evaluation: DictConfig, llm: SwitchableLLM) -> Halves:
     return call_with(instantiate(evaluation, _partial_=True), llm=llm)
 
 
-def build_corpus(config: DictConfig, search_text: Corpus) -> Corpus:
-    """Calibration text; one source takes the text that is searched on."""
+def build_corpus(config: DictConfig, search_text: Callable[[], Corpus]) -> Corpus:
+    """Calibration text; one source takes the text that is searched on, which is built for that one only."""
     return call_with(instantiate(config.calibration.corpus, _partial_=True), search_text=search_text)
 
 
-def build_windows(config: DictConfig, corpus: Corpus, llm: SwitchableLLM, seed: int) -> torch.Tensor:
-    """Calibration tokens [N, T], drawn from the corpus as the YAML says."""
-    size = config.calibration.n_samples, config.calibration.tokens_per_sample
+def build_windows(
+    config: DictConfig, corpus: Corpus, llm: SwitchableLLM, seed: int, of: str = "calibration"
+) -> torch.Tensor:
+    """Calibration tokens [N, T], drawn from the corpus as the YAML says.
+
+    Args:
+        config: The composed config.
+        corpus: What `build_corpus` returned.
+        llm: Its tokenizer cuts the text.
+        seed: Seed of the draw.
+        of: The entry that says how many windows of how many tokens: `"calibration"` or `"widths"`.
+    """
+    size = [config[of][key] for key in _SIZE]
     check_windows(*size, llm.shape.context_tokens)
     return instantiate(config.calibration.sampling, _partial_=True)(corpus, llm.tokenizer, *size, seed)
 

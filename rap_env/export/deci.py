@@ -15,6 +15,7 @@ from rap_env.export.compare import check_model
 from rap_env.export.hf import BIAS_FLAGS, in_type, model_with
 from rap_env.export.pruned import KeptLayer, PrunedModel
 
+_NAME = "a DeciLM checkpoint"
 _MULTIPLE = 256  # readers round the width of an MLP up to a multiple of this
 _WEIGHTS = "model.safetensors"
 
@@ -43,17 +44,10 @@ def refuse(pruned: PrunedModel) -> None:
     Raises:
         ExportRefused: Says what it is.
     """
+    pruned.refuse_unlike_llama(_NAME)
     config, why = pruned.config, None
     heads = {layer.query_heads for layer in pruned.layers} - {0}
-    if config.model_type == "opt":
-        why = "OPT has learned positions and layer norms with biases; DeciLM's layers are Llama's"
-    elif config.model_type == "qwen3":
-        why = "Qwen3 normalises queries and keys; DeciLM's layers are Llama's"
-    elif config.hidden_act != "silu":
-        why = f"its MLPs use {config.hidden_act!r} instead of 'silu'"
-    elif pruned.architecture.window(config) is not None:
-        why = "its attention looks back on a sliding window; DeciLM's on everything"
-    elif pruned.head_size * config.num_attention_heads != config.hidden_size:
+    if pruned.head_size * config.num_attention_heads != config.hidden_size:
         why = "its heads are not hidden_size / num_attention_heads wide, which some readers take for granted"
     elif heads - {config.num_attention_heads}:
         why = (
@@ -63,7 +57,7 @@ def refuse(pruned: PrunedModel) -> None:
     elif not pruned.layers[0].query_heads:
         why = "the first layer of which anything is kept has no attention; vLLM can't run such a model"
     if why:
-        raise ExportRefused(f"a DeciLM checkpoint can't hold this model: {why}; export it as hf or gguf")
+        raise ExportRefused(f"{_NAME} can't hold this model: {why}; export it as hf or gguf")
 
 
 def _padded(layer: KeptLayer) -> KeptLayer:

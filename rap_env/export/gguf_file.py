@@ -16,6 +16,7 @@ from rap_env.export.pruned import KeptLayer, PrunedModel
 from rap_env.export.vocabulary import vocabulary_of
 
 FILE_NAME = "model.gguf"
+_NAME = "llama.cpp's architecture 'deci'"
 _TYPES = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -101,21 +102,13 @@ def refuse(pruned: PrunedModel) -> None:
     Raises:
         ExportRefused: Says what it is.
     """
-    config, why = pruned.config, None
-    rope = getattr(config, "rope_parameters", None) or {}
-    if config.model_type == "opt":
-        why = "OPT has learned positions and layer norms with biases"
-    elif config.model_type == "qwen3":
-        why = "Qwen3 normalises queries and keys"
-    elif config.hidden_act != "silu":
-        why = f"its MLPs use {config.hidden_act!r} instead of 'silu'"
-    elif pruned.architecture.window(config) is not None:
-        why = "its attention looks back on a sliding window"
-    elif rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        why = f"its positions are of rope_type {rope['rope_type']!r}"
-    if why:
-        raise ExportRefused(f"llama.cpp's architecture 'deci' can't hold this model: {why}; export it as hf")
-    vocabulary_of(pruned.tokenizer, config.vocab_size)
+    pruned.refuse_unlike_llama(_NAME)
+    rope_type = pruned.config.rope_parameters.get("rope_type", "default")
+    if rope_type not in ("default", "linear", "llama3"):
+        raise ExportRefused(
+            f"{_NAME} can't hold this model: its positions are of rope_type {rope_type!r}; export it as hf"
+        )
+    vocabulary_of(pruned.tokenizer, pruned.config.vocab_size)
 
 
 def readable(pruned: PrunedModel) -> list[KeptLayer]:

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from rap_env.errors import ExportRefused
-from rap_env.llm.architecture import Architecture, architecture_of
+from rap_env.llm.architecture import Architecture, architecture_of, decoder_layers
+from rap_env.llm.int8_cache import in_int8
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, PruningMask, kept_sites
 
@@ -81,9 +82,14 @@ class PrunedModel:
 
         Raises:
             InvalidMask: The mask belongs to another model, or to another granularity.
-            ExportRefused: It keeps nothing at all.
+            ExportRefused: It keeps nothing at all, or the model is quantised.
         """
         llm.check(mask)
+        if not isinstance(llm.model.lm_head, nn.Linear) or in_int8(decoder_layers(llm.model)[0].module.self_attn):
+            raise ExportRefused(
+                "expected weights and a KV cache in the model's own type, which exports hold; got quantised ones: load"
+                " the model with weights='full' and kv_cache='full'"
+            )
         by_layer: dict[int, dict[str, nn.Module]] = {}
         for site in kept_sites(mask):
             by_layer.setdefault(site.layer, {})[site.kind] = llm.layer_of(site).module
@@ -113,6 +119,27 @@ class PrunedModel:
     @cached_property
     def head_size(self) -> int:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+
+    def refuse_unlike_llama(self, format: str) -> None:
+        """Refuses layers that can't be written as Llama's, for a format that knows no others.
+
+        Args:
+            format: What it is, for the message.
+
+        Raises:
+            ExportRefused: Says what differs.
+        """
+        why = None
+        if self.config.model_type == "opt":
+            why = "OPT has learned positions and layer norms with biases"
+        elif self.config.model_type == "qwen3":
+            why = "Qwen3 normalises queries and keys"
+        elif self.config.hidden_act != "silu":
+            why = f"its MLPs use {self.config.hidden_act!r} instead of 'silu'"
+        elif self.architecture.window(self.config) is not None:
+            why = "its attention looks back on a sliding window"
+        if why:
+            raise ExportRefused(f"{format} can't hold this model: {why}; export it as hf")
 
     @property
     def biased(self) -> set[str]:

@@ -98,13 +98,21 @@ def read_mask(llm: SwitchableLLM, path: str | Path) -> PruningMask:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidMask(f"expected a file with a pruning mask; can't read {path}: {error}") from error
     except RapError:
-        for granularity in GRANULARITIES:
-            if _belongs(ModelShape.from_model(llm.model, granularity), text):
-                raise InvalidMask(
-                    f"{path} holds a mask of granularity {granularity!r}; load the model with it:"
-                    f" granularity={granularity}"
-                ) from None
+        if reason := _of_others(llm, text):
+            raise InvalidMask(f"{path} holds a mask {reason}") from None
         raise
+
+
+def _of_others(llm: SwitchableLLM, text: str) -> str | None:
+    """How a mask that does not belong to a model would, if that were prepared or cut otherwise."""
+    if "@" in text and not llm.preparation.order:
+        return "over parts that a run has ordered; name the run: run=FOLDER"
+    for granularity in GRANULARITIES:
+        if _belongs(ModelShape.from_model(llm.model, granularity), text):
+            if granularity == "group" and llm.preparation.order:
+                return f"over parts in the order of the checkpoint; those of {llm.name} were ordered anew"
+            return f"of granularity {granularity!r}; load the model with it: granularity={granularity}"
+    return None
 
 
 def _belongs(shape: ModelShape, text: str) -> bool:

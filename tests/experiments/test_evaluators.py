@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.evaluators import packaged_text_halves, searched_corpus, task_halves, text_halves
+from experiments.evaluators import packaged_text_halves, task_halves, text_halves
 from experiments.recipes.build import build_corpus, build_halves, build_windows
 from rap_env.calibration import Corpus, consecutive_windows, local_text, packaged_corpus, refuse_contamination
 from rap_env.errors import ContaminationFound, CorpusUnavailable, InvalidWorkload, UnknownName
@@ -188,7 +188,7 @@ def test_each_evaluations_yaml_builds_both_halves(name, tiny_llm, paths):
     config = composed(*overrides)
     halves = build_halves(config.evaluation, tiny_llm)
     assert halves.search.identity != halves.report.identity
-    assert build_corpus(config, halves.search_text) == searched_corpus(halves.search_text)
+    assert build_corpus(config, lambda: halves.search_text) == halves.search_text
 
 
 @pytest.mark.parametrize("name", ["packaged", "local", "wikitext2", "search", "ccds"])
