@@ -58,14 +58,30 @@ def test_ordered_parts_leave_the_dense_model_and_masks_are_the_model_cut_by_hand
                 assert torch.allclose(llm.model(TOKENS).logits, cut_by_hand(llm, mask)(TOKENS).logits, atol=2e-5)
 
 
-def test_what_a_mask_keeps_are_views(monkeypatch):
-    llm = build()
+@pytest.mark.parametrize("member", MEMBERS)
+def test_what_a_mask_keeps_are_views_in_one_piece_from_the_start_of_each_matrix(member):
+    llm = build(member)
     prepare_widths(llm, WINDOWS)
-    own = {parameter.untyped_storage().data_ptr() for parameter in llm.model.parameters()}
+    own = {parameter.data_ptr(): parameter for parameter in llm.model.parameters()}
+    storages, n_narrower = {parameter.untyped_storage().data_ptr() for parameter in own.values()}, 0
     for mask in some_widths(llm):
         for site in kept_sites(mask):
-            modules = llm.layer_of(site).modules_of(site.kind)
-            assert all(p.untyped_storage().data_ptr() in own for module in modules for p in module.parameters())
+            layer = llm.layer_of(site)
+            weights = [p for module in layer.modules_of(site.kind) for p in module.parameters()]
+            assert all(p.untyped_storage().data_ptr() in storages for p in weights)
+            output = layer.output(site.kind).weight
+            assert output.T.is_contiguous()
+            assert all(p.is_contiguous() for p in weights if p is not output)
+            n_narrower += sum(p.shape != own[p.data_ptr()].shape for p in weights if p.ndim == 2)
+    assert n_narrower > 10
+
+
+@pytest.mark.parametrize("compensation", COMPENSATIONS)
+def test_refits_are_stored_as_the_matrices_that_they_stand_in_for(compensation):
+    llm = build()
+    prepare_widths(llm, WINDOWS, WidthRecipe(compensation=compensation))
+    narrowed = [site for mask in some_widths(llm) for site in kept_sites(mask) if site.parts]
+    assert narrowed and all(llm.layer_of(site).output(site.kind).weight.T.is_contiguous() for site in narrowed)
 
 
 @pytest.mark.parametrize("score", SCORES)
