@@ -23,6 +23,7 @@ from rap_env.llm.prepared import Preparation
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Site
 from rap_env.widths.compensation import COMPENSATIONS, best_ridge
+from rap_env.widths.elimination import OBS, elimination_order
 from rap_env.widths.order import SCORES, input_places, order_of, reorder
 from rap_env.widths.refits import Refits, file_of, named
 from rap_env.widths.statistics import InputStatistics, input_statistics, merged
@@ -38,7 +39,7 @@ class WidthRecipe:
     """How parts are ordered, and what makes up for those that are dropped.
 
     Attributes:
-        score: `"wanda"`, `"flap"` or `"2ssp"`; see `rap_env.widths.order`.
+        score: `"wanda"`, `"flap"` or `"2ssp"` (`rap_env.widths.order`), or `"obs"` (`rap_env.widths.elimination`).
         compensation: `"none"`, `"bias"`, `"ridge"` or `"procrustes"`; see `rap_env.widths.compensation`.
         ridge: Strength of `"ridge"` in mean diagonal entries; None chooses it for each site on a quarter of the text.
 
@@ -52,7 +53,7 @@ class WidthRecipe:
     ridge: float | None = None
 
     def __post_init__(self) -> None:
-        check_known("score of parts", self.score, SCORES)
+        check_known("score of parts", self.score, [*SCORES, OBS])
         check_known("compensation", self.compensation, [NONE, *COMPENSATIONS])
         if self.ridge is not None and (self.compensation != "ridge" or not self.ridge >= 0.0):
             raise CompensationFailed(
@@ -62,6 +63,10 @@ class WidthRecipe:
     @property
     def chooses_ridge(self) -> bool:
         return self.compensation == "ridge" and self.ridge is None
+
+    @property
+    def needs_gram(self) -> bool:
+        return self.score == OBS or self.compensation in ("ridge", "procrustes")
 
 
 def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe | None = None) -> None:
@@ -80,10 +85,10 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
         InvalidMask: The components are whole sites.
         UnsupportedArchitecture: The weights are quantised already.
         InvalidWorkload: Nothing can be measured on the windows.
-        CompensationFailed: A ridge that makes a system singular, or too few windows to choose one on.
+        CompensationFailed: A system is singular, or there are too few windows to choose a ridge on.
     """
     recipe = recipe or WidthRecipe()
-    if all(component.part is None for component in llm.shape.components):
+    if not llm.shape.has_parts:
         raise InvalidMask("expected a model of the granularity 'group'; whole sites have no parts to order")
     if not all(type(llm.layer_of(site).output(site.kind)) is nn.Linear for site in llm.shape.sites):
         raise UnsupportedArchitecture("expected weights as they were loaded for widths: quantise them afterwards")
@@ -114,16 +119,20 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
 
 def _measure(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe, folder: Path) -> None:
     """Writes a file for each site, and at the end the description of all."""
-    started, scores = time.perf_counter(), {name: {} for name in SCORES}
+    started, scores = time.perf_counter(), {}
     for site, statistics, halves in _statistics(llm, windows, recipe):
         layer = llm.layer_of(site)
         weight = layer.output(site.kind).weight
         of_channels = {name: rule(statistics, weight.float()) for name, rule in SCORES.items()}
-        order = order_of(layer, site.kind, of_channels[recipe.score])
+        if recipe.score == OBS:
+            order, of_channels[OBS] = elimination_order(layer, site.kind, weight, statistics.gram)
+        else:
+            order = order_of(layer, site.kind, of_channels[recipe.score])
         places, slices = input_places(layer, site.kind, order), layer.output_slices(site.kind)
         names = [component.name for component in llm.shape.components if component.site == site]
         for name, values in of_channels.items():
-            scores[name] |= {part: values[places][own].sum().item() for part, own in zip(names, slices, strict=True)}
+            of_parts = {part: values[places][own].sum().item() for part, own in zip(names, slices, strict=True)}
+            scores.setdefault(name, {}).update(of_parts)
         tensors = {"order": order}
         if recipe.compensation != NONE:
             ordered, fit = weight.double()[:, places], COMPENSATIONS[recipe.compensation]
@@ -144,11 +153,10 @@ def _statistics(
     llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe
 ) -> Iterator[tuple[Site, InputStatistics, tuple[InputStatistics, InputStatistics] | None]]:
     """Of all windows; and where a ridge is chosen, of what it is fitted to and of what is held out."""
-    gram = recipe.compensation in ("ridge", "procrustes")
     if not recipe.chooses_ridge:
-        yield from ((site, statistics, None) for site, statistics in input_statistics(llm, windows, gram))
+        yield from ((site, statistics, None) for site, statistics in input_statistics(llm, windows, recipe.needs_gram))
         return
     n_held_out = len(windows) // _HELD_OUT
     parts = windows[:-n_held_out], windows[-n_held_out:]
-    for (site, fitted), (_, held_out) in zip(*(input_statistics(llm, part, gram) for part in parts), strict=True):
+    for (site, fitted), (_, held_out) in zip(*(input_statistics(llm, part, gram=True) for part in parts), strict=True):
         yield site, merged(fitted, held_out), (fitted, held_out)

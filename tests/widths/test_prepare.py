@@ -12,6 +12,7 @@ from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from rap_env.widths import prepare
 from rap_env.widths.compensation import COMPENSATIONS
+from rap_env.widths.elimination import OBS
 from rap_env.widths.order import SCORES
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
 from rap_env.widths.statistics import input_statistics
@@ -94,6 +95,35 @@ def test_parts_stand_in_the_order_of_their_scores(score):
         values = [scores[row.name] / row.weight_bytes for row in rows]
         assert values == sorted(values, reverse=True) and min(values) > 0.0
     assert llm.preparation.tokens == WINDOWS.numel()
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_elimination_leaves_the_dense_model_and_its_costs_add_up_to_what_a_site_adds(member):
+    llm = build(member)
+    with torch.inference_mode():
+        before = llm.model(TOKENS).logits
+    squares = {}
+    for site, statistics in input_statistics(llm, WINDOWS, gram=True):
+        weight, gram = llm.layer_of(site).output(site.kind).weight, statistics.gram
+        gram = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+        squares[site] = torch.einsum("hi,ij,hj->", weight, gram, weight).item()
+    prepare_widths(llm, WINDOWS, WidthRecipe(OBS))
+    with torch.inference_mode():
+        assert torch.allclose(llm.model(TOKENS).logits, before, atol=2e-5)
+    for site, square in squares.items():
+        names = [row.name for row in llm.shape.components if row.site == site]
+        assert sum(llm.preparation.scores[OBS][name] for name in names) == pytest.approx(square, rel=1e-3)
+
+
+def test_elimination_is_recorded_beside_the_rules_and_only_where_it_is_asked_for():
+    plain, llm = build(), build()
+    prepare_widths(plain, WINDOWS)
+    prepare_widths(llm, WINDOWS, WidthRecipe(OBS, "ridge", 0.1))
+    assert [*plain.preparation.scores] == [*SCORES] and [*llm.preparation.scores] == [*SCORES, OBS]
+    assert llm.preparation.order != plain.preparation.order
+    again = build()
+    prepare_widths(again, WINDOWS, WidthRecipe(OBS))
+    assert again.preparation.order == llm.preparation.order
 
 
 def test_statistics_are_those_of_what_upstream_computes():
