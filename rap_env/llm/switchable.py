@@ -150,9 +150,7 @@ class SwitchableLLM:
         layer = self._layers[site.layer]
         if site.parts is None:
             return layer
-        cuts = list(layer.cuts(site.kind).values())
-        narrowed = layer.narrowed([cuts[part] for part in site.parts])
-        return narrowed if self.refits is None else narrowed.refitted(site.kind, *self.refits.of(site))
+        return layer.narrowed(site.kind, site.parts, None if self.refits is None else self.refits.of(site))
 
     @contextlib.contextmanager
     def pruned(self, mask: PruningMask) -> Iterator["SwitchableLLM"]:

@@ -39,7 +39,7 @@ class Refits:
         self._folder, self.digest = folder, digest
 
     def of(self, site: Site) -> Refit:
-        """The output matrix of a site with some of its parts [H, K], stored by columns as `reorder` does, and its bias.
+        """The output matrix of a site with some of its parts [H, K], and its bias.
 
         Raises:
             CompensationFailed: What the site keeps are not its first parts.
@@ -51,4 +51,4 @@ class Refits:
             )
         with safe_open(file_of(self._folder, site), "pt") as file:
             bias = file.get_tensor(f"bias.{n_parts}") if f"bias.{n_parts}" in file.keys() else None  # noqa: SIM118
-            return file.get_tensor(f"weight.{n_parts}").T.contiguous().T, bias
+            return file.get_tensor(f"weight.{n_parts}"), bias

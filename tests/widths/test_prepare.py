@@ -77,14 +77,6 @@ def test_what_a_mask_keeps_are_views_in_one_piece_from_the_start_of_each_matrix(
     assert n_narrower > 10
 
 
-@pytest.mark.parametrize("compensation", COMPENSATIONS)
-def test_refits_are_stored_as_the_matrices_that_they_stand_in_for(compensation):
-    llm = build()
-    prepare_widths(llm, WINDOWS, WidthRecipe(compensation=compensation))
-    narrowed = [site for mask in some_widths(llm) for site in kept_sites(mask) if site.parts]
-    assert narrowed and all(llm.layer_of(site).output(site.kind).weight.T.is_contiguous() for site in narrowed)
-
-
 @pytest.mark.parametrize("score", SCORES)
 def test_parts_stand_in_the_order_of_their_scores(score):
     llm = build()
