@@ -188,7 +188,7 @@ class ArchiveAgent(Agent):
         """What a ranked search starts from: the ranking's order, and where sites have parts also its costs' order."""
         shape = self.task.problem.shape
         walks: list[Policy] = [OrderPolicy(shape, self.order)]
-        if self.ranked and len(shape.sites) < len(shape.components):
+        if self.ranked and shape.has_parts:
             walks.append(PricedPolicy(shape, self.task.ranking.costs))
         return walks
 

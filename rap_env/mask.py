@@ -90,6 +90,11 @@ class Components(tuple[Component, ...]):
         runs = [(site, list(positions)) for site, positions in groups]
         return tuple((site, slice(positions[0], positions[-1] + 1)) for site, positions in runs)
 
+    @property
+    def have_parts(self) -> bool:
+        """Whether there is a site of several components."""
+        return len(self.sites) < len(self)
+
 
 @functools.lru_cache(maxsize=32)
 def _one_of_equals(components: tuple[Component, ...]) -> Components:
@@ -221,12 +226,11 @@ class PruningMask:
     @functools.cached_property
     def nested(self) -> "PruningMask":
         """A mask that keeps as many parts of each site, but the first ones; itself where it does already."""
-        if len(self.components.sites) == len(self.keep):  # whole sites
+        if not self.components.have_parts:
             return self
-        keep: list[bool] = []
-        for _site, bits in self.kept_parts:
-            keep += sorted(bits, reverse=True)
-        return self if (bits := tuple(keep)) == self.keep else PruningMask(self.components, bits)
+        parts = (sorted(bits, reverse=True) for _site, bits in self.kept_parts)
+        keep = tuple(itertools.chain.from_iterable(parts))
+        return self if keep == self.keep else PruningMask(self.components, keep)
 
     @functools.cached_property
     def digest(self) -> str:

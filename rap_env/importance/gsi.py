@@ -86,7 +86,7 @@ def greedy_sequential_importance(  # noqa: PLR0913 - the public face, everything
     check_windows(*windows.shape, llm.shape.context_tokens)
     budget = TokenBudget() if budget is None else budget
     spent_before, seconds_before = budget.spent, budget.measured_seconds
-    whole = len(llm.shape.sites) == len(llm.shape.components)
+    whole = not llm.shape.has_parts
     freed = {c.name: 1 if whole else c.weight_bytes for c in llm.shape.components}
     freed = bytes_by_name(llm.shape, workload) if workload else freed
     rule = ExactRounds if exact else LazyRounds if whole else StagedRounds

@@ -144,14 +144,21 @@ class DecoderLayer:
         """Which of its inputs belong to each part of a site."""
         return [cut[self.output_path(kind)][1] for cut in self.cuts(kind).values()]
 
-    def narrowed(self, cuts: Sequence[Cut]) -> "DecoderLayer":
-        """The layer with some parts of one site; see `rap_env.llm.parts.narrowed`."""
-        return DecoderLayer(narrowed(self.module, cuts), self._architecture)
+    def narrowed(
+        self, kind: str, parts: Sequence[int], refit: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    ) -> "DecoderLayer":
+        """The layer with some parts of one site; see `rap_env.llm.parts.narrowed`.
 
-    def refitted(self, kind: str, weight: torch.Tensor, bias: torch.Tensor | None) -> "DecoderLayer":
-        """A layer that `narrowed` returned with another output matrix of a site; without a bias its own stays."""
-        replace_linear(self.module, self.output_path(kind), weight, bias)
-        return DecoderLayer(self.module, self._architecture)
+        Args:
+            kind: Of the site.
+            parts: Which of the site's, at least one.
+            refit: Another output matrix for them, with its bias; without a bias the layer's own stays.
+        """
+        cuts = list(self.cuts(kind).values())
+        module = narrowed(self.module, [cuts[part] for part in parts])
+        if refit is not None:
+            replace_linear(module, self.output_path(kind), *refit)
+        return DecoderLayer(module, self._architecture)
 
     def modules_of(self, kind: str) -> list[nn.Module]:
         """The modules that hold a site's weights, without the norm in front."""

@@ -16,6 +16,8 @@ _ORIGIN = {"_name_or_path", "_model_name_or_path", "architectures", "dtype", "tr
 def weights_digest(model: nn.Module, refits: str = "") -> str:
     """SHA-256 over config, KV format and the names, types and bytes of all weights, hexadecimal.
 
+    Matrices that are stored by columns say so, for products with them round differently.
+
     Args:
         model: A causal LM.
         refits: What stands in for its output matrices, as a digest.
@@ -25,7 +27,8 @@ def weights_digest(model: nn.Module, refits: str = "") -> str:
         config["kv_cache"] = "int8"
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        layout = "" if tensor.is_contiguous() else f":{tensor.stride()}"
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}{layout};".encode())
         digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy())
     digest.update(refits.encode())
     return digest.hexdigest()

@@ -85,7 +85,7 @@ def _in_groups(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Te
     A group's first grid reaches from its least to its largest weight. Then numbers are rounded to nearest, and the grid
     is fitted to them by least squares, in turn: neither step can raise the squared error.
     """
-    groups = weight.detach().float().unflatten(1, (-1, group))  # [N, K / G, G]
+    groups = weight.detach().float().contiguous().unflatten(1, (-1, group))  # [N, K / G, G]
     least, most = groups.aminmax(dim=-1, keepdim=True)
     scales, zeros = (most - least) / 15, least + (most - least) * 8 / 15
 

@@ -137,7 +137,7 @@ class Int8Embedding(Quantised):
 
 def int8_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """INT8 numbers of the same shape and a symmetric scale for each row, in the weights' type."""
-    exact = weight.detach().float()
+    exact = weight.detach().float().contiguous()  # kernels want rows that lie side by side
     scales = at_least_tiny(exact.abs().amax(-1) / 127, weight.dtype)
     return (exact / scales[..., None].float()).round().clamp(-127, 127).to(torch.int8), scales
 

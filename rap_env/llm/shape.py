@@ -116,10 +116,15 @@ class ModelShape:
     def __hash__(self) -> int:
         return self._hash  # once: shapes are part of many keys
 
-    @property
+    @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """What runs, in order."""
-        return tuple(dict.fromkeys(component.site for component in self.components))
+        return tuple(site for site, _positions in self.components.sites)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether masks can keep a site in part."""
+        return self.components.have_parts
 
     @property
     def n_layers(self) -> int:

@@ -150,9 +150,11 @@ class SwitchableLLM:
         layer = self._layers[site.layer]
         if site.parts is None:
             return layer
-        cuts = list(layer.cuts(site.kind).values())
-        narrowed = layer.narrowed([cuts[part] for part in site.parts])
-        return narrowed if self.refits is None else narrowed.refitted(site.kind, *self.refits.of(site))
+        if self.refits is None:
+            return layer.narrowed(site.kind, site.parts)
+        weight, bias = self.refits.of(site)
+        refit = weight.to(self.device), None if bias is None else bias.to(self.device)
+        return layer.narrowed(site.kind, site.parts, refit)
 
     @contextlib.contextmanager
     def pruned(self, mask: PruningMask) -> Iterator["SwitchableLLM"]:

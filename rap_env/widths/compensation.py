@@ -47,15 +47,29 @@ def ridge_refits(
         CompensationFailed: G + r I is singular.
     """
     gram = statistics.gram.double()
+    factor = factor_of(gram, ridge)
+    for kept in widths:
+        pruned = weight[:, kept:] @ gram[kept:, :kept]
+        yield weight[:, :kept] + torch.cholesky_solve(pruned.T, factor[:kept, :kept]).T, None
+
+
+def factor_of(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The Cholesky factor of G + r I.
+
+    Args:
+        gram: G [C, C] in float64.
+        ridge: r in mean diagonal entries of G.
+
+    Raises:
+        CompensationFailed: G + r I is singular.
+    """
     factor, failed = torch.linalg.cholesky_ex(gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram))
     if failed or not torch.isfinite(factor).all():
         raise CompensationFailed(
             f"the second moments of {len(gram)} channels are singular with a ridge of {ridge}: give it a larger one, or"
             " more calibration text"
         )
-    for kept in widths:
-        pruned = weight[:, kept:] @ gram[kept:, :kept]
-        yield weight[:, :kept] + torch.cholesky_solve(pruned.T, factor[:kept, :kept]).T, None
+    return factor
 
 
 def procrustes_refits(weight: torch.Tensor, statistics: InputStatistics, widths: Sequence[int]) -> Iterator[Refit]:

@@ -48,6 +48,9 @@ def order_of(layer: DecoderLayer, kind: str, scores: torch.Tensor) -> torch.Tens
 def reorder(layer: DecoderLayer, kind: str, order: torch.Tensor) -> None:
     """Gives a site's parts another order; the site stays the same function but for rounding.
 
+    Its output matrix [H, C] is stored by columns then, so that the first inputs are one piece of memory, as the first
+    rows of the other matrices are.
+
     Args:
         layer: Its weights are replaced.
         kind: Of the site.
@@ -56,8 +59,11 @@ def reorder(layer: DecoderLayer, kind: str, order: torch.Tensor) -> None:
     for path, (dim, _own) in next(iter(layer.cuts(kind).values())).items():
         linear = layer.module.get_submodule(path)
         places = _places(layer, kind, path, order).to(linear.weight.device)
-        linear.weight.data = linear.weight.data.index_select(dim, places)
-        if dim == 0 and linear.bias is not None:
+        if dim == 1:
+            linear.weight.data = linear.weight.data.T.index_select(0, places).T
+            continue
+        linear.weight.data = linear.weight.data.index_select(0, places)
+        if linear.bias is not None:
             linear.bias.data = linear.bias.data[places]
 
 

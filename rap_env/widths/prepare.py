@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from rap_env.llm.prepared import Preparation
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Site
 from rap_env.widths.compensation import COMPENSATIONS, best_ridge
+from rap_env.widths.elimination import OBS, elimination_order
 from rap_env.widths.order import SCORES, input_places, order_of, reorder
 from rap_env.widths.refits import Refits, file_of, named
 from rap_env.widths.statistics import InputStatistics, input_statistics, merged
@@ -30,7 +32,7 @@ from rap_env.widths.statistics import InputStatistics, input_statistics, merged
 NONE = "none"
 _DESCRIPTION = "parts.json"
 _HELD_OUT = 4  # one window of so many is held out where a ridge is chosen
-_VERSION = 1  # of what is written, and of how it is computed
+_VERSION = 2  # of what is written, and of how it is computed
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class WidthRecipe:
     """How parts are ordered, and what makes up for those that are dropped.
 
     Attributes:
-        score: `"wanda"`, `"flap"` or `"2ssp"`; see `rap_env.widths.order`.
+        score: `"wanda"`, `"flap"` or `"2ssp"` (`rap_env.widths.order`), or `"obs"` (`rap_env.widths.elimination`).
         compensation: `"none"`, `"bias"`, `"ridge"` or `"procrustes"`; see `rap_env.widths.compensation`.
         ridge: Strength of `"ridge"` in mean diagonal entries; None chooses it for each site on a quarter of the text.
 
@@ -52,7 +54,7 @@ class WidthRecipe:
     ridge: float | None = None
 
     def __post_init__(self) -> None:
-        check_known("score of parts", self.score, SCORES)
+        check_known("score of parts", self.score, [*SCORES, OBS])
         check_known("compensation", self.compensation, [NONE, *COMPENSATIONS])
         if self.ridge is not None and (self.compensation != "ridge" or not self.ridge >= 0.0):
             raise CompensationFailed(
@@ -62,6 +64,10 @@ class WidthRecipe:
     @property
     def chooses_ridge(self) -> bool:
         return self.compensation == "ridge" and self.ridge is None
+
+    @property
+    def needs_gram(self) -> bool:
+        return self.score == OBS or self.compensation in ("ridge", "procrustes")
 
 
 def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe | None = None) -> None:
@@ -80,10 +86,10 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
         InvalidMask: The components are whole sites.
         UnsupportedArchitecture: The weights are quantised already.
         InvalidWorkload: Nothing can be measured on the windows.
-        CompensationFailed: A ridge that makes a system singular, or too few windows to choose one on.
+        CompensationFailed: A system is singular, or there are too few windows to choose a ridge on.
     """
     recipe = recipe or WidthRecipe()
-    if all(component.part is None for component in llm.shape.components):
+    if not llm.shape.has_parts:
         raise InvalidMask("expected a model of the granularity 'group'; whole sites have no parts to order")
     if not all(type(llm.layer_of(site).output(site.kind)) is nn.Linear for site in llm.shape.sites):
         raise UnsupportedArchitecture("expected weights as they were loaded for widths: quantise them afterwards")
@@ -93,6 +99,8 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / "widths" / digest[:32]
     if not (folder / _DESCRIPTION).is_file():
+        if recipe.compensation != NONE:
+            _check_room(llm)
         _measure(llm, windows, recipe, folder)
     description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
     orders = hashlib.sha256()
@@ -112,18 +120,37 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
     llm.preparation = replace(prepared, scores=of_parts)
 
 
+def _check_room(llm: SwitchableLLM) -> None:
+    """Refuses refits that the disk does not hold, before the text is read."""
+    needed = 0
+    for site in llm.shape.sites:
+        output, slices = llm.layer_of(site).output(site.kind), llm.layer_of(site).output_slices(site.kind)
+        needed += sum(own.stop for own in slices[:-1]) * output.out_features * output.weight.element_size()
+    cache = cache_folder().absolute()
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if needed > free:
+        raise CompensationFailed(
+            f"output matrices of all widths take {needed:,} bytes; {cache} ($RAP_CACHE) has {free:,} left"
+        )
+
+
 def _measure(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe, folder: Path) -> None:
     """Writes a file for each site, and at the end the description of all."""
-    started, scores = time.perf_counter(), {name: {} for name in SCORES}
+    started, scores = time.perf_counter(), {}
     for site, statistics, halves in _statistics(llm, windows, recipe):
         layer = llm.layer_of(site)
-        weight = layer.output(site.kind).weight
+        output = layer.output(site.kind)
+        weight = output.weight
         of_channels = {name: rule(statistics, weight.float()) for name, rule in SCORES.items()}
-        order = order_of(layer, site.kind, of_channels[recipe.score])
+        if recipe.score == OBS:
+            order, of_channels[OBS] = elimination_order(layer, site.kind, weight, statistics.gram)
+        else:
+            order = order_of(layer, site.kind, of_channels[recipe.score])
         places, slices = input_places(layer, site.kind, order), layer.output_slices(site.kind)
         names = [component.name for component in llm.shape.components if component.site == site]
         for name, values in of_channels.items():
-            scores[name] |= {part: values[places][own].sum().item() for part, own in zip(names, slices, strict=True)}
+            of_parts = {part: values[places][own].sum().item() for part, own in zip(names, slices, strict=True)}
+            scores.setdefault(name, {}).update(of_parts)
         tensors = {"order": order}
         if recipe.compensation != NONE:
             ordered, fit = weight.double()[:, places], COMPENSATIONS[recipe.compensation]
@@ -133,8 +160,10 @@ def _measure(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe, fol
                     chosen = best_ridge(ordered, *(half.reordered(places) for half in halves))
                 fit = functools.partial(fit, ridge=chosen)
             refits = fit(ordered, statistics.reordered(places), [own.stop for own in slices[:-1]])
-            for n_parts, refit in enumerate(refits, 1):
-                tensors |= named(refit, n_parts, weight.dtype)
+            for n_parts, (refit, bias) in enumerate(refits, 1):
+                if bias is not None and output.bias is not None:
+                    bias = bias + output.bias.double()  # it stands in for the layer's own
+                tensors |= named((refit, bias), n_parts, weight.dtype)
         write_over(file_of(folder, site), save(tensors))
     description = {"seconds": time.perf_counter() - started, "scores": scores}
     write_over(folder / _DESCRIPTION, json.dumps(description))
@@ -144,11 +173,10 @@ def _statistics(
     llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecipe
 ) -> Iterator[tuple[Site, InputStatistics, tuple[InputStatistics, InputStatistics] | None]]:
     """Of all windows; and where a ridge is chosen, of what it is fitted to and of what is held out."""
-    gram = recipe.compensation in ("ridge", "procrustes")
     if not recipe.chooses_ridge:
-        yield from ((site, statistics, None) for site, statistics in input_statistics(llm, windows, gram))
+        yield from ((site, statistics, None) for site, statistics in input_statistics(llm, windows, recipe.needs_gram))
         return
     n_held_out = len(windows) // _HELD_OUT
     parts = windows[:-n_held_out], windows[-n_held_out:]
-    for (site, fitted), (_, held_out) in zip(*(input_statistics(llm, part, gram) for part in parts), strict=True):
+    for (site, fitted), (_, held_out) in zip(*(input_statistics(llm, part, gram=True) for part in parts), strict=True):
         yield site, merged(fitted, held_out), (fitted, held_out)

@@ -12,6 +12,7 @@ from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from rap_env.widths import prepare
 from rap_env.widths.compensation import COMPENSATIONS
+from rap_env.widths.elimination import OBS
 from rap_env.widths.order import SCORES
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
 from rap_env.widths.statistics import input_statistics
@@ -58,14 +59,22 @@ def test_ordered_parts_leave_the_dense_model_and_masks_are_the_model_cut_by_hand
                 assert torch.allclose(llm.model(TOKENS).logits, cut_by_hand(llm, mask)(TOKENS).logits, atol=2e-5)
 
 
-def test_what_a_mask_keeps_are_views(monkeypatch):
-    llm = build()
+@pytest.mark.parametrize("member", MEMBERS)
+def test_what_a_mask_keeps_are_views_in_one_piece_from_the_start_of_each_matrix(member):
+    llm = build(member)
     prepare_widths(llm, WINDOWS)
-    own = {parameter.untyped_storage().data_ptr() for parameter in llm.model.parameters()}
+    own = {parameter.data_ptr(): parameter for parameter in llm.model.parameters()}
+    storages, n_narrower = {parameter.untyped_storage().data_ptr() for parameter in own.values()}, 0
     for mask in some_widths(llm):
         for site in kept_sites(mask):
-            modules = llm.layer_of(site).modules_of(site.kind)
-            assert all(p.untyped_storage().data_ptr() in own for module in modules for p in module.parameters())
+            layer = llm.layer_of(site)
+            weights = [p for module in layer.modules_of(site.kind) for p in module.parameters()]
+            assert all(p.untyped_storage().data_ptr() in storages for p in weights)
+            output = layer.output(site.kind).weight
+            assert output.T.is_contiguous()
+            assert all(p.is_contiguous() for p in weights if p is not output)
+            n_narrower += sum(p.shape != own[p.data_ptr()].shape for p in weights if p.ndim == 2)
+    assert n_narrower > 10
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -78,6 +87,35 @@ def test_parts_stand_in_the_order_of_their_scores(score):
         values = [scores[row.name] / row.weight_bytes for row in rows]
         assert values == sorted(values, reverse=True) and min(values) > 0.0
     assert llm.preparation.tokens == WINDOWS.numel()
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_elimination_leaves_the_dense_model_and_its_costs_add_up_to_what_a_site_adds(member):
+    llm = build(member)
+    with torch.inference_mode():
+        before = llm.model(TOKENS).logits
+    squares = {}
+    for site, statistics in input_statistics(llm, WINDOWS, gram=True):
+        weight, gram = llm.layer_of(site).output(site.kind).weight, statistics.gram
+        gram = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+        squares[site] = torch.einsum("hi,ij,hj->", weight, gram, weight).item()
+    prepare_widths(llm, WINDOWS, WidthRecipe(OBS))
+    with torch.inference_mode():
+        assert torch.allclose(llm.model(TOKENS).logits, before, atol=2e-5)
+    for site, square in squares.items():
+        names = [row.name for row in llm.shape.components if row.site == site]
+        assert sum(llm.preparation.scores[OBS][name] for name in names) == pytest.approx(square, rel=1e-3)
+
+
+def test_elimination_is_recorded_beside_the_rules_and_only_where_it_is_asked_for():
+    plain, llm = build(), build()
+    prepare_widths(plain, WINDOWS)
+    prepare_widths(llm, WINDOWS, WidthRecipe(OBS, "ridge", 0.1))
+    assert [*plain.preparation.scores] == [*SCORES] and [*llm.preparation.scores] == [*SCORES, OBS]
+    assert llm.preparation.order != plain.preparation.order
+    again = build()
+    prepare_widths(again, WINDOWS, WidthRecipe(OBS))
+    assert again.preparation.order == llm.preparation.order
 
 
 def test_statistics_are_those_of_what_upstream_computes():
