@@ -1,7 +1,7 @@
 """The errors this package raises on bad input; each message says what was expected, what came, and what is known."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 class RapError(Exception):
@@ -91,6 +91,26 @@ class CompensationFailed(RapError, ValueError):
 
 class ContaminationFound(RapError, ValueError):
     """Calibration text that shares 13-grams with evaluation items, or a search task used for reporting."""
+
+
+class WeightsReleased(RapError, ValueError):
+    """Components that are not in memory, and that something would run on.
+
+    Args:
+        names: Of the components.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._arguments = (list(names),)
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} others" if len(names) > 3 else "")
+        super().__init__(f"the weights of {shown} are not in memory: restore them first")
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments
+
+
+class WeightsUnavailable(RapError, OSError):
+    """A store's file that is not what was written; what is in memory still runs."""
 
 
 class CorpusUnavailable(RapError, OSError):

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _WITHOUT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # some file systems in user space know no such call
@@ -17,7 +17,7 @@ def write_once(path: Path, content: str | bytes) -> Path:
         FileExistsError: There is one already; it is left as it is.
         OSError: The file can't be written; nothing of it stays.
     """
-    with _draft(path, content) as draft:
+    with _draft(path, _one(content)) as draft:
         try:
             os.link(draft, path)  # unlike a rename, a link never replaces what another process has just written
         except FileExistsError:
@@ -34,18 +34,28 @@ def write_over(path: Path, content: str | bytes) -> Path:
     Raises:
         OSError: The file can't be written; the older one stays as it is.
     """
-    with _draft(path, content) as draft:
+    return write_pieces(path, _one(content))
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> Path:
+    """The same for a file that is not to be in memory as a whole; nothing of it stays if a piece can't be made."""
+    with _draft(path, pieces) as draft:
         draft.replace(path)
     return path
 
 
+def _one(content: str | bytes) -> list[bytes]:
+    return [content.encode() if isinstance(content, str) else content]
+
+
 @contextlib.contextmanager
-def _draft(path: Path, content: str | bytes) -> Iterator[Path]:
+def _draft(path: Path, pieces: Iterable[bytes]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with draft.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             try:
                 os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a model may have been prepared with for masks over parts: an order that rests on text, and refits."""
+"""What a model may have been given beside its weights: an order of its parts, refits, a store that releases weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from rap_env.mask import Site
+from rap_env.mask import PruningMask, Site
 
 
 class Refits(Protocol):
@@ -16,6 +16,16 @@ class Refits(Protocol):
 
     def of(self, site: Site) -> tuple[torch.Tensor, torch.Tensor | None]:
         """That of a site with some of its parts, and its bias."""
+
+
+class Residency(Protocol):
+    """What knows which weights are in memory."""
+
+    def check(self, mask: PruningMask) -> None:
+        """Refuses a mask that keeps others."""
+
+    def check_site(self, site: Site) -> None:
+        """Refuses a site that has others."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rap_env.llm.digest import weights_digest
 from rap_env.llm.formats import quantise
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
-from rap_env.llm.prepared import Preparation, Refits
+from rap_env.llm.prepared import Preparation, Refits, Residency
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import cut_stream, join_streams
 from rap_env.llm.tokenizer import tokenizer_digest
@@ -41,6 +41,7 @@ class SwitchableLLM:
         granularity: What is a component; see `ModelShape.from_model`.
 
     Attributes:
+        store: Keeps some components' weights in memory and the others on disk; None while all are in memory.
         refits: Stand in for the output matrices of sites that keep some of their parts; None for none.
         preparation: What the order of the parts rests on.
         site_executions: Sites that `run` and `run_masks` have run so far.
@@ -57,6 +58,7 @@ class SwitchableLLM:
         self.shape = ModelShape.from_model(model, granularity)
         self.mask = PruningMask.all_kept(self.shape)
         self.site_executions = 0
+        self.store: Residency | None = None
         self.refits: Refits | None = None
         self.preparation = Preparation()
         self._granularity = granularity
@@ -116,16 +118,19 @@ class SwitchableLLM:
         self.mask = mask
 
     def check(self, mask: PruningMask) -> None:
-        """Refuses another model's masks.
+        """Refuses another model's masks, and those that keep what is not in memory.
 
         Raises:
             InvalidMask: The mask's components are not this model's.
+            WeightsReleased: The model's store has released what the mask keeps.
         """
         if mask.components != self.shape.components:
             raise InvalidMask(
                 f"expected a mask over the {len(self.shape.components)} components of {self.name};"
                 f" got one over {len(mask.components)} others"
             )
+        if self.store is not None:
+            self.store.check(mask)
 
     def _allow_cache(self, allowed: bool) -> None:
         """Without any attention there is no cache, hence no past length to continue from: decode without one."""
@@ -147,6 +152,8 @@ class SwitchableLLM:
 
     def layer_of(self, site: Site) -> DecoderLayer:
         """The layer that runs a site, with the weights of the site's parts only; its other site is whole."""
+        if self.store is not None:
+            self.store.check_site(site)
         layer = self._layers[site.layer]
         if site.parts is None:
             return layer
