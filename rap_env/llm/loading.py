@@ -54,7 +54,8 @@ def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
         kv_cache: `"full"`, in `dtype`, or `"int8"`.
 
     Raises:
-        UnknownName: Name, dtype, granularity, a format or a site are none of the above, or the model's family is not supported.
+        UnknownName: Name, dtype, granularity, a format or a site are none of the above, or the model's family is not
+            supported.
         UnsupportedArchitecture: The family is supported, but not this member of it, or not in this format.
         ModelUnavailable: No network, no such repository, access not granted, no weights in a safe format, or files and
             config that disagree.

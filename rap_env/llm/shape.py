@@ -58,7 +58,8 @@ class ModelShape:
             kv_cache: Number format of the KV cache; see `quantise`.
 
         Raises:
-            UnknownName: The architecture table does not know the family, or there is no such granularity, format or site.
+            UnknownName: The architecture table does not know the family, or there is no such granularity, format or
+                site.
             UnsupportedArchitecture: The layers are not alike, or not pre-norm; or the sizes don't allow the format.
         """
         return cls.from_model(quantise(skeleton(config, dtype), weights, kv_cache), granularity)
