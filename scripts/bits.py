@@ -1,4 +1,4 @@
-"""Chooses a number format for each site: `python -m scripts.bits budget_bytes=110e6 text=FILE out=bits.json`.
+"""Chooses a number format for each site: `python -m scripts.bits budget_bytes=110_000_000 text=FILE out=bits.json`.
 
 Options are KEY=VALUE. The last line says how runs take the choice; `load_llm` takes `weights` of the file.
 """
@@ -20,7 +20,7 @@ from rap_env.llm.loading import load_llm
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.bits", description=__doc__.splitlines()[0])
-    parser.add_argument("--budget_bytes", type=float, required=True, help="for all weights of the model")
+    parser.add_argument("--budget_bytes", type=int, required=True, help="for all weights of the model")
     parser.add_argument("--text", type=Path, required=True, help="its first windows are what losses are measured on")
     parser.add_argument("--out", type=Path, required=True, help="a new JSON file")
     parser.add_argument("--model", default="smollm2-135m", help="embedded name, local folder or hub name")
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         windows = consecutive_windows(text, llm.tokenizer, options.window_tokens, options.windows)
         mixed, evaluator = MixedFormats(llm), PerplexityEvaluator(windows, "text")
         table = mixed.table(evaluator, options.formats.split(","))
-        weights = table.cheapest(int(options.budget_bytes))
+        weights = table.cheapest(options.budget_bytes)
         increases = {"predicted": table.increase(weights), "measured": mixed.loss(evaluator, weights) - table.loss}
         chosen = {"weights": weights, "weight_bytes": table.weight_bytes(weights), "increase": increases}
         write_once(options.out, json.dumps(chosen | {"table": asdict(table)}, indent=1) + "\n")

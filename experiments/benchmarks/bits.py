@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from experiments.benchmarks.bench import Bench
+from experiments.benchmarks.timing import counted
 from rap_env.calibration import packaged_corpus
 from rap_env.calibration.corpus import local_text
 from rap_env.calibration.sampling import consecutive_windows
@@ -23,33 +24,37 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
         PerplexityEvaluator(_windows(bench, options[half], packaged), half)
         for half, packaged in (("table", "calibration"), ("report", "evaluation"))
     )
-    table = mixed.table(searched, options["formats"], progress)
+    n_rows = len(mixed.llm.shape.components) * len(set(options["formats"]) - {BASE})
+    step = counted(progress, n_rows + 2 + 4 * options["budgets"])
+    table = mixed.table(searched, options["formats"], lambda _done, _total: step())
+
+    def reports(weights: dict[str, str]) -> dict[str, Any]:
+        n_sites = sum(row.weights != BASE for row in table.chosen(weights))
+        loss = step(mixed.loss(reported, weights))
+        return {"loss": loss, "weight_bytes": table.weight_bytes(weights), "sites": n_sites}
+
     smallest = {name: rows[0].weights for name, rows in table.sites.items()}
     largest = {name: rows[-1].weights for name, rows in table.sites.items()}
-    names, most = list(smallest), table.weight_bytes(largest)
-    shuffled = np.random.default_rng(options["seed"]).permutation(names).tolist()
-    losses = {"largest": mixed.loss(reported, largest), "smallest": mixed.loss(reported, smallest)}
+    shuffled = np.random.default_rng(options["seed"]).permutation(list(table.sites)).tolist()
+    extremes = {"largest": reports(largest), "smallest": reports(smallest)}
     found = []
-    for step in range(options["budgets"], 0, -1):
-        budget = table.least_bytes + (most - table.least_bytes) * step // (options["budgets"] + 1)
-        ways = {
-            "table": table.cheapest(budget),
-            "front": _until_it_fits(table, largest, smallest, names, budget),
-            "random": _until_it_fits(table, largest, smallest, shuffled, budget),
+    for number in range(options["budgets"], 0, -1):
+        span = extremes["largest"]["weight_bytes"] - table.least_bytes
+        budget = table.least_bytes + span * number // (options["budgets"] + 1)
+        chosen = table.cheapest(budget)
+        ways = {"table": chosen} | {
+            name: _until_it_fits(table, largest, smallest, order, budget)
+            for name, order in (("front", list(table.sites)), ("random", shuffled))
         }
-        row: dict[str, Any] = {"budget_bytes": budget, "weights": ways["table"]}
-        row["predicted"] = table.increase(ways["table"])
-        row["measured"] = mixed.loss(searched, ways["table"]) - table.loss
-        for name, weights in ways.items():
-            chosen = [row.weights for row in table.chosen(weights)]
-            row[name] = {
-                "loss": mixed.loss(reported, weights),
-                "weight_bytes": table.weight_bytes(weights),
-                "sites": sum(each != BASE for each in chosen),
+        found.append(
+            {
+                "budget_bytes": budget,
+                "weights": chosen,
+                "predicted": table.increase(chosen),
+                "measured": step(mixed.loss(searched, chosen)) - table.loss,
+                **{name: reports(weights) for name, weights in ways.items()},
             }
-        found.append(row)
-    of_extremes = {"largest": most, "smallest": table.least_bytes}
-    extremes = {name: {"weight_bytes": of_extremes[name], "loss": loss} for name, loss in losses.items()}
+        )
     return {"table": asdict(table), "extremes": extremes, "budgets": found}
 
 
@@ -74,16 +79,17 @@ def lines(results: dict[str, Any]) -> list[str]:
     """What is printed; losses are above that of each site in its largest format."""
     largest, smallest = (results["extremes"][name] for name in ("largest", "smallest"))
     above = largest["loss"]
-    printed = [f"all sites in their largest format: {largest['weight_bytes'] / 1e6:.1f} MB; loss {above:.4f}"]
+    printed = [f"all sites in their largest format: {_mb(largest)}; loss {above:.4f}"]
     for found in results["budgets"]:
         ways = [
-            f"{name} {found[name]['loss'] - above:+.4f} ({found[name]['sites']} sites)"
+            f"{name} {found[name]['loss'] - above:+.4f} ({found[name]['sites']} sites, {_mb(found[name])})"
             for name in ("table", "front", "random")
         ]
         budget, predicted, measured = found["budget_bytes"] / 1e6, found["predicted"], found["measured"]
         searched = f"on the table's text {predicted:+.4f} predicted, {measured:+.4f} measured"
-        printed.append(f"{budget:.1f} MB: loss {', '.join(ways)}; {searched}")
-    return [
-        *printed,
-        f"all in their smallest: {smallest['weight_bytes'] / 1e6:.1f} MB; loss {smallest['loss'] - above:+.4f}",
-    ]
+        printed.append(f"at most {budget:.1f} MB: loss {', '.join(ways)}; {searched}")
+    return [*printed, f"all in their smallest: {_mb(smallest)}; loss {smallest['loss'] - above:+.4f}"]
+
+
+def _mb(found: dict[str, Any]) -> str:
+    return f"{found['weight_bytes'] / 1e6:.1f} MB"

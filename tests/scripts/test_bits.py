@@ -53,10 +53,10 @@ def test_bad_input_is_refused_in_one_line(text, tmp_path):
 
     least = load_llm("tiny", "float32", weights="int8").shape.weight_bytes
     assert f"expected a budget of at least {least:,} bytes" in refused(text, "budget_bytes=5")
-    assert "unknown format of weights 'int3'" in refused(text, "budget_bytes=1e6", "formats=int3")
-    assert "layer0.self_attn.q_proj has 32 inputs" in refused(text, "budget_bytes=1e6", "formats=int4")
-    assert refused("text=gone.txt", "budget_bytes=1e6").startswith("error: ")
+    assert "unknown format of weights 'int3'" in refused(text, "budget_bytes=1_000_000", "formats=int3")
+    assert "layer0.self_attn.q_proj has 32 inputs" in refused(text, "budget_bytes=1_000_000", "formats=int4")
+    assert refused("text=gone.txt", "budget_bytes=1_000_000").startswith("error: ")
     assert not out.exists()
     out.write_text("kept")
-    assert f"expected a new file; {out} exists" in refused(text, "budget_bytes=1e6")
+    assert f"expected a new file; {out} exists" in refused(text, "budget_bytes=1_000_000")
     assert out.read_text() == "kept"
