@@ -18,7 +18,7 @@ from rap_env.errors import ModelUnavailable, RapError, UnknownName, check_known
 from rap_env.llm.architecture import architecture_of
 from rap_env.llm.checkpoint import check_files, check_weights, forget_quantisation, weights_in
 from rap_env.llm.embedded import EMBEDDED_NAME, embedded_folder
-from rap_env.llm.formats import KV_CACHES, WEIGHTS, quantise
+from rap_env.llm.formats import KV_CACHES, WeightFormats, check_weights_known, quantise
 from rap_env.llm.shape import GRANULARITIES, skeleton
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
@@ -35,7 +35,7 @@ def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
     revision: str | None = None,
     trust_remote_code: bool = False,
     granularity: str = "block",
-    weights: str = "full",
+    weights: WeightFormats = "full",
     kv_cache: str = "full",
 ) -> SwitchableLLM:
     """Loads a causal LM from safetensors or GGUF weights.
@@ -49,11 +49,13 @@ def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
         trust_remote_code: Lets the repository run its own Python code; off unless you set it.
         granularity: What is a component: `"block"`, whole attentions and MLPs, or `"group"`, KV heads with their query
             heads and groups of 64 MLP channels.
-        weights: `"full"`, as loaded, in `dtype`; or `"int8"`, `"int4"`, `"int4g32"`, quantised then; see `quantise`.
+        weights: `"full"`, as loaded, in `dtype`; or `"int8"`, `"int4"`, `"int4g32"`, quantised then; or a mapping from
+            names of sites to these, the others being INT8; see `quantise`.
         kv_cache: `"full"`, in `dtype`, or `"int8"`.
 
     Raises:
-        UnknownName: Name, dtype, granularity or a format are none of the above, or the model's family is not supported.
+        UnknownName: Name, dtype, granularity, a format or a site are none of the above, or the model's family is not
+            supported.
         UnsupportedArchitecture: The family is supported, but not this member of it, or not in this format.
         ModelUnavailable: No network, no such repository, access not granted, no weights in a safe format, or files and
             config that disagree.
@@ -61,7 +63,7 @@ def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
     if dtype not in _DTYPES:
         raise UnknownName("dtype", dtype, _DTYPES)
     check_known("granularity", granularity, GRANULARITIES)
-    check_known("format of weights", weights, WEIGHTS)
+    check_weights_known(weights)
     check_known("format of the KV cache", kv_cache, KV_CACHES)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     transformers_logging.disable_progress_bar()

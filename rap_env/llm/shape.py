@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rap_env.errors import check_known
 from rap_env.llm.architecture import DecoderLayer, architecture_of, attention_window, decoder_layers
-from rap_env.llm.formats import quantise
+from rap_env.llm.formats import WeightFormats, quantise
 from rap_env.llm.int8_cache import cached_bytes
 from rap_env.llm.parts import weight_bytes
 from rap_env.mask import ATTENTION, KINDS, Component, Site, shared
@@ -45,7 +45,7 @@ class ModelShape:
         config: PretrainedConfig,
         dtype: torch.dtype | None = None,
         granularity: str = "block",
-        weights: str = "full",
+        weights: WeightFormats = "full",
         kv_cache: str = "full",
     ) -> "ModelShape":
         """Reads the sizes off a transformers config: those of a model that is built on the meta device.
@@ -54,11 +54,12 @@ class ModelShape:
             config: The config of a causal LM.
             dtype: Type of the weights; by default the config's, or float16 if it names none.
             granularity: As in `from_model`.
-            weights: Number format of the weights; see `quantise`.
+            weights: Number format of the weights, or those of some sites; see `quantise`.
             kv_cache: Number format of the KV cache; see `quantise`.
 
         Raises:
-            UnknownName: The architecture table does not know the family, or there is no such granularity or format.
+            UnknownName: The architecture table does not know the family, or there is no such granularity, format or
+                site.
             UnsupportedArchitecture: The layers are not alike, or not pre-norm; or the sizes don't allow the format.
         """
         return cls.from_model(quantise(skeleton(config, dtype), weights, kv_cache), granularity)

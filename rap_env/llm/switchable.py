@@ -11,7 +11,7 @@ from torch import nn
 from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, submodule
 from rap_env.llm.digest import weights_digest
-from rap_env.llm.formats import quantise
+from rap_env.llm.formats import WeightFormats, quantise
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.prepared import Preparation, Refits, Residency
@@ -84,7 +84,7 @@ class SwitchableLLM:
         """SHA-256 over everything that turns text into tokens, hexadecimal."""
         return tokenizer_digest(self.tokenizer)
 
-    def quantise(self, weights: str = "full", kv_cache: str = "full") -> None:
+    def quantise(self, weights: WeightFormats = "full", kv_cache: str = "full") -> None:
         """Turns the weights, or the KV cache, into other number formats; takes, and refuses, what `quantise` does."""
         quantise(self.model, weights, kv_cache)
         self.weights_changed()

@@ -42,6 +42,12 @@ TINY = [
     "quantised.window_tokens=32",
     "quantised.decoded_tokens=3",
     "quantised.repeats=2",
+    "bits.formats=[full]",  # INT4 groups don't divide its sizes
+    "bits.table.windows=2",
+    "bits.table.window_tokens=32",
+    "bits.report.windows=2",
+    "bits.report.window_tokens=32",
+    "bits.budgets=2",
 ]
 
 FORMATS = [("full", "full"), ("int8", "full"), ("full", "int8")]
@@ -138,6 +144,18 @@ def test_number_formats_are_measured_beside_the_loaded_one(results_of):
         assert 0 < abs(found["loss"] - full["loss"]) < 0.1
 
 
+def test_formats_of_sites_are_chosen_for_budgets_between_the_extremes(results_of):
+    results = results_of("bits")
+    assert [row["weights"] for row in results["table"]["rows"]] == ["int8", "full"] * 8
+    largest, smallest = (results["extremes"][name] for name in ("largest", "smallest"))
+    sizes = [smallest["weight_bytes"], *(found["budget_bytes"] for found in results["budgets"][::-1])]
+    assert sizes == sorted(sizes) and sizes[-1] < largest["weight_bytes"]
+    for found in results["budgets"]:
+        ways = [found[name] for name in ("table", "front", "random")]
+        assert all(smallest["weight_bytes"] <= way["weight_bytes"] <= found["budget_bytes"] for way in ways)
+        assert all(0 < way["sites"] < 8 and abs(way["loss"] - largest["loss"]) < 0.1 for way in ways)
+
+
 def test_ways_are_called_in_turn_and_in_turned_order():
     calls = []
     ways = {name: lambda repeat, name=name: calls.append((name, repeat)) or name for name in "ab"}
@@ -184,7 +202,7 @@ def test_mutants_keep_as_many_of_each_kind(tiny_llm):
 
 def test_every_comment_of_the_config_composes():
     commands = [line for line in (CONF / "benchmark.yaml").read_text().splitlines() if line.startswith("# python -m")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for command in commands:
             overrides = [word for word in command.split("  ")[0].split() if "=" in word]

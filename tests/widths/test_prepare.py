@@ -228,7 +228,7 @@ def test_whole_sites_have_no_parts_to_order():
         prepare_widths(build_tiny_llm(), WINDOWS)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", {"layer0.mlp": "int4", "layer1.attention": "int4g32"}], ids=str)
 @pytest.mark.parametrize("member", ["llama", "opt"])
 def test_refits_take_the_number_format_of_the_matrices_that_they_stand_in_for(member, weights, monkeypatch):
     monkeypatch.setattr(parts, "GROUP_CHANNELS", 64)
