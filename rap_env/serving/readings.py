@@ -1,0 +1,62 @@
+"""How much memory is free: of the machine, the control group and the GPU, or as it was recorded."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from rap_env.errors import InvalidConfig
+
+_CGROUP = Path("/sys/fs/cgroup")
+_UNLIMITED = "max"
+
+
+def free_bytes(device: str | torch.device = "cpu", cgroup: Path = _CGROUP) -> int:
+    """Bytes that this process can still take.
+
+    On CUDA what the driver has free, and what torch's allocator holds without using it; this path was not run on a GPU.
+    Elsewhere the smaller of what the machine has available and what the control group (version 2) leaves, pages of
+    files that nobody uses now counting as free in both.
+
+    Args:
+        device: Where the model is.
+        cgroup: Folder of the process's control group; one without `memory.max` sets no limit.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    available = psutil.virtual_memory().available
+    limit = cgroup / "memory.max"
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else _UNLIMITED
+    if text == _UNLIMITED:
+        return available
+    used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+    entries = (line.split() for line in (cgroup / "memory.stat").read_text(encoding="ascii").splitlines())
+    unused_files = next((int(value) for name, value in entries if name == "inactive_file"), 0)
+    return max(0, min(available, int(text) - used + unused_files))
+
+
+class RecordedMemory:
+    """A budget that moves as it was recorded: the last value at or before a time, the first one before all.
+
+    Args:
+        seconds: Times, ascending.
+        n_bytes: The budget from each of them on.
+        clock: Tells the time in seconds.
+
+    Raises:
+        InvalidConfig: There is no value, not one for each time, or the times do not ascend.
+    """
+
+    def __init__(self, seconds: Sequence[float], n_bytes: Sequence[float], clock: Callable[[], float]) -> None:
+        if not seconds or len(seconds) != len(n_bytes) or list(seconds) != sorted(set(seconds)):
+            raise InvalidConfig(
+                f"expected ascending times with a value each; got {len(seconds)} times and {len(n_bytes)} values"
+            )
+        self._seconds, self._bytes, self._clock = list(seconds), list(n_bytes), clock
+
+    def __call__(self) -> float:
+        return self._bytes[max(0, bisect_right(self._seconds, self._clock()) - 1)]
