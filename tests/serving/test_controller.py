@@ -58,7 +58,7 @@ def test_between_growing_and_shrinking_there_is_a_gap():
     scene = Scene(Limits(margin=0.0, growth=0.1, window_seconds=0.0))
     shrunk = scene.decide(0.7).mask
     assert all(scene.decide(share).mask == shrunk for share in (0.72, 0.7, 0.75, 0.7))
-    assert scene.decide(1.2).mask == PruningMask.all_kept(SHAPE)
+    assert scene.decide(2.0).mask == PruningMask.all_kept(SHAPE)
 
 
 def test_no_budget_is_ever_passed_and_jitter_is_not_chased():
