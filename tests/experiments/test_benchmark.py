@@ -42,6 +42,11 @@ TINY = [
     "quantised.window_tokens=32",
     "quantised.decoded_tokens=3",
     "quantised.repeats=2",
+    "live.shares=[0.5]",
+    "live.windows=2",
+    "live.read_tokens=24",
+    "live.scored_tokens=8",
+    "live.repeats=2",
     "bits.formats=[full]",  # INT4 groups don't divide its sizes
     "bits.table.windows=2",
     "bits.table.window_tokens=32",
@@ -119,6 +124,15 @@ def test_memory_is_measured_for_every_case(results_of, monkeypatch):
     assert len(results["peak_bytes"]) == 5 and all(isinstance(peak, int) for peak in results["peak_bytes"].values())
     # 4 layers of 9,216 weights, 2 x 257 x 32 of embedding and head, 9 norms of 32; 4 bytes each.
     assert results["weights_bytes"] == 4 * (4 * 9_216 + 2 * 257 * 32 + 9 * 32)
+
+
+def test_switches_give_the_same_logits_and_each_way_to_a_past_has_its_loss(results_of):
+    results = results_of("live")
+    (switched,), (pasts,) = results["switches"].values(), results["pasts"].values()
+    # Half of the attentions' two KV heads in 4 layers: 32 x (16 + 8 + 8 + 16) weights of 4 bytes each.
+    assert switched["equal_logits"] and switched["dropped_bytes"] >= 4 * 4 * 32 * 48
+    assert len(switched["released_bytes"]) == len(switched["up_seconds"]) == 2
+    assert {*pasts} == {"kept", "carried", "read again"} and len({tuple(of["loss"]) for of in pasts.values()}) == 3
 
 
 def test_number_formats_are_measured_beside_the_loaded_one(results_of):
