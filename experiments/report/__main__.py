@@ -7,7 +7,10 @@ from pathlib import Path
 
 from experiments.records import read_records
 from experiments.report import benchmark_lines, report_on
+from experiments.report.frontier import frontier_page
+from experiments.report.tables import table_lines
 from rap_env.errors import RapError
+from rap_env.files import write_over
 
 _DESCRIPTION = "Prints tables of what runs have recorded, as Markdown; with -o also writes a page with the figures."
 
@@ -24,9 +27,15 @@ def main(arguments: Sequence[str]) -> None:
         " those of one name are one comparison",
     )
     parser.add_argument("-o", "--output", type=Path, help="HTML page to write; of several comparisons one each")
+    parser.add_argument(
+        "--frontier",
+        action="store_true",
+        help="the records differ in how the model was made smaller: bytes against quality (experiment=frontier)",
+    )
     options = parser.parse_args(arguments)
+    lines = _frontier if options.frontier else _lines
     try:
-        print("\n".join(_lines(options.records, options.output)))
+        print("\n".join(lines(options.records, options.output)))
     except (RapError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
@@ -43,6 +52,12 @@ def _lines(paths: Sequence[Path], page: Path | None) -> list[str]:
         own = page.with_stem(f"{page.stem}-{name}") if page and len(comparisons) > 1 else page
         lines += [f"## {name}", "", *report_on(records, own), ""]
     return lines
+
+
+def _frontier(paths: Sequence[Path], page: Path | None) -> list[str]:
+    records = [record for path in paths for record in read_records(path)]
+    lines = table_lines("frontier", {"frontier": records})
+    return [*lines, "", f"page: {write_over(page, frontier_page(records))}"] if page else lines
 
 
 if __name__ == "__main__":

@@ -1,13 +1,7 @@
-"""Bytes against quality of several ways to make a model smaller: `experiment=frontier`'s table and picture.
+"""Bytes against quality of several ways to make a model smaller: `experiment=frontier`'s table and picture."""
 
-`python -m experiments.report.frontier results/frontier.jsonl -o page.html` prints the table and writes the picture.
-"""
-
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -18,17 +12,15 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
-from experiments.records import read_records
 from experiments.report.comparison import SEARCH, workload_name
 from experiments.report.drawing import PageFigure
 from experiments.report.table import Table
-from rap_env.files import write_over
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)  # of the bytes of the model as it was loaded, all kept
 _BLOCKS, _GROUPS = "whole sites", "parts"
 _REFERENCE = _BLOCKS
-_LEAST_DRAWN = 1e-3  # losses below are drawn here: the axis is logarithmic
-_PAGE = Template("<!doctype html><meta charset='utf-8'><script>$plotly</script>$figure")
+_MOST_DRAWN = 2.5  # nats: beyond, no model is of use
+_PAGE = Template("<!doctype html><meta charset='utf-8'><script>$plotly</script>$figure<p>$caption</p>")
 
 
 @dataclass(frozen=True)
@@ -137,7 +129,7 @@ def frontier_figure(records: Sequence[Mapping[str, Any]]) -> PageFigure:
             figure.add_trace(
                 Scatter(
                     x=[100 * point.share for point in points],
-                    y=[max(point.loss, _LEAST_DRAWN) for point in points],
+                    y=[point.loss for point in points],
                     name=way,
                     legendgroup=way,
                     showlegend=column == 1,
@@ -147,33 +139,21 @@ def frontier_figure(records: Sequence[Mapping[str, Any]]) -> PageFigure:
                 1,
                 column,
             )
-    figure.update_xaxes(title="bytes, % of the whole model's in full precision")
-    figure.update_yaxes(type="log")
-    figure.update_yaxes(title="report loss over that model (nats)", col=1)
+    figure.update_xaxes(title="bytes, % of dense in full precision")
+    figure.update_yaxes(range=[-0.1, _MOST_DRAWN])
+    figure.update_yaxes(title="report loss over dense in full precision (nats)", col=1)
     figure.update_layout(height=520)
     caption = (
-        "Each way's masks, from the whole model (right) to half of its own bytes. Lower and further left is better."
+        "Each way's masks, from the whole model (right) to half of its own bytes. Lower and further left is better;"
+        f" losses above {_MOST_DRAWN} are left out."
     )
     return PageFigure("frontier", "Bytes against quality", caption, figure)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Prints the table, and writes a page with the picture, which `scripts/page_pictures.py` can draw."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.report.frontier", description=__doc__.splitlines()[0])
-    parser.add_argument("records", type=Path, help="results/frontier.jsonl, or a sweep's folder")
-    parser.add_argument("-o", "--output", type=Path, help="HTML page to write")
-    options = parser.parse_args(arguments)
-    try:
-        records = read_records(options.records)
-        table = frontier_table(records)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print("\n".join(" | ".join(cells) for cells in (table.columns, *table.rows)))
-    if options.output:
-        drawn = frontier_figure(records)
-        html = to_html(drawn.figure, include_plotlyjs=False, full_html=False, div_id=f"figure-{drawn.name}")
-        print(write_over(options.output, _PAGE.substitute(plotly=get_plotlyjs(), figure=html)))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def frontier_page(records: Sequence[Mapping[str, Any]]) -> str:
+    """A page with the picture; one file that loads nothing."""
+    drawn = frontier_figure(records)
+    options = {"displayModeBar": False, "responsive": True}
+    div = f"figure-{drawn.name}"
+    html = to_html(drawn.figure, config=options, include_plotlyjs=False, full_html=False, div_id=div)
+    return _PAGE.substitute(plotly=get_plotlyjs(), figure=html, caption=drawn.caption)

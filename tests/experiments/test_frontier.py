@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments.report import __main__ as command
 from experiments.report import frontier
 from experiments.report.tables import table_lines
 from tests.experiments.comparison_records import record, row
@@ -67,7 +68,7 @@ def test_the_picture_has_a_panel_for_each_workload(records, tmp_path, capsys, mo
     assert len(figure.data) == 3 * len(WORKLOADS)
     assert {trace.name for trace in figure.data if trace.showlegend} == {"whole sites", "parts, INT4", "parts, ridge"}
     assert table_lines("frontier", {"frontier": records})[2].startswith("| whole sites |")
-    monkeypatch.setattr(frontier, "read_records", lambda _path: records)
-    frontier.main([str(tmp_path), "-o", str(tmp_path / "page.html")])
-    assert "whole sites | " in capsys.readouterr().out
+    monkeypatch.setattr(command, "read_records", lambda _path: records)
+    command.main(["--frontier", str(tmp_path), "-o", str(tmp_path / "page.html")])
+    assert "| whole sites | " in capsys.readouterr().out
     assert 'id="figure-frontier"' in (tmp_path / "page.html").read_text()
