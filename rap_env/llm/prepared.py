@@ -21,6 +21,8 @@ class Refits(Protocol):
 class Residency(Protocol):
     """What knows which weights are in memory."""
 
+    resident: PruningMask
+
     def check(self, mask: PruningMask) -> None:
         """Refuses a mask that keeps others."""
 

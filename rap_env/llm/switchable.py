@@ -74,6 +74,11 @@ class SwitchableLLM:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def resident(self) -> PruningMask:
+        """The components whose weights are in memory."""
+        return PruningMask.all_kept(self.shape) if self.store is None else self.store.resident
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over config, KV format and the weights' names, types and bytes, hexadecimal: what is computed."""
@@ -90,7 +95,8 @@ class SwitchableLLM:
         self.weights_changed()
 
     def weights_changed(self) -> None:
-        """Has to be called after weights or refits were changed: what is known of them is forgotten."""
+        """Has to be called after weights or refits were changed: what is known of them is forgotten, a store too."""
+        self.store = None
         self.__dict__.pop("digest", None)
         self._layers = decoder_layers(self.model)
         self.shape = ModelShape.from_model(self.model, self._granularity, self.preparation.order)

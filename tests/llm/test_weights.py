@@ -57,7 +57,7 @@ def test_a_model_computes_the_same_bits_from_its_store_and_after_each_switch(mem
     for _ in range(2):
         assert torch.equal(logits(llm), whole)
         store.switch(mask)
-        assert store.resident == mask and torch.equal(logits(llm), pruned)
+        assert llm.resident == store.resident == mask and torch.equal(logits(llm), pruned)
         store.switch(PruningMask.all_kept(llm.shape))
     names = dict(llm.model.named_parameters())
     with safe_open(store.path, "pt") as file:  # the file is an ordinary one
