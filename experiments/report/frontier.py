@@ -38,6 +38,9 @@ class Point:
     loss: float
 
 
+Workloads = dict[str, list[Point]]  # points by workload
+
+
 class Frontier:
     """Records that differ in how the model was made smaller, read together.
 
@@ -46,6 +49,7 @@ class Frontier:
 
     Attributes:
         points: By way and workload, the whole model's first.
+        unpruned: Formats without any pruning, the same way.
 
     Raises:
         ValueError: Two records are of one way, the reference is missing, or a workload is not in all of them.
@@ -58,20 +62,26 @@ class Frontier:
         if _REFERENCE not in named:
             raise ValueError(f"expected a record of {_REFERENCE!r} among them; got {', '.join(named)}")
         self.points = {way: _points(results, named[_REFERENCE]) for way, results in sorted(named.items(), key=_rank)}
+        self.unpruned = _unpruned(self.points)
         if len({tuple(sorted(of_way)) for of_way in self.points.values()}) > 1:
             raise ValueError("expected records of the same workloads; they differ")
 
     def best(self, way: str, budget: float) -> float:
-        """Mean loss over the workloads of the masks that fit, the best ones by the search's score; NaN if one has none.
+        """Mean loss over the workloads of the whole model or else the best mask that fits, by the search's score.
+
+        NaN where nothing fits at a workload.
 
         Args:
-            way: One of `points`.
+            way: One of `points` or `unpruned`.
             budget: Share of the bytes of the whole model in full precision.
         """
         losses = []
-        for points in self.points[way].values():
-            fitting = [point for point in points if point.share <= budget]
-            losses.append(max(fitting, key=lambda point: point.search_score).loss if fitting else np.nan)
+        for points in (self.unpruned | self.points)[way].values():
+            whole, fitting = points[0], [point for point in points if point.share <= budget]
+            if whole in fitting:
+                losses.append(whole.loss)  # with room for everything, everything is kept
+            else:
+                losses.append(max(fitting, key=lambda point: point.search_score).loss if fitting else np.nan)
         return float(np.mean(losses))
 
 
@@ -89,11 +99,11 @@ def _rank(item: tuple[str, Any]) -> tuple[int, str]:
     return item[0].count(","), item[0] != _REFERENCE, item[0]
 
 
-def _points(results: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, list[Point]]:
+def _points(results: Mapping[str, Any], reference: Mapping[str, Any]) -> Workloads:
     """By workload, the whole model first."""
     main, dense_loss = reference["evaluators"][0], -reference["dense"][reference["evaluators"][0]]
     full_bytes = {workload_name(row): row["footprint"]["peak_bytes"] for row in reference["references"]["dense"]}
-    points: dict[str, list[Point]] = {}
+    points: Workloads = {}
     for row in [*results["references"]["dense"], *results["rows"]]:
         own, name = points.setdefault(workload_name(row), []), workload_name(row)
         share = row["footprint"]["peak_bytes"] / full_bytes[name]
@@ -103,17 +113,28 @@ def _points(results: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[st
     return points
 
 
+def _unpruned(points: Mapping[str, Workloads]) -> dict[str, Workloads]:
+    """The whole models' points of other number formats; of two records of one format those of the first."""
+    found: dict[str, Workloads] = {}
+    for way, of_way in points.items():
+        formats = [part for part in way.split(", ") if part.startswith("INT")]
+        if formats:
+            found.setdefault(f"{', '.join(formats)} alone", {name: of[:1] for name, of in of_way.items()})
+    return found
+
+
 def frontier_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Mean loss over the full-precision model at budgets: a row for each way, the best of each budget in bold."""
     frontier = Frontier(records)
-    losses = np.array([[frontier.best(way, budget) for budget in BUDGETS] for way in frontier.points])
+    ways = [*frontier.unpruned, *frontier.points]
+    losses = np.array([[frontier.best(way, budget) for budget in BUDGETS] for way in ways])
     best = np.nanmin(np.where(np.isnan(losses), np.inf, losses), axis=0)
 
     def cell(loss: float, least: float) -> str:
         text = "-" if np.isnan(loss) else f"{loss:.3f}"
         return f"**{text}**" if loss == least else text
 
-    rows = [[way, *map(cell, of_way, best)] for way, of_way in zip(frontier.points, losses, strict=True)]
+    rows = [[way, *map(cell, of_way, best)] for way, of_way in zip(ways, losses, strict=True)]
     return Table(["", *(f"{budget:.0%}" for budget in BUDGETS)], rows)
 
 

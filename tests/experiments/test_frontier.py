@@ -45,7 +45,8 @@ def test_the_best_mask_that_fits_is_chosen_by_its_search_score(records):
     table = frontier.frontier_table(records)
     assert table.columns[1:] == list(budgets)
     rows = {cells[0]: cells for cells in table.rows}
-    assert list(rows) == ["whole sites", "parts, INT4", "parts, ridge"]
+    assert list(rows) == ["INT4 alone", "whole sites", "parts, INT4", "parts, ridge"]
+    assert [rows["INT4 alone"][budgets[each]] for each in ("90%", "50%", "40%")] == ["**0.250**", "**0.250**", "-"]
     assert rows["whole sites"][budgets["90%"]] == rows["whole sites"][budgets["75%"]] == "1.250"
     assert rows["parts, ridge"][budgets["60%"]] == "0.875"  # of the smaller mask, which is better
     assert rows["parts, INT4"][budgets["60%"]] == rows["parts, INT4"][budgets["50%"]] == "**0.250**"
@@ -67,7 +68,7 @@ def test_the_picture_has_a_panel_for_each_workload(records, tmp_path, capsys, mo
     figure = frontier.frontier_figure(records).figure
     assert len(figure.data) == 3 * len(WORKLOADS)
     assert {trace.name for trace in figure.data if trace.showlegend} == {"whole sites", "parts, INT4", "parts, ridge"}
-    assert table_lines("frontier", {"frontier": records})[2].startswith("| whole sites |")
+    assert table_lines("frontier", {"frontier": records})[3].startswith("| whole sites |")
     monkeypatch.setattr(command, "read_records", lambda _path: records)
     command.main(["--frontier", str(tmp_path), "-o", str(tmp_path / "page.html")])
     assert "| whole sites | " in capsys.readouterr().out
