@@ -3,7 +3,7 @@
 import json
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -82,7 +82,8 @@ class WeightStore:
     def __init__(self, llm, folder: Path | None = None) -> None:
         if llm.device.type != "cpu":
             raise UnsupportedArchitecture(f"expected a model on the CPU; {llm.name} is on {llm.device}")
-        self._stored = {site: list(_stored(llm, site)) for site in llm.shape.sites}
+        names = {id(parameter): name for name, parameter in llm.model.named_parameters()}
+        self._stored = {site: list(_stored(llm, site, names)) for site in llm.shape.sites}
         flat = [one for of_site in self._stored.values() for one in of_site]
         for one in flat:
             if one.by_columns and not one.parameter.T.is_contiguous():
@@ -110,11 +111,7 @@ class WeightStore:
         Raises:
             WeightsReleased: There is such a component.
         """
-        if self.resident.keep != mask.keep:
-            kept = zip(mask.components, mask.keep, self.resident.keep, strict=True)
-            missing = [component.name for component, needed, here in kept if needed and not here]
-            if missing:
-                raise WeightsReleased(missing)
+        _refuse_missing(mask, self.resident)
 
     def check_site(self, site: Site) -> None:
         """As `check`, for what one site runs with."""
@@ -145,8 +142,7 @@ class WeightStore:
         with self._lock:
             bits = tuple(keep and here for keep, here in zip(kept.keep, self.resident.keep, strict=True))
             after = PruningMask(kept.components, bits)
-            if missing := sorted({row.name for row in self._llm.mask.kept} - {row.name for row in after.kept}):
-                raise WeightsReleased(missing)
+            _refuse_missing(self._llm.mask, after)
             going = [here and not stays for here, stays in zip(self.resident.keep, bits, strict=True)]
             self.resident = after  # before the pages go, so that nothing more begins to run on them
             for start, end in self._spans(going):
@@ -200,11 +196,17 @@ class WeightStore:
                     yield from _joined((start + cut.start * row_bytes, start + cut.stop * row_bytes) for cut in cuts)
 
 
-def _stored(llm, site: Site) -> Iterator[_Stored]:
-    """The parameters of a site that belong to its components."""
-    layer, n_parts = llm.layer_of(site), sum(row.site == site for row in llm.shape.components)
-    names = {id(parameter): name for name, parameter in llm.model.named_parameters()}
-    if n_parts > 1 or llm.shape.has_parts:
+def _refuse_missing(needed: PruningMask, here: PruningMask) -> None:
+    if needed.keep != here.keep:
+        kept = zip(needed.components, needed.keep, here.keep, strict=True)
+        if missing := [component.name for component, wanted, there in kept if wanted and not there]:
+            raise WeightsReleased(missing)
+
+
+def _stored(llm, site: Site, names: Mapping[int, str]) -> Iterator[_Stored]:
+    """The parameters of a site that belong to its components; `names` are those of the model's, by identity."""
+    layer = llm.layer_of(site)
+    if llm.shape.has_parts:
         cuts: list[Cut] = list(layer.cuts(site.kind).values())
         for path, (dim, _own) in cuts[0].items():
             linear = layer.module.get_submodule(path)

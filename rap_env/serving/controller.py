@@ -4,7 +4,7 @@ import logging
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rap_env.errors import InvalidConfig
@@ -135,7 +135,7 @@ class Controller:
         if self._peak(self.mask, workload) <= left_bytes:
             return Decision(self.mask, workload.batch_size, "held")
         for batch_size in _halves(workload.batch_size):
-            part = _with(workload, batch_size)
+            part = replace(workload, batch_size=batch_size)
             if (found := self._ask(part, self._left(part, n_bytes))) is not None:
                 return self._taken(*found, batch_size)
         return self._refusal(workload)
@@ -187,7 +187,7 @@ class Controller:
         return Decision(mask, batch_size, by)
 
     def _refusal(self, workload: Workload) -> Decision:
-        one = _with(workload, 1)
+        one = replace(workload, batch_size=1)
         needed = smallest_bytes(self._shape, one) - self._left(one, 0.0)
         return Decision(None, 0, "nobody", math.ceil(needed / (1.0 - self._limits.margin)))
 
@@ -219,7 +219,3 @@ def _halves(batch_size: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes
-
-
-def _with(workload: Workload, batch_size: int) -> Workload:
-    return Workload(batch_size, workload.prompt_tokens, workload.generated_tokens)

@@ -18,7 +18,7 @@ from rap_env.widths.prepare import prepare_widths
 from tests.llm.test_parts import GROUP, MEMBERS, TOKENS
 
 WINDOWS = torch.randint(0, 256, (4, 12), generator=torch.Generator().manual_seed(4))
-LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_what_is_released_leaves_the_process_and_comes_back(granularity, monkeyp
     if granularity == "group":
         mask = half(llm)
     n_bytes = sum(component.weight_bytes for component in mask.dropped)
-    assert n_bytes > 8e6
+    assert n_bytes > 32e6  # so that the process's own noise is small beside it
     logits(llm)
     store.switch(mask)
     store.switch(PruningMask.all_kept(llm.shape))
