@@ -3,12 +3,12 @@
 import functools
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import Component, PruningMask, by_layer
+from rap_env.mask import Component, PruningMask
 from rap_env.memory.footprint import bytes_by_name, dense_bytes
 from rap_env.memory.scenario import Scenario
 
@@ -18,6 +18,11 @@ LARGEST_MOVE = 0.125  # part of a site's parts that a search moves at once at mo
 def parts_to_move(n_parts: int, generator: np.random.Generator) -> int:
     """How many of a site's parts a search moves at once."""
     return 1 if n_parts == 1 else int(generator.integers(1, 1 + math.ceil(n_parts * LARGEST_MOVE)))
+
+
+def by_layer(components: Iterable[Component]) -> list[tuple[Component, ...]]:
+    """Whole layers: components in model order, grouped by their layer."""
+    return [tuple(layer) for _index, layer in itertools.groupby(components, key=lambda component: component.site.layer)]
 
 
 class Granularity:

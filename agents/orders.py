@@ -5,11 +5,12 @@ import operator
 from collections.abc import Sequence
 
 from agents.base import Agent, Task
+from agents.granularity import by_layer
 from rap_env.errors import SearchExhausted, check_known
 from rap_env.importance.block_influence import block_influence
 from rap_env.importance.gsi import ImportanceRanking
 from rap_env.importance.single_drops import single_drop_increases
-from rap_env.mask import PruningMask, by_layer
+from rap_env.mask import PruningMask
 from rap_env.policies import DensePolicy, NearestOrderPolicy, OrderPolicy, PricedPolicy, RandomPolicy
 
 

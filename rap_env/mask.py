@@ -207,6 +207,16 @@ class PruningMask:
         return tuple(compress(self.components, map(operator.not_, self.keep)))
 
     @functools.cached_property
+    def weight_bytes(self) -> int:
+        """What the weights of the kept components take."""
+        return sum(component.weight_bytes for component in self.kept)
+
+    @functools.cached_property
+    def kv_bytes_per_token(self) -> int:
+        """What each cached token takes in the KV cache of the kept components."""
+        return sum(component.kv_bytes_per_token for component in self.kept)
+
+    @functools.cached_property
     def kept_parts(self) -> tuple[tuple[Site, tuple[bool, ...]], ...]:
         """Every site in the order in which the model runs them, with the keep-bits of its components."""
         return tuple((site, self.keep[positions]) for site, positions in self.components.sites)
@@ -243,12 +253,7 @@ class PruningMask:
 
     @classmethod
     def from_json(cls, shape, text: str) -> "PruningMask":
-        """Reads what `to_json` wrote, for a model of the same shape.
-
-        Raises:
-            InvalidMask: The text is no mask, or one over another number of components.
-            UnknownName: It names a component that the model does not have.
-        """
+        """Reads what `to_json` wrote, for the same shape; raises `InvalidMask` or `UnknownName` for anything else."""
         try:
             data = json.loads(text)
             n_components, dropped = data["n_components"], list(data["dropped"])
@@ -274,11 +279,6 @@ def kept_sites(mask: PruningMask, start: int = 0, stop: int | None = None) -> li
     """The sites of which a mask keeps any part, between two places in the order of all sites."""
     kept = ((site, bits) for site, bits in mask.kept_parts[start:stop] if any(bits))
     return [site if all(bits) else Site(site.layer, site.kind, tuple(compress(count(), bits))) for site, bits in kept]
-
-
-def by_layer(components: Iterable[Component]) -> list[tuple[Component, ...]]:
-    """Whole layers: components in model order, grouped by their layer."""
-    return [tuple(layer) for _index, layer in itertools.groupby(components, key=lambda component: component.site.layer)]
 
 
 def full_order(components: tuple[Component, ...], order: Sequence[str]) -> tuple[str, ...]:

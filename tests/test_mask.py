@@ -15,7 +15,7 @@ import torch
 
 from rap_env.errors import InvalidMask, UnknownName
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import KINDS, Component, PruningMask, Site, by_layer, full_order, kept_sites, parting
+from rap_env.mask import KINDS, Component, PruningMask, Site, full_order, kept_sites, parting
 
 
 def row(layer: int, kind: str, part: int | None = None) -> Component:
@@ -235,12 +235,6 @@ def test_masks_are_compared_and_hashed_in_less_than_20_microseconds_also_if_read
 def test_an_order_that_does_not_name_each_component_once_is_refused(wrong, tiny_llm):
     with pytest.raises(InvalidMask, match="expected an order over each of the 8 components once"):
         full_order(tiny_llm.shape.components, wrong)
-
-
-def test_whole_layers_hold_their_components_in_model_order(tiny_llm):
-    layers = by_layer(tiny_llm.shape.components)
-    assert [[c.name for c in layer] for layer in layers] == [[f"layer{i}.attention", f"layer{i}.mlp"] for i in range(4)]
-    assert by_layer(()) == []
 
 
 def test_widths_keep_the_first_parts_of_every_site():

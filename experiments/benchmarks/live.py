@@ -13,7 +13,7 @@ from experiments.benchmarks.timing import counted, timed
 from rap_env.calibration import packaged_corpus
 from rap_env.calibration.corpus import local_text
 from rap_env.calibration.sampling import consecutive_windows
-from rap_env.llm.live_cache import carried, read_again
+from rap_env.llm.live import LiveModel
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import PruningMask
@@ -21,7 +21,7 @@ from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from rap_env.widths.prepare import prepare_widths
 
-_WAYS = ("kept", "carried", "read again")  # stays pruned; grows and goes on; grows and reads its past again
+_WAYS = ("stays pruned", "left out", "from now", "exact")  # the mask stays; it grows, and heads that come back ...
 
 
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -37,6 +37,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     step = counted(progress, len(masks) * (options["repeats"] + len(windows)))
     before = {name: _logits(llm, mask, windows[0]) for name, mask in {"dense": dense, **masks}.items()}
     store, switches, pasts = WeightStore(llm), {}, {}
+    live = LiveModel(llm)
     for name, mask in masks.items():
         found = [step(_switched(store, llm, mask)) for _ in range(options["repeats"])]
         equal = torch.equal(_logits(llm, dense, windows[0]), before["dense"])
@@ -49,7 +50,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
             "equal_logits": equal,
             **{key: [one[key] for one in found] for key in found[0]},
         }
-        of_windows = [step(_past(llm, mask, window, options["read_tokens"])) for window in windows]
+        of_windows = [step(_past(live, mask, window, options["read_tokens"])) for window in windows]
         pasts[name] = {way: {key: [one[way][key] for one in of_windows] for key in of_windows[0][way]} for way in _WAYS}
     return {"switches": switches, "pasts": pasts, "windows": list(windows.shape), "read": options["read_tokens"]}
 
@@ -81,26 +82,30 @@ def _switched(store: WeightStore, llm: SwitchableLLM, mask: PruningMask) -> dict
     }
 
 
-def _past(llm: SwitchableLLM, mask: PruningMask, window: torch.Tensor, n_read: int) -> dict[str, dict[str, float]]:
+def _past(live: LiveModel, mask: PruningMask, window: torch.Tensor, n_read: int) -> dict[str, dict[str, float]]:
     """Tokens read with a mask; then all comes back. Seconds until the next token can be read, and the loss from then.
 
     The seconds are those of the cache alone; switching weights is measured apart.
     """
-    tokens, dense = window[None], PruningMask.all_kept(llm.shape)
+    tokens, dense = window.tolist(), PruningMask.all_kept(live.llm.shape)
     found = {}
     for way in _WAYS:
-        llm.apply(mask)
-        cache = read_again(llm, tokens[:, :n_read])
+        live.switch(mask)
+        cache = live.new_cache(len(tokens))
+        live.read([(cache, tokens[:n_read])])
+        if way != "stays pruned":
+            live.switch(dense)
         started = time.perf_counter()
-        if way != "kept":
-            llm.apply(dense)
-            cache = read_again(llm, tokens[:, :n_read]) if way == "read again" else carried(llm, cache, mask, dense)
+        if way == "exact":
+            cache = live.new_cache(len(tokens))
+            live.read([(cache, tokens[:n_read])])
+        elif way != "stays pruned":
+            cache.switch(live.heads, way)
         seconds = time.perf_counter() - started
-        with torch.inference_mode():
-            logits = llm.model(tokens[:, n_read:], past_key_values=cache).logits[0, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits, tokens[0, n_read + 1 :])
+        rows = [live.read([(cache, [token])])[0] for token in tokens[n_read:-1]]
+        loss = torch.nn.functional.cross_entropy(torch.stack(rows).float(), window[n_read + 1 :])
         found[way] = {"seconds": seconds, "loss": loss.item()}
-    llm.apply(dense)
+    live.switch(dense)
     return found
 
 

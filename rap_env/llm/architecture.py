@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from rap_env.errors import UnknownName
-from rap_env.llm.packing import PACKED_ATTENTION, Packing
+from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
 from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear
 from rap_env.llm.supported import Window, check_member
 from rap_env.mask import ATTENTION
@@ -120,7 +120,7 @@ class DecoderLayer:
             context: Upstream's keyword arguments to a layer (attention mask, position embeddings, cache).
         """
         if kind == ATTENTION:  # every supported family returns (output, attention weights)
-            packed = isinstance(context.get("attention_mask"), Packing)
+            packed = isinstance(context.get("attention_mask"), PackedStream)
             attention = self._packed_attention if packed else self.module.self_attn
             return hidden + attention(hidden_states=self._attention_norm(hidden), **context)[0]
         return hidden + self._mlp(self.module, self._mlp_norm(hidden))

@@ -1,122 +1,220 @@
-"""A KV cache across a change of masks: what goes is let go of, what comes back has no past, or reads it again."""
+"""The KV cache of each sequence that is being generated, and its way from one mask to another."""
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from torch.nn import functional
 
-from rap_env.errors import InvalidMask, UnsupportedArchitecture
+from rap_env.errors import InvalidWorkload, UnsupportedArchitecture
 from rap_env.llm.architecture import decoder_layers
+from rap_env.llm.int8_cache import decoded, encoded, in_int8
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, PruningMask
 
+Heads = Mapping[int, tuple[int, ...]]  # numbers of KV heads by layer, ascending
+ComingBack = Literal["left out", "from now"]
 
-def carried(llm: SwitchableLLM, cache: DynamicCache, before: PruningMask, after: PruningMask) -> DynamicCache:
-    """The cache of sequences that were read with one mask, for going on with another one.
 
-    Attentions are renumbered, keys and values of KV heads that both masks keep are taken over, those of dropped ones
-    are let go of with the old cache. A head that comes back has no past: it attends to the tokens from now on (in
-    batches, from the same position for all sequences), while heads that stayed go on attending to everything. Its past
-    takes the memory that it will need, as zeros.
+@dataclass(frozen=True)
+class CacheFormat:
+    """How keys and values of a model are kept.
+
+    Attributes:
+        n_heads: KV heads of a whole attention.
+        head_bytes: What a token's key, or its value, of one head takes.
+        dtype: Type of the activations.
+        int8: Whether keys and values are kept in INT8, each with a scale (`rap_env.llm.int8_cache`).
+        device: Where they are.
+    """
+
+    n_heads: int
+    head_bytes: int
+    dtype: torch.dtype
+    int8: bool
+    device: torch.device
+
+    @classmethod
+    def of(cls, llm: SwitchableLLM) -> "CacheFormat":
+        """That of a model.
+
+        Raises:
+            UnsupportedArchitecture: Its attention looks back over fewer tokens than its context has.
+        """
+        window, shape = llm.shape.attention_window, llm.shape
+        if window is not None and window < shape.context_tokens:
+            raise UnsupportedArchitecture(
+                f"expected an attention over all of the {shape.context_tokens:,} tokens of the context; that of"
+                f" {llm.name} looks back over {window:,}"
+            )
+        attention = decoder_layers(llm.model)[0].module.self_attn
+        int8, channels = in_int8(attention), attention.head_dim
+        head_bytes = channels + llm.dtype.itemsize if int8 else channels * llm.dtype.itemsize
+        return cls(shape.kv_channels // channels, head_bytes, llm.dtype, int8, llm.device)
+
+    def heads_of(self, mask: PruningMask) -> dict[int, tuple[int, ...]]:
+        """The KV heads that a mask keeps, by layer."""
+        kept = {}
+        for site, bits in mask.kept_parts:
+            if site.kind == ATTENTION and any(bits):
+                bits = bits * self.n_heads if len(bits) == 1 else bits
+                kept[site.layer] = tuple(head for head, bit in enumerate(bits) if bit)
+        return kept
+
+    def empty(self, n_heads: int, n_tokens: int) -> torch.Tensor:
+        """Room for keys and values [2, h, T, ...] of so many heads and tokens; it takes memory as it is written to."""
+        dtype = torch.int8 if self.int8 else self.dtype
+        return torch.zeros(2, n_heads, n_tokens, self.head_bytes // dtype.itemsize, dtype=dtype, device=self.device)
+
+    def encoded(self, states: torch.Tensor) -> torch.Tensor:
+        return encoded(states) if self.int8 else states
+
+    def decoded(self, states: torch.Tensor) -> torch.Tensor:
+        return decoded(states, self.dtype) if self.int8 else states
+
+
+@dataclass
+class _Layer:
+    """Keys and values of one layer.
+
+    Attributes:
+        heads: Numbers of the KV heads, ascending.
+        starts: Position of the first token that each of them has read.
+        states: Keys and values [2, h, T, ...].
+    """
+
+    heads: tuple[int, ...]
+    starts: tuple[int, ...]
+    states: torch.Tensor
+
+
+class SequenceCache:
+    """Keys and values of one sequence, for so many tokens as it may come to have.
 
     Args:
-        llm: The model; whichever mask is applied.
-        cache: Its layers are those of `before`; it is not to be used any more.
-        before: The mask that the tokens were read with.
-        after: The mask to go on with.
+        form: How they are kept.
+        heads: The KV heads that the mask keeps which the sequence is read with.
+        capacity_tokens: Tokens that the sequence may come to have.
 
-    Raises:
-        InvalidMask: The cache has not as many layers as `before` has attentions, or `before` keeps no attention, so
-            that there is no cache to go on with.
-        UnsupportedArchitecture: A layer of the cache is not one that grows, or a head comes back whose past would have
-            to be known within a sliding window.
+    Attributes:
+        length: Tokens that were read.
     """
-    heads_before, heads_after = _heads(llm, before), _heads(llm, after)
-    layers = [layer for layer in cache.layers if layer.is_initialized]  # upstream makes one for every attention
-    if not heads_before or len(layers) != len(heads_before):
-        raise InvalidMask(
-            f"expected a KV cache of the {len(heads_before)} attentions that the mask keeps, at least one; got one of"
-            f" {len(layers)} layers"
-        )
-    old = dict(zip(heads_before, layers, strict=True))
-    carried_on = DynamicCache()
-    for index, heads in heads_after.items():
-        layer, known = old.get(index, layers[0]), heads_before.get(index, ())
-        if not isinstance(layer, DynamicLayer):
-            raise UnsupportedArchitecture(f"expected a KV cache that grows; got a layer {type(layer).__name__}")
-        new = object.__new__(type(layer))
-        vars(new).update(vars(layer))
-        places = [known.index(head) if head in known else None for head in heads]
-        if None in places and layer.is_sliding:
-            raise UnsupportedArchitecture("a head that comes back under a sliding window has to read its past again")
-        new.keys, new.values = (_picked(states, places) for states in (layer.keys, layer.values))
-        starts = getattr(layer, "starts", [0] * len(known))
-        new.starts = [layer.get_seq_length() if place is None else starts[place] for place in places]
-        if any(new.starts):
-            _watch(llm, index)
-        carried_on.layers.append(new)
-    return carried_on
 
+    def __init__(self, form: CacheFormat, heads: Heads, capacity_tokens: int) -> None:
+        self.capacity_tokens, self.length, self._form = capacity_tokens, 0, form
+        self._layers = {
+            index: _Layer(own, (0,) * len(own), form.empty(len(own), capacity_tokens)) for index, own in heads.items()
+        }
 
-@torch.inference_mode()
-def read_again(llm: SwitchableLLM, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> DynamicCache:
-    """The cache of tokens read from the start with the mask that is applied.
+    @property
+    def nbytes(self) -> int:
+        """What it takes once all tokens are read."""
+        return sum(layer.states.nbytes for layer in self._layers.values())
 
-    Args:
-        llm: The model.
-        tokens: What was read so far [B, T].
-        attention_mask: 0 where a sequence is padded, on its left [B, T].
-    """
-    inputs: dict[str, Any] = {}
-    if attention_mask is not None:
-        inputs = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
-    return llm.model(tokens, use_cache=True, logits_to_keep=1, **inputs).past_key_values
+    def lacks(self, heads: Heads) -> bool:
+        """Whether it misses any of some KV heads, or what one of them read before it was dropped."""
+        for index, wanted in heads.items():
+            own = self._layers.get(index)
+            if own is None or any(own.starts) or not set(wanted) <= set(own.heads):
+                return True
+        return False
 
+    def switch(self, heads: Heads, coming_back: ComingBack = "left out") -> None:
+        """Lets go of the heads that another mask drops, at once, and of nothing else.
 
-def _heads(llm: SwitchableLLM, mask: PruningMask) -> dict[int, tuple[int, ...]]:
-    """The KV heads that a mask keeps, by layer."""
-    n_heads = llm.shape.kv_channels // decoder_layers(llm.model)[0].module.self_attn.head_dim
-    kept = {}
-    for site, bits in mask.kept_parts:
-        if site.kind == ATTENTION and any(bits):
-            whole = len(bits) == 1
-            kept[site.layer] = tuple(range(n_heads)) if whole else tuple(i for i, bit in enumerate(bits) if bit)
-    return kept
+        A head that comes back has not read the tokens so far. Either it is left out: for this sequence it stays
+        dropped. Or it attends to the tokens from now on. A sequence that is to attend to everything has to be read
+        again, into a new cache.
 
+        Args:
+            heads: The KV heads that the other mask keeps.
+            coming_back: What becomes of heads that the sequence does not have.
+        """
+        known, self._layers = self._layers, {}
+        for index, wanted in heads.items():
+            before = known.pop(index, None)
+            had = () if before is None else before.heads
+            chosen = tuple(head for head in wanted if head in had) if coming_back == "left out" else wanted
+            if before is not None and chosen == had:
+                self._layers[index] = before
+            elif chosen:
+                self._layers[index] = self._carried(before, chosen)
 
-def _picked(states: torch.Tensor, places: list[int | None]) -> torch.Tensor:
-    """Keys or values [B, h, T, D] of some heads; zeros where there are none."""
-    heads = [torch.zeros_like(states[:, :1]) if place is None else states[:, place : place + 1] for place in places]
-    return torch.cat(heads, dim=1)
+    def _carried(self, before: _Layer | None, heads: tuple[int, ...]) -> _Layer:
+        states = self._form.empty(len(heads), self.capacity_tokens)
+        starts = [self.length] * len(heads)
+        for place, head in enumerate(heads):
+            if before is not None and head in before.heads:
+                old = before.heads.index(head)
+                starts[place] = before.starts[old]
+                states[:, place, : self.length] = before.states[:, old, : self.length]
+        return _Layer(heads, tuple(starts), states)
 
+    def attend(
+        self,
+        index: int,
+        heads: tuple[int, ...],
+        states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Writes the keys and values of n new tokens, and attends from them to all; see `RaggedStream.attend`.
 
-def _watch(llm: SwitchableLLM, index: int) -> None:
-    """Lets a layer's attention see the tokens only that each of its heads has seen."""
-    attention = decoder_layers(llm.model)[index].module.self_attn
-    if not getattr(attention, "sees_from_start", False):
-        attention.register_forward_pre_hook(_from_start, with_kwargs=True)
-        attention.sees_from_start = True
+        Args:
+            index: Of the layer.
+            heads: The KV heads that the layer runs with; those that the sequence does not have give zeros.
+            states: Queries [hq, n, D], keys and values [h, n, D] of these heads.
+            scale: Of the scores.
 
+        Returns:
+            What each query head read [n, hq, D].
+        """
+        query, key, value = states
+        own, n_new, end = self._layers.get(index), query.shape[1], self.length + query.shape[1]
+        if own is None:
+            return query.new_zeros(query.shape).transpose(0, 1)
+        places = [heads.index(head) for head in own.heads]
+        grouped = query.unflatten(0, (len(heads), -1))
+        if whole := len(places) == len(heads):
+            chosen = grouped
+        else:
+            chosen, key, value = grouped[places], key[places], value[places]
+        own.states[0, :, self.length : end] = self._form.encoded(key)
+        own.states[1, :, self.length : end] = self._form.encoded(value)
+        keys, values = self._form.decoded(own.states[:, :, :end])
+        attended = functional.scaled_dot_product_attention(
+            chosen.flatten(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=self._visible(own.starts, n_new, chosen.shape[1]),
+            is_causal=n_new > 1 and self.length == 0 and not any(own.starts),
+            scale=scale,
+            enable_gqa=True,
+        )[0]
+        if not whole:
+            everything = torch.zeros_like(grouped)
+            everything[places] = attended.unflatten(0, (len(places), -1))
+            attended = everything.flatten(0, 1)
+        return attended.transpose(0, 1)
 
-def _from_start(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    cache = kwargs.get("past_key_values")
-    layers = getattr(cache, "layers", ())
-    starts = getattr(layers[attention.layer_idx], "starts", None) if attention.layer_idx < len(layers) else None
-    if not starts or not any(starts):
-        return None
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    n_new = hidden.shape[1]
-    n_tokens = layers[attention.layer_idx].get_seq_length() + n_new
-    positions = torch.arange(n_tokens, device=hidden.device)
-    groups = attention.q_proj.out_features // attention.k_proj.out_features
-    starting = torch.tensor(starts, device=hidden.device).repeat_interleave(groups)
-    seen = positions >= starting[None, :, None, None]  # [1, query heads, 1, tokens]
-    mask = kwargs.get("attention_mask")
-    if mask is None:  # upstream leaves it to the attention function, which takes none for one token
-        seen = seen & (positions <= positions[-n_new:, None])
-    elif mask.dtype == torch.bool:
-        seen = seen & mask[..., :n_tokens]
-    else:
-        seen = mask[..., :n_tokens].masked_fill(~seen, torch.finfo(mask.dtype).min)
-    return args, kwargs | {"attention_mask": seen}
+    def _visible(self, starts: tuple[int, ...], n_new: int, group: int) -> torch.Tensor | None:
+        """Which tokens each query head of the new tokens may see [1, hq or 1, n, T]; None where causality is all."""
+        if not any(starts) and (n_new == 1 or self.length == 0):
+            return None
+        positions = torch.arange(self.length + n_new, device=self._form.device)
+        seen = positions <= positions[-n_new:, None]
+        if any(starts):
+            beginning = torch.tensor(starts, device=self._form.device).repeat_interleave(group)
+            seen = seen & (positions >= beginning[:, None, None])
+        return seen.expand(1, -1, -1, -1) if seen.ndim == 3 else seen[None, None]
+
+    def check_room(self, n_tokens: int) -> None:
+        """Refuses more tokens than there is room for.
+
+        Raises:
+            InvalidWorkload: There is not.
+        """
+        if self.length + n_tokens > self.capacity_tokens:
+            raise InvalidWorkload(
+                f"expected at most {self.capacity_tokens} tokens of the sequence; got {self.length + n_tokens}"
+            )

@@ -1,5 +1,6 @@
 """Token trees laid end to end: many requests in one stream, no padding, contexts shared by branches."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -49,7 +50,15 @@ class _Bucket:
     visible: torch.Tensor | None  # which token may attend to which [B, 1, T, T]; None if all are plain sequences
 
 
-class Packing:
+class PackedStream(ABC):
+    """Sequences that lie end to end in one stream: everything but attention runs over it as it is."""
+
+    @abstractmethod
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """Within sequences, [1, heads, N, size] -> [1, N, heads, size]; keys and values may have fewer heads."""
+
+
+class Packing(PackedStream):
     """Trees in one stream of N tokens, ordered by length.
 
     Norms, projections and MLPs run over the stream as it is; attention runs over groups of trees of equal length, as
@@ -84,7 +93,7 @@ class Packing:
         return self._cuts[n_parts]
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Attention within trees, [1, heads, N, size] -> [1, N, heads, size]; key and value may have fewer heads."""
+        """Attention within trees; takes and returns what `PackedStream` says."""
         outputs = []
         for bucket in self._buckets:
             parts = [  # [B, heads, T, size], views of the stream
@@ -112,7 +121,7 @@ def _visible(trees: list[TokenTree], device: torch.device, window: int | None) -
     return visible[:, None].to(device)
 
 
-def _packed_attention(module, query, key, value, attention_mask: Packing, scaling: float | None = None, **_context):
+def _packed_attention(module, query, key, value, attention_mask: PackedStream, scaling=None, **_context):
     return attention_mask.attend(query, key, value, scaling), None
 
 

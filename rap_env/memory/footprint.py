@@ -65,16 +65,27 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
     workload.check_context(shape.context_tokens)
     if mask.components != shape.components:
         raise InvalidMask(f"expected a mask over this model's {len(shape.components)} components; got {len(mask.keep)}")
-    kept = mask.kept
-    kv_bytes_per_token = sum(component.kv_bytes_per_token for component in kept)
-    widths = (shape.activation_width(site.kind) * sum(bits) // len(bits) for site, bits in mask.kept_parts)
-    prompt_tokens = workload.batch_size * workload.prompt_tokens
     return Footprint(
-        weights_bytes=shape.fixed_bytes + sum(component.weight_bytes for component in kept),
-        kv_cache_bytes=kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
-        activation_bytes=shape.bytes_per_parameter * prompt_tokens * (4 * shape.hidden_size + max(widths))
-        + 4 * workload.batch_size * shape.vocab_size,
+        weights_bytes=shape.fixed_bytes + mask.weight_bytes,
+        kv_cache_bytes=mask.kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
+        activation_bytes=activation_bytes(
+            shape, mask, workload.batch_size * workload.prompt_tokens, workload.batch_size
+        ),
     )
+
+
+def activation_bytes(shape, mask: PruningMask, n_tokens: int, n_sequences: int) -> int:
+    """Bytes of the transient tensors while tokens are read at once; see `footprint`.
+
+    Args:
+        shape: A `ModelShape`.
+        mask: Keep-bits over the shape's components.
+        n_tokens: Tokens that are read at once, of all sequences together.
+        n_sequences: Sequences of which the next token is wanted.
+    """
+    widths = (shape.activation_width(site.kind) * sum(bits) // len(bits) for site, bits in mask.kept_parts)
+    read_bytes = shape.bytes_per_parameter * n_tokens * (4 * shape.hidden_size + max(widths))
+    return read_bytes + 4 * n_sequences * shape.vocab_size
 
 
 @functools.lru_cache(maxsize=256)

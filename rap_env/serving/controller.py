@@ -1,16 +1,16 @@
-"""The controller: which mask a live model runs with while its memory moves."""
+"""The controller: which mask a live model runs with, and how many sequences, while its memory moves."""
 
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from rap_env.errors import InvalidConfig
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import footprint, smallest_bytes
+from rap_env.memory.footprint import activation_bytes
 from rap_env.memory.workload import Workload
 
 _log = logging.getLogger(__name__)
@@ -25,24 +25,28 @@ class Decider(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """What keeps a controller from switching to and fro.
+    """What keeps a controller from switching to and fro, and a model from being pruned for a queue's sake.
 
     Attributes:
         margin: Share of every budget that is left free.
-        growth: Share of the budget that stays free in addition after a growth; the gap between growing and shrinking.
+        slack: Share of the budget that a new mask leaves free in addition, if any mask does; so memory that goes on
+            falling, or falls again after a growth, does not mean a switch each time.
         window_seconds: A mask grows to what was free all this time, and so long after the last switch at the earliest;
             shrinking waits for nothing.
+        least_kept: Share of the components' weight bytes that a mask must keep to be chosen for letting more sequences
+            in; below it they wait. Sequences in flight, and the only one there is, may have less.
 
     Raises:
         InvalidConfig: A share is not between 0 and 1, or the window is negative.
     """
 
     margin: float = 0.02
-    growth: float = 0.05
+    slack: float = 0.05
     window_seconds: float = 2.0
+    least_kept: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("margin", "growth"):
+        for name in ("margin", "slack", "least_kept"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InvalidConfig(f"{name}: expected at least 0 and below 1; got {getattr(self, name)}")
         if not self.window_seconds >= 0.0:
@@ -51,18 +55,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a workload now.
+    """What to do now.
 
     Attributes:
-        mask: What to run with; None where nothing fits.
-        batch_size: How many of the workload's sequences fit at once with it; fewer than asked where the batch has to be
-            split, 0 where not even one fits.
+        mask: What to run with; None where no decider has a mask that the memory holds, not even without sequences.
+        n_served: How many of the sequences, the first ones, may be in memory with it.
         by: Which decider the mask is of; `"held"` where the present one stays.
-        needed_bytes: Where nothing fits, the smallest budget that would do for one sequence, margin included.
+        needed_bytes: Where none may, the smallest budget that would do for one, margin included.
     """
 
     mask: PruningMask | None
-    batch_size: int
+    n_served: int
     by: str
     needed_bytes: int = 0
 
@@ -71,24 +74,27 @@ class Controller:
     """Asks for the memory and for a mask, and never returns one that the memory does not hold.
 
     A budget is what may be taken by weights, KV cache and activations together. It is read at each decision and made
-    smaller by a margin and by what the prompt's activations take. If the present mask does not fit any more the
-    deciders are asked in their order, and the first mask that fits is taken; one that raises, or answers something else
-    than a mask that fits, is passed over and counted. If none helps, the batch is split, and if not even one sequence
-    fits, the workload is refused. A mask grows only to what was free during a whole window, so that memory that comes
-    and goes is not chased. A reading that is no number counts as the lowest of the window, and as nothing before there
-    is one.
+    smaller by a margin and by what activations take. If the present mask does not fit any more, or fits too few
+    sequences, the deciders are asked in their order, and the first mask that fits is taken; one that raises, or answers
+    something else than a mask that fits, is passed over and counted. If none helps, fewer sequences are served, and if
+    not even one fits, it is refused. A mask grows only to what was free during a whole window, so that memory that
+    comes and goes is not chased. A reading that is no number counts as the lowest of the window, and as nothing before
+    there is one.
 
-    Each decision takes constant time on the mean, whatever the window holds.
+    A decision that holds the mask takes constant time on the mean, whatever the window holds; deciders are asked to
+    grow once a window at most.
 
     Args:
         shape: The model.
         deciders: By name, in the order in which they are asked: a policy, and what stands in for it.
         read: Tells the bytes that the model may take in all; see `free_bytes` for what is free beside what it holds.
         clock: Tells the time in seconds; it does not go backwards.
+        read_tokens: Tokens that are read at once at most, of all sequences together.
         limits: Against switching to and fro.
 
     Attributes:
         mask: What the model runs with, as far as the controller knows.
+        budget_bytes: What the memory last told, margin and activations not taken off.
         failures: How often each decider, and `"reading"`, failed.
         switches: How often the mask changed.
 
@@ -102,43 +108,49 @@ class Controller:
         deciders: Mapping[str, Decider],
         read: Callable[[], float],
         clock: Callable[[], float],
+        read_tokens: int = 512,
         limits: Limits | None = None,
     ) -> None:
         if not deciders:
             raise InvalidConfig("expected at least one decider, such as a policy; got none")
         self.mask = PruningMask.all_kept(shape)
+        self.budget_bytes = 0.0
         self.failures: Counter[str] = Counter()
         self.switches = 0
         self._shape, self._deciders, self._read, self._clock = shape, dict(deciders), read, clock
         self._limits = limits or Limits()
         self._lowest = _LowestOf(self._limits.window_seconds)
-        self._now, self._changed = 0.0, None  # seconds: of this decision, and of the last switch or the first decision
+        self._reading_bytes = activation_bytes(shape, self.mask, read_tokens, 0)
+        self._least_bytes = self._limits.least_kept * self.mask.weight_bytes
+        self._now, self._changed = 0.0, None  # seconds: of this decision; of the last switch, or of asking to grow
 
-    def decide(self, workload: Workload) -> Decision:
-        """What to run a workload with now; the caller applies the mask before it admits anything.
+    def decide(self, lengths: Sequence[int], n_running: int) -> Decision:
+        """What to run with now; the caller applies the mask before it lets anything in.
 
         Args:
-            workload: All that runs, or would run, at once: sequences in flight and the new ones.
-
-        Raises:
-            InvalidWorkload: It is beyond the model's context.
+            lengths: Tokens that each sequence may come to have: first those in flight, then those that wait.
+            n_running: How many are in flight.
         """
-        smallest_bytes(self._shape, workload)  # refuses what no memory helps
-        self._now, n_bytes = self._clock(), self._reading()
-        self._lowest.add(self._now, n_bytes)
+        self._now, self.budget_bytes = self._clock(), self._reading()
+        self._lowest.add(self._now, self.budget_bytes)
         self._changed = self._now if self._changed is None else self._changed
         if self._now - self._changed >= self._limits.window_seconds:
-            steady_bytes = self._lowest.value * (1.0 - self._limits.growth)
-            if (grown := self._larger(workload, self._left(workload, steady_bytes))) is not None:
+            self._changed = self._now
+            if (grown := self._larger(lengths, n_running)) is not None:
                 return grown
-        left_bytes = self._left(workload, n_bytes)
-        if self._peak(self.mask, workload) <= left_bytes:
-            return Decision(self.mask, workload.batch_size, "held")
-        for batch_size in _halves(workload.batch_size):
-            part = replace(workload, batch_size=batch_size)
-            if (found := self._ask(part, self._left(part, n_bytes))) is not None:
-                return self._taken(*found, batch_size)
-        return self._refusal(workload)
+        for n_served in _fewer_and_fewer(len(lengths), n_running):
+            tokens, floor_bytes = lengths[:n_served], self._floor(n_served, n_running)
+            if self._bytes(self.mask, tokens) <= self._left(self.budget_bytes, n_served):
+                return Decision(self.mask, n_served, "held", self._needed(n_served))
+            for share in (1.0 - self._limits.slack, 1.0):
+                found = self._ask(tokens, self._left(share * self.budget_bytes, n_served), floor_bytes)
+                if found is not None:
+                    return self._taken(*found, n_served)
+        return Decision(None, 0, "nobody", self._needed(0))
+
+    def applied(self, mask: PruningMask) -> None:
+        """Has to be told where another mask was applied than was decided on."""
+        self.mask = mask
 
     def _reading(self) -> float:
         try:
@@ -151,45 +163,55 @@ class Controller:
         self.failures["reading"] += 1
         return self._lowest.value if self._lowest else 0.0
 
-    def _left(self, workload: Workload, n_bytes: float) -> int:
-        """Of a budget, what weights and KV cache may take."""
-        dense = footprint(self._shape, PruningMask.all_kept(self._shape), workload)
-        return int(n_bytes * (1.0 - self._limits.margin)) - dense.activation_bytes
+    def _left(self, n_bytes: float, n_sequences: int) -> int:
+        """Of a budget, what weights and KV cache may take; without sequences nothing is read."""
+        activations = self._reading_bytes + 4 * n_sequences * self._shape.vocab_size if n_sequences else 0
+        return int(n_bytes * (1.0 - self._limits.margin)) - activations
 
-    def _peak(self, mask: PruningMask, workload: Workload) -> int:
-        return footprint(self._shape, mask, workload).peak_bytes
+    def _bytes(self, mask: PruningMask, lengths: Sequence[int]) -> int:
+        return self._shape.fixed_bytes + mask.weight_bytes + mask.kv_bytes_per_token * sum(lengths)
 
-    def _ask(self, workload: Workload, left_bytes: int) -> tuple[PruningMask, str] | None:
+    def _floor(self, n_served: int, n_running: int) -> float:
+        """Weight bytes that a mask must keep to be chosen for so many sequences."""
+        return self._least_bytes if n_served > max(1, n_running) else 0.0
+
+    def _ask(self, lengths: Sequence[int], left_bytes: int, floor_bytes: float) -> tuple[PruningMask, str] | None:
         """The first decider's mask that fits, and its name."""
-        if left_bytes < smallest_bytes(self._shape, workload):
+        if left_bytes < self._shape.fixed_bytes:
             return None  # nobody can help
+        workload = Workload(max(1, len(lengths)), max(1, math.ceil(sum(lengths) / max(1, len(lengths)))))
         for name, decider in self._deciders.items():
             try:
                 mask = decider.decide(workload, left_bytes)
-                if self._peak(mask, workload) <= left_bytes:
-                    return mask, name
-                _log.warning("%s decided on a mask that does not fit", name)
-            except Exception:  # a policy that fails must not end the service
-                _log.exception("%s failed to decide", name)
+                if mask.components == self._shape.components and self._bytes(mask, lengths) <= left_bytes:
+                    return (mask, name) if mask.weight_bytes >= floor_bytes else None
+                reason: Exception | str = "its mask does not fit, or is another model's"
+            except Exception as error:  # a policy that fails must not end the service
+                reason = error
+            if not self.failures[name]:  # once; it will be so each time
+                _log.warning("%s failed to decide: %r", name, reason)
             self.failures[name] += 1
         return None
 
-    def _larger(self, workload: Workload, left_bytes: int) -> Decision | None:
-        found = self._ask(workload, left_bytes)
-        if found is None or self._peak(found[0], workload) <= self._peak(self.mask, workload):
+    def _larger(self, lengths: Sequence[int], n_running: int) -> Decision | None:
+        """A mask that takes more than the present one, for all sequences."""
+        n_served, steady_bytes = len(lengths), self._lowest.value * (1.0 - self._limits.slack)
+        found = self._ask(lengths, self._left(steady_bytes, max(1, n_served)), self._floor(n_served, n_running))
+        if found is None or self._bytes(found[0], lengths) <= self._bytes(self.mask, lengths):
             return None
-        return self._taken(*found, workload.batch_size)
+        return self._taken(*found, n_served)
 
-    def _taken(self, mask: PruningMask, by: str, batch_size: int) -> Decision:
+    def _taken(self, mask: PruningMask, by: str, n_served: int) -> Decision:
         if mask != self.mask:
             self.mask, self._changed = mask, self._now
             self.switches += 1
-        return Decision(mask, batch_size, by)
+        return Decision(mask, n_served, by, self._needed(n_served))
 
-    def _refusal(self, workload: Workload) -> Decision:
-        one = replace(workload, batch_size=1)
-        needed = smallest_bytes(self._shape, one) - self._left(one, 0.0)
-        return Decision(None, 0, "nobody", math.ceil(needed / (1.0 - self._limits.margin)))
+    def _needed(self, n_served: int) -> int:
+        """Where no sequence is served, what one needs."""
+        if n_served:
+            return 0
+        return math.ceil((self._shape.fixed_bytes - self._left(0.0, 1)) / (1.0 - self._limits.margin))
 
 
 class _LowestOf:
@@ -213,9 +235,14 @@ class _LowestOf:
             self._rising.popleft()
 
 
-def _halves(batch_size: int) -> list[int]:
-    """A batch size and its halves, down to 1."""
-    sizes = [batch_size]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    return sizes
+def _fewer_and_fewer(n_all: int, n_running: int) -> Iterator[int]:
+    """All sequences; those in flight with half of the others, and half of these; then half of those in flight, down to
+    one; and none."""
+    waiting, running = n_all - n_running, n_running
+    while waiting:
+        yield running + waiting
+        waiting //= 2
+    while running:
+        yield running
+        running //= 2
+    yield 0

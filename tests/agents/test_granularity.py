@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from agents.granularity import GRANULARITIES, Granularity, distinct_searches
+from agents.granularity import GRANULARITIES, Granularity, by_layer, distinct_searches
 from rap_env.errors import UnknownName, check_known
 from rap_env.mask import ATTENTION, KINDS, Component, PruningMask
 from rap_env.memory.footprint import dense_bytes, footprint
@@ -143,3 +143,9 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     assert check_known("granularity", "layer", GRANULARITIES) == "layer"
     with pytest.raises(UnknownName, match="granularity 'layers'; did you mean layer"):
         check_known("granularity", "layers", GRANULARITIES)
+
+
+def test_whole_layers_hold_their_components_in_model_order(tiny_llm):
+    layers = by_layer(tiny_llm.shape.components)
+    assert [[c.name for c in layer] for layer in layers] == [[f"layer{i}.attention", f"layer{i}.mlp"] for i in range(4)]
+    assert by_layer(()) == []

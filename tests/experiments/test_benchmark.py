@@ -132,7 +132,9 @@ def test_switches_give_the_same_logits_and_each_way_to_a_past_has_its_loss(resul
     # Half of the attentions' two KV heads in 4 layers: 32 x (16 + 8 + 8 + 16) weights of 4 bytes each.
     assert switched["equal_logits"] and switched["dropped_bytes"] >= 4 * 4 * 32 * 48
     assert len(switched["released_bytes"]) == len(switched["up_seconds"]) == 2
-    assert {*pasts} == {"kept", "carried", "read again"} and len({tuple(of["loss"]) for of in pasts.values()}) == 3
+    assert {*pasts} == {"stays pruned", "left out", "from now", "exact"} and len(
+        {tuple(of["loss"]) for of in pasts.values()}
+    ) == 4
 
 
 def test_number_formats_are_measured_beside_the_loaded_one(results_of):

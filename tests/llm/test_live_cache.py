@@ -1,21 +1,22 @@
-"""A live KV cache across masks: what stays is what it was, what comes back sees what came since, or all of it."""
+"""Reading ragged batches while masks change: what stays is what it was, what comes back sees what was asked for."""
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
 
-from rap_env.errors import InvalidMask, UnsupportedArchitecture
+from rap_env.errors import InvalidWorkload, UnsupportedArchitecture
 from rap_env.llm import parts
 from rap_env.llm.architecture import decoder_layers
 from rap_env.llm.formats import quantise
-from rap_env.llm.live_cache import carried, read_again
+from rap_env.llm.live import LiveModel
+from rap_env.llm.live_cache import SequenceCache
 from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from tests.llm.test_parts import GROUP, MEMBERS
 
-READ, NEXT = torch.randint(3, 256, (3, 14), generator=torch.Generator().manual_seed(0)).split([8, 6], dim=1)
 FULL = [member for member in MEMBERS if "window" not in member]
+LENGTHS = (8, 1, 13)  # of the prompts of a ragged batch
+N_NEXT = 5
 
 
 @pytest.fixture(autouse=True)
@@ -23,132 +24,162 @@ def small_groups(monkeypatch):
     monkeypatch.setattr(parts, "GROUP_CHANNELS", GROUP)
 
 
-def build(member: str = "llama, 2 KV heads", granularity: str = "group", kv_cache: str = "full") -> SwitchableLLM:
+def build(member: str = "llama, 2 KV heads", granularity: str = "group", kv_cache: str = "full") -> LiveModel:
     whole = build_random_llm(*MEMBERS[member])
-    return SwitchableLLM(quantise(whole.model, kv_cache=kv_cache), whole.tokenizer, "live", granularity)
+    return LiveModel(SwitchableLLM(quantise(whole.model, kv_cache=kv_cache), whole.tokenizer, "live", granularity))
 
 
-def some_heads(llm: SwitchableLLM, numbers: list[int]) -> PruningMask:
+def sequences() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 256, (n + N_NEXT,), generator=generator).tolist() for n in LENGTHS]
+
+
+def some_heads(live: LiveModel, numbers: list[int]) -> PruningMask:
     """Keeps as many heads of each attention as the list says, in turn, and all channels."""
     widths, attentions = [], 0
-    for site, own in llm.shape.components.sites:
+    for site, own in live.llm.shape.components.sites:
         width = own.stop - own.start
         if site.kind == "attention":
             width, attentions = min(width, numbers[attentions % len(numbers)]), attentions + 1
         widths.append(width)
-    return PruningMask.from_widths(llm.shape, widths)
+    return PruningMask.from_widths(live.llm.shape, widths)
+
+
+def everything(live: LiveModel) -> PruningMask:
+    return PruningMask.all_kept(live.llm.shape)
+
+
+def generated(live: LiveModel, caches: list[SequenceCache], tokens: list[list[int]]) -> list[torch.Tensor]:
+    """Logits of all sequences as they go on token by token, together."""
+    steps = []
+    for place in range(max(map(len, tokens))):
+        going = [row for row, own in enumerate(tokens) if place < len(own)]
+        steps.append((going, live.read([(caches[row], [tokens[row][place]]) for row in going])))
+    return [
+        torch.stack([step[going.index(row)] for going, step in steps if row in going]) for row in range(len(tokens))
+    ]
 
 
 @torch.inference_mode()
-def going_on(llm: SwitchableLLM, cache: DynamicCache, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits [B, 6, V] of the next tokens, one by one."""
-    found = []
-    for number, token in enumerate(NEXT.split(1, dim=1), 1):
-        inputs = {}
-        if attention_mask is not None:
-            longer = torch.cat([attention_mask, torch.ones(len(NEXT), number, dtype=torch.long)], 1)
-            inputs = {"attention_mask": longer, "position_ids": longer.sum(-1, keepdim=True) - 1}
-        found.append(llm.model(token, past_key_values=cache, **inputs).logits)
-    return torch.cat(found, 1)
-
-
-@pytest.mark.parametrize("member", MEMBERS)
-@pytest.mark.parametrize("granularity", ["group", "block"])
-def test_what_stays_is_taken_over_and_the_rest_leaves_memory(member, granularity):
-    llm = build(member, granularity)
-    everything, fewer = PruningMask.all_kept(llm.shape), some_heads(build(member, granularity), [1, 0, 2])
-    cache = read_again(llm, READ)
-    before = sum(layer.keys.nbytes for layer in cache.layers)
-    expected = {site.layer: sum(bits) / len(bits) for site, bits in fewer.kept_parts if site.kind == "attention"}
-    cache = carried(llm, cache, everything, fewer)
-    assert sum(layer.keys.nbytes for layer in cache.layers) == pytest.approx(
-        before * sum(expected.values()) / len(expected)
-    )
-    llm.apply(fewer)
-    whole = going_on(llm, cache)
-    assert torch.isfinite(whole).all() and cache.get_seq_length() in (READ.shape[1] + NEXT.shape[1], 4)
+def expected_logits(live: LiveModel, tokens: list[int], seen=None) -> torch.Tensor:
+    """What upstream computes for all tokens in one pass [T, V]; `seen` tells what a KV head may see."""
+    handles, n = [], len(tokens)
+    for index, layer in enumerate(decoder_layers(live.llm.model) if seen else ()):
+        attention = layer.module.self_attn
+        n_heads = attention.q_proj.out_features // attention.head_dim
+        group = n_heads // (attention.k_proj.out_features // attention.head_dim)
+        allowed = torch.tensor(
+            [[[seen(index, h // group, q, k) for k in range(n)] for q in range(n)] for h in range(n_heads)]
+        )
+        hook = lambda _m, args, kwargs, allowed=allowed: (args, kwargs | {"attention_mask": allowed[None]})  # noqa: E731
+        handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
+    logits = live.llm.model(torch.tensor([tokens]), use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits
 
 
 @pytest.mark.parametrize("member", FULL)
-def test_heads_that_come_back_see_the_tokens_since_and_the_others_all(member):
-    """Against a cache whose attention is told by an explicit mask, for each query head, what it may see."""
-    llm = build(member)
-    everything, fewer = PruningMask.all_kept(llm.shape), some_heads(llm, [1, 0, 2])
-    dropped = {site.layer: bits for site, bits in fewer.kept_parts if site.kind == "attention"}
-    cache = carried(llm, read_again(llm, READ), everything, fewer)
-    llm.apply(fewer)
-    with torch.inference_mode():
-        llm.model(NEXT[:, :1], past_key_values=cache)
-    back = carried(llm, cache, fewer, everything)
-    hand = DynamicCache()
-    llm.apply(everything)
-    for layer in back.layers:
-        hand.update(layer.keys.clone(), layer.values.clone(), len(hand.layers))
-    found = going_on(llm, back)
-
-    handles = []
-    for index, layer in enumerate(decoder_layers(llm.model)):
-        attention = layer.module.self_attn
-        groups = attention.q_proj.out_features // attention.k_proj.out_features
-
-        def explicit(module, args, kwargs, index=index, groups=groups):
-            n_tokens = hand.layers[index].get_seq_length() + 1
-            starts = torch.tensor([0 if bit else READ.shape[1] + 1 for bit in dropped[index]])
-            seen = torch.arange(n_tokens) >= starts.repeat_interleave(groups)[None, :, None, None]
-            return args, kwargs | {"attention_mask": seen}
-
-        handles.append(attention.register_forward_pre_hook(explicit, with_kwargs=True))
-    expected = going_on(llm, hand)
-    for handle in handles:
-        handle.remove()
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(found, going_on(llm, read_again(llm, torch.cat([READ, NEXT[:, :1]], 1))), atol=1e-3)
+@pytest.mark.parametrize("granularity", ["group", "block"])
+def test_a_ragged_batch_is_each_sequence_alone_as_upstream_reads_it(member, granularity):
+    live, tokens = build(member, granularity), sequences()
+    for mask in (everything(live), some_heads(live, [1, 0, 2])):
+        live.switch(mask)
+        caches = [live.new_cache(len(own)) for own in tokens]
+        first = live.read([(cache, own[:n]) for cache, own, n in zip(caches, tokens, LENGTHS, strict=True)])
+        later = generated(live, caches, [own[n:] for own, n in zip(tokens, LENGTHS, strict=True)])
+        for row, own in enumerate(tokens):
+            expected = expected_logits(live, own)[LENGTHS[row] - 1 :]
+            assert torch.allclose(torch.cat([first[row : row + 1], later[row]]), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("member", ["llama, 2 KV heads", "qwen3", "opt"])
 @pytest.mark.parametrize("kv_cache", ["full", "int8"])
-def test_a_past_that_is_read_again_is_that_of_a_run_with_this_mask_from_the_start(member, kv_cache):
-    llm = build(member, kv_cache=kv_cache)
-    llm.apply(some_heads(llm, [1, 2]))
-    padding = torch.ones_like(READ)
-    padding[0, :3] = padding[2, :5] = 0
-    together = going_on(llm, read_again(llm, READ, padding), padding)
-    for row, pads in enumerate([3, 0, 5]):
-        alone = read_again(llm, READ[row : row + 1, pads:])
-        with torch.inference_mode():
-            expected = [llm.model(t, past_key_values=alone).logits for t in NEXT[row : row + 1].split(1, dim=1)]
-        assert torch.allclose(together[row], torch.cat(expected, 1)[0], atol=2e-2 if kv_cache == "int8" else 1e-4)
+def test_a_prompt_read_in_pieces_beside_others_is_the_same(kv_cache):
+    live, tokens = build(kv_cache=kv_cache), sequences()
+    long, other = live.new_cache(18), live.new_cache(18)
+    live.read([(other, tokens[0][:4])])
+    live.read([(long, tokens[2][:5])])
+    live.read([(other, tokens[0][4:5]), (long, tokens[2][5:6])])
+    last = live.read([(long, tokens[2][6:18]), (other, tokens[0][5:6])])
+    assert torch.allclose(last[0], expected_logits(live, tokens[2])[-1], atol=2e-2 if kv_cache == "int8" else 1e-4)
 
 
-def test_padded_sequences_stay_what_they_are_alone_when_heads_come_back():
-    llm = build()
-    everything, fewer = PruningMask.all_kept(llm.shape), some_heads(llm, [1, 0, 2])
-    padding = torch.ones_like(READ)
-    padding[1, :4] = 0
-    llm.apply(fewer)
-    together = read_again(llm, READ, padding)
-    alone = read_again(llm, READ[1:2, 4:])
-    llm.apply(everything)
-    together, alone = (carried(llm, cache, fewer, everything) for cache in (together, alone))
-    found = going_on(llm, together, padding)[1]
-    with torch.inference_mode():
-        expected = [llm.model(token, past_key_values=alone).logits for token in NEXT[1:2].split(1, dim=1)]
-    assert torch.allclose(found, torch.cat(expected, 1)[0], atol=1e-4)
+@pytest.mark.parametrize("member", FULL)
+def test_dropped_heads_leave_memory_at_once_and_the_others_go_on_with_what_they_have(member):
+    live, own = build(member), sequences()[0]
+    fewer = some_heads(live, [1, 0, 2])
+    cache = live.new_cache(len(own))
+    live.read([(cache, own[:8])])
+    assert cache.nbytes == everything(live).kv_bytes_per_token * len(own)
+    live.switch(fewer)
+    cache.switch(live.heads)
+    assert cache.nbytes == fewer.kv_bytes_per_token * len(own)
+    assert torch.isfinite(live.read([(cache, own[8:])])).all()
 
 
-def test_caches_that_do_not_belong_to_the_mask_are_refused():
-    llm = build()
-    everything, none = PruningMask.all_kept(llm.shape), some_heads(llm, [0])
-    cache = read_again(llm, READ)
-    with pytest.raises(InvalidMask, match="expected a KV cache of the 0 attentions"):
-        carried(llm, DynamicCache(), none, everything)
-    with pytest.raises(InvalidMask, match="got one of 0 layers"):
-        carried(llm, DynamicCache(), everything, everything)
-    with pytest.raises(InvalidMask, match="got one of 1 layers"):
-        cache.layers = cache.layers[:1]
-        carried(llm, cache, everything, everything)
-    window = build("mistral, window")
-    fewer = some_heads(window, [1])
-    window.apply(fewer)
-    with pytest.raises(UnsupportedArchitecture, match="has to read its past again"):
-        carried(window, read_again(window, READ), fewer, PruningMask.all_kept(window.shape))
+def seen_from(live: LiveModel, mask: PruningMask, since: int):
+    """Heads that a mask drops see what comes from a place on."""
+    dropped = {site.layer: bits for site, bits in mask.kept_parts if site.kind == "attention"}
+    return lambda layer, head, query, key: key <= query and (dropped[layer][head] or key >= since or query < since)
+
+
+@pytest.mark.parametrize("member", FULL)
+def test_from_now_a_head_that_comes_back_sees_the_tokens_since(member):
+    """What was read before comes from the whole model, so that only what later tokens see differs."""
+    live, own = build(member), sequences()[0]
+    cache = live.new_cache(len(own))
+    live.read([(cache, own[:8])])
+    fewer = some_heads(live, [1, 0, 2])
+    live.switch(fewer)
+    cache.switch(live.heads)
+    live.switch(everything(live))
+    cache.switch(live.heads, "from now")
+    found = torch.stack([live.read([(cache, [token])])[0] for token in own[8:]])
+    assert torch.allclose(found, expected_logits(live, own, seen_from(live, fewer, 8))[8:], atol=1e-4)
+    assert cache.lacks(live.heads) and cache.nbytes == everything(live).kv_bytes_per_token * len(own)
+
+
+@pytest.mark.parametrize("member", FULL)
+@pytest.mark.parametrize("heads", [[1, 0, 2], [0]])
+def test_left_out_heads_stay_dropped_for_the_sequence_and_not_for_others(member, heads):
+    live, (own, *_others, other) = build(member), sequences()
+    fewer = some_heads(live, heads)
+    live.switch(fewer)
+    cache = live.new_cache(len(own))
+    live.read([(cache, own[:8])])
+    live.switch(everything(live))
+    cache.switch(live.heads)
+    beside = live.new_cache(len(other))
+    first = live.read([(cache, own[8:10]), (beside, other)])
+    last = live.read([(cache, own[10:])])
+    assert torch.allclose(first[1], expected_logits(live, other)[-1], atol=1e-4)
+    with live.llm.pruned(fewer):  # all channels are kept in both masks
+        expected = expected_logits(live, own)
+    assert torch.allclose(torch.stack([first[0], last[0]]), expected[[9, -1]], atol=1e-4)
+    assert cache.lacks(live.heads) and cache.nbytes == fewer.kv_bytes_per_token * len(own)
+    assert not beside.lacks(live.heads)
+
+
+def test_what_is_read_again_equals_a_run_with_this_mask_from_the_start():
+    live, own = build(), sequences()[0]
+    live.switch(some_heads(live, [1, 0, 2]))
+    live.read([(live.new_cache(20), own[:8])])
+    live.switch(everything(live))
+    again = live.new_cache(len(own))
+    live.read([(again, own[:8])])
+    found = live.read([(again, own[8:])])
+    fresh, start = build(), None
+    start = fresh.new_cache(len(own))
+    fresh.read([(start, own[:8])])
+    assert torch.equal(found, fresh.read([(start, own[8:])])) and not again.lacks(live.heads)
+
+
+def test_what_cannot_be_read_is_refused():
+    live, own = build(), sequences()[0]
+    cache, full = live.new_cache(9), live.new_cache(4)
+    live.read([(cache, own[:8])])
+    with pytest.raises(InvalidWorkload, match="expected at most 4 tokens of the sequence; got 5"):
+        live.read([(cache, own[8:9]), (full, own[:5])])
+    assert cache.length == 8 and full.length == 0
+    with pytest.raises(UnsupportedArchitecture, match="looks back over 5"):
+        build("mistral, window")
