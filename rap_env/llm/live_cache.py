@@ -1,5 +1,7 @@
 """The KV cache of each sequence that is being generated, and its way from one mask to another."""
 
+import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -65,7 +67,12 @@ class CacheFormat:
     def empty(self, n_heads: int, n_tokens: int) -> torch.Tensor:
         """Room for keys and values [2, h, T, ...] of so many heads and tokens; it takes memory as it is written to."""
         dtype = torch.int8 if self.int8 else self.dtype
-        return torch.zeros(2, n_heads, n_tokens, self.head_bytes // dtype.itemsize, dtype=dtype, device=self.device)
+        shape = 2, n_heads, n_tokens, self.head_bytes // dtype.itemsize
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        # Pages of their own, which leave the process with the tensor, whatever the C library keeps for later.
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
 
     def encoded(self, states: torch.Tensor) -> torch.Tensor:
         return encoded(states) if self.int8 else states
