@@ -23,7 +23,9 @@ __all__ = ["Enforcement", "Kill", "Outcome", "Sample", "announce_ready", "run_li
 _READY_FD = "RAP_READY_FD"
 _READY = re.compile(rb"ready (\d{1,18})\n")
 _READY_BYTES = 64  # more than such a line has
-_BACKSTOP_BYTES = 64 * 2**20  # above the highest limit: memory that is mapped but not touched, the kernel's own for it
+# Above the highest limit, so that the kernel does not strike before the watchdog: memory that is mapped but not
+# touched, page tables, and stacks of threads, 8 MiB each.
+_BACKSTOP_BYTES = 64 * 2**20 + 16 * 2**20 * (os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def run_limited(
     itself is not judged for what it took after the last sample. Whatever happens, the command and its process group are
     gone when this returns or raises, and the command does not outlive this process.
 
-    Under `RLIMIT_DATA` a command gets no memory, and may fail, when what it maps is 64 MiB above the highest limit.
+    `RLIMIT_DATA` counts what is mapped after second 0, touched or not: a command that maps 64 MiB, and 16 for each
+    processor, above the highest limit gets no memory, and may fail.
 
     Args:
         command: Program and arguments.

@@ -43,8 +43,8 @@ class CoTenant:
 def cotenant(trace: MemoryTrace, whole_bytes: int) -> Iterator[CoTenant]:
     """Runs a co-tenant during the block; it takes nothing until it is started.
 
-    Its memory is anonymous, and written, so that the machine really lacks it. It ends with the block, or with the
-    thread that began it.
+    Its memory is anonymous, and written, so that the machine really lacks it; if the machine runs out, the co-tenant is
+    the first that the kernel ends. It ends with the block, or with the thread that began it.
 
     Args:
         trace: What it holds when; the last value until the end.

@@ -10,8 +10,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 _CHUNK_BYTES = 2**20
+_OOM_SCORE, _FIRST_TO_GO = Path("/proc/self/oom_score_adj"), "1000"  # where the machine runs out of memory
 
 
 def _play(seconds: Sequence[float], n_bytes: Sequence[int], start: float) -> None:
@@ -30,6 +32,7 @@ def _play(seconds: Sequence[float], n_bytes: Sequence[int], start: float) -> Non
 
 
 def _main() -> None:
+    _OOM_SCORE.write_text(_FIRST_TO_GO, encoding="ascii")
     seconds, n_bytes = json.loads(sys.stdin.readline())
     print("ready", flush=True)
     if sys.stdin.readline():  # nothing, where the parent has ended

@@ -61,6 +61,14 @@ def test_one_that_ended_before_is_an_error():
             wait_until(lambda: psutil.Process(tenant.pid).status() == psutil.STATUS_ZOMBIE)
 
 
+def test_one_that_has_ended_cannot_be_started():
+    with pytest.raises(BrokenPipeError), cotenant(constant(1.0), MIB) as tenant:
+        psutil.Process(tenant.pid).kill()
+        wait_until(lambda: psutil.Process(tenant.pid).status() == psutil.STATUS_ZOMBIE)
+        tenant.start()
+    assert not psutil.pid_exists(tenant.pid)
+
+
 def test_it_does_not_outlive_a_parent_that_is_killed():
     script = """
         import time

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.serving.child import Enforcement, run_limited
+from experiments.serving.child import _BACKSTOP_BYTES, Enforcement, run_limited
 from experiments.serving.groups import ControlGroup
 from rap_env.errors import InvalidConfig
 
@@ -54,7 +54,7 @@ def test_a_command_joins_a_group_with_the_highest_limit_and_the_group_is_removed
     assert (outcome.exit_code, outcome.killed, outcome.backstop) == (0, False, "control group")
     (files,) = removed
     assert files["cgroup.procs"] == "0"
-    assert files[limit] == str(1000 + 40 * MIB + 64 * MIB)
+    assert files[limit] == str(1000 + 40 * MIB + _BACKSTOP_BYTES)
     assert files.get("memory.swap.max", files.get("memory.swappiness")) == "0"
     assert list(tmp_path.iterdir()) == []
 
