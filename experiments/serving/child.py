@@ -118,7 +118,8 @@ def run_limited(
         watchdog = Watchdog(memory, baseline_bytes, limit, enforcement)
         on_ready()
         with contextlib.suppress(ProcessLookupError):  # it has ended already
-            _set_backstop(process.pid, memory, baseline_bytes + enforcement.highest_bytes, group)
+            highest_bytes = baseline_bytes + enforcement.highest_bytes + enforcement.mapped_bytes
+            _set_backstop(process.pid, memory, highest_bytes, group)
         watchdog.watch(functools.partial(_has_ended, process), functools.partial(_kill, process))
         exit_code, kill = _reaped(process), watchdog.kill
         if kill is None and group is not None and group.killed():

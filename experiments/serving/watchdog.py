@@ -23,6 +23,8 @@ class Enforcement:
         sample_seconds: Time between two looks at the child.
         ready_seconds: How long the child may take until it is ready.
         longest_seconds: How long it may run after that.
+        mapped_bytes: What it keeps mapped without having it in memory, such as weights that were released; the kernel
+            counts that too.
         groups: Folder in which this user may make control groups, see `ControlGroup`; None: `RLIMIT_DATA` instead.
 
     Raises:
@@ -34,10 +36,18 @@ class Enforcement:
     sample_seconds: float = 0.01
     ready_seconds: float = 60.0
     longest_seconds: float = math.inf
+    mapped_bytes: int = 0
     groups: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("highest_bytes", "grace_seconds", "sample_seconds", "ready_seconds", "longest_seconds"):
+        for name in (
+            "highest_bytes",
+            "grace_seconds",
+            "sample_seconds",
+            "ready_seconds",
+            "longest_seconds",
+            "mapped_bytes",
+        ):
             if not getattr(self, name) >= 0:
                 raise InvalidConfig(f"{name}: expected at least 0; got {getattr(self, name)}")
         if self.sample_seconds == 0:

@@ -203,6 +203,17 @@ def test_stop_tokens_end_and_draws_follow_their_seed():
     assert nearly.generated == dense
 
 
+def test_a_given_answer_is_scored_as_a_forward_scores_it():
+    scene = Scene()
+    answer = prompt(7, 5)
+    sequence = scene.engine.submit(Request(prompt(20), 7, answer=answer))
+    scene.run()
+    with torch.inference_mode():
+        logits = scene.llm.model(torch.tensor([[*prompt(20), *answer]])).logits[0, 19:-1].log_softmax(-1)
+    expected = logits[torch.arange(7), torch.tensor(answer)].tolist()
+    assert sequence.generated == list(answer) and sequence.log_likelihoods == pytest.approx(expected, abs=1e-4)
+
+
 def test_other_threads_may_submit_while_it_serves():
     scene = Scene()
     sequences: list = []
@@ -223,7 +234,7 @@ def test_what_cannot_be_served_is_refused_at_once():
         scene.engine.submit(Request(prompt(5), context))
     with pytest.raises(InvalidWorkload, match="expected tokens of 0 to 256"):
         scene.engine.submit(Request((1, 257), 1))
-    for wrong in ({"tokens": ()}, {"generated_tokens": 0}, {"temperature": float("nan")}, {"top_p": 0.0}):
+    for wrong in ({"tokens": ()}, {"generated_tokens": 0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"answer": ()}):
         with pytest.raises(InvalidWorkload):
             Request(**{"tokens": (1,), "generated_tokens": 1} | wrong)
     with pytest.raises(UnknownName, match="way of restoring"):
