@@ -1,0 +1,181 @@
+"""Weights in a file that is mapped into memory: their pages leave and come back."""
+
+import errno
+import json
+import mmap
+import os
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rap_env.errors import WeightsUnavailable
+from rap_env.files import write_pieces
+from rap_env.llm.stored import TYPES, Piece, Stored
+
+_PAGE = mmap.PAGESIZE
+_LENGTH_BYTES = 8  # in front of a safetensors header
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; Python's mmap has no name for it
+_CHUNK_BYTES = 2**24
+
+
+class MappedWeights:
+    """A safetensors file with some tensors, each beginning with a page, and a private mapping that they are views of.
+
+    To release a piece gives its whole pages back to the operating system; to read it brings them in again, from the
+    page cache or the disk. Neither copies anything nor changes a view.
+
+    What of the file is checked: when it is opened all of it, against what is in memory, and it is written anew where it
+    differs. Before pages are read: that its size and the time of its last change are those of then; where the time is
+    another one, all of it once more, against checksums (CRC-32). So a file that was cut or written to is told, but not
+    one whose disk returns other bytes than were written, and nobody is told of what is written between two reads: a
+    page that is in memory shows it at once, for the mapping and the file share it.
+
+    Args:
+        folder: For the file.
+
+    Attributes:
+        path: Of the file, once there is one.
+    """
+
+    by_parts = True
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def take(self, stored: Sequence[Stored], digest: str) -> None:
+        """Makes tensors views of the mapping.
+
+        Args:
+            stored: The tensors.
+            digest: Names the file, which is written unless it is there.
+
+        Raises:
+            WeightsUnavailable: The file can't be written or read; nothing of it stays then, and no tensor was changed.
+        """
+        path = self.path = self._folder / f"{digest}.safetensors"
+        self._header, self._starts, self._size = _layout(stored)
+        self._sums = {one: zlib.crc32(_bytes_of(one)) for one in stored}
+        try:
+            if not self._is_there():
+                write_pieces(path, self._pieces(stored))
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            writable = mmap.PROT_READ | mmap.PROT_WRITE  # as torch wants tensors; nothing writes
+            self._map = mmap.mmap(self._file, self._size, flags=mmap.MAP_PRIVATE, prot=writable)
+        except (OSError, ValueError) as error:
+            raise WeightsUnavailable(f"the weights can't be written to {path}, or read there: {error}") from error
+        self._changed = os.fstat(self._file).st_mtime_ns
+        self._bytes = np.frombuffer(self._map, np.uint8)
+        for one in stored:
+            values = one.parameter
+            raw = torch.frombuffer(self._map, dtype=values.dtype, count=values.numel(), offset=self._starts[one])
+            values.data = one.as_used(raw.view(one.shape))
+
+    def read(self, pieces: Sequence[Piece]) -> None:
+        """Has pieces in memory when it returns.
+
+        Raises:
+            WeightsUnavailable: The file is not what was written.
+        """
+        self._check()
+        for one, (start, end) in pieces:
+            first, end = (self._starts[one] + start) // _PAGE * _PAGE, self._starts[one] + end
+            try:
+                self._map.madvise(_POPULATE_READ, first, end - first)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # where to touch a page would end the process
+                    raise WeightsUnavailable(f"the weights in {self.path} can't be read: {error}") from error
+                self._bytes[first:end:_PAGE].sum()  # an older kernel: touches each page
+
+    def release(self, pieces: Sequence[Piece]) -> None:
+        """Gives back the whole pages of pieces."""
+        for piece in pieces:
+            first, end = self._pages(piece)
+            if first < end:
+                self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+    def freed_bytes(self, piece: Piece) -> int:
+        """The bytes of a piece that are whole pages; a tensor's last page has nothing else in it."""
+        first, end = self._pages(piece)
+        return max(0, min(end, self._starts[piece[0]] + piece[1][1]) - first)
+
+    def source(self, one: Stored) -> torch.Tensor:
+        """The view of all of a tensor."""
+        return one.parameter.detach()
+
+    def make_readable(self, tensors: Sequence[Stored]) -> None:
+        """Has all of tensors in memory; raises what `read` raises."""
+        self.read([(one, (0, one.n_bytes)) for one in tensors])
+
+    def copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in a mapping of its own: what the C library's allocator has it may keep after it was freed."""
+        layout = torch.empty_like(tensor, device="meta")
+        raw = torch.frombuffer(mmap.mmap(-1, max(1, tensor.nbytes)), dtype=tensor.dtype, count=tensor.numel())
+        return raw.as_strided(layout.shape, layout.stride()).copy_(tensor)
+
+    def _pages(self, piece: Piece) -> tuple[int, int]:
+        one, (start, end) = piece
+        last = end // _PAGE * _PAGE if end < one.n_bytes else end + -end % _PAGE
+        return self._starts[one] + start + -start % _PAGE, self._starts[one] + last
+
+    def _check(self) -> None:
+        status = os.fstat(self._file)
+        if status.st_size != self._size:
+            raise WeightsUnavailable(
+                f"expected {self._size:,} bytes of weights in {self.path}; it has {status.st_size:,}"
+            )
+        if status.st_mtime_ns != self._changed:
+            if not self._is_intact(self._file):
+                raise WeightsUnavailable(f"the weights in {self.path} are not those that were written")
+            self._changed = status.st_mtime_ns
+
+    def _is_there(self) -> bool:
+        if not self.path.is_file() or self.path.stat().st_size != self._size:
+            return False
+        with self.path.open("rb") as file:
+            return self._is_intact(file.fileno())
+
+    def _is_intact(self, file: int) -> bool:
+        if os.pread(file, len(self._header), 0) != self._header:
+            return False
+        return all(_sum_of(file, self._starts[one], one.n_bytes) == expected for one, expected in self._sums.items())
+
+    def _pieces(self, stored: Sequence[Stored]) -> Iterator[bytes]:
+        yield self._header
+        for one in stored:
+            yield _bytes_of(one).tobytes()
+            yield bytes(-one.n_bytes % _PAGE)
+
+
+def _bytes_of(one: Stored) -> np.ndarray:
+    return one.laid_out.view(-1).view(torch.uint8).numpy()
+
+
+def _sum_of(file: int, start: int, n_bytes: int) -> int:
+    found, end = 0, start + n_bytes
+    for first in range(start, end, _CHUNK_BYTES):
+        found = zlib.crc32(os.pread(file, min(_CHUNK_BYTES, end - first), first), found)
+    return found
+
+
+def _layout(stored: Sequence[Stored]) -> tuple[bytes, dict[Stored, int], int]:
+    """A safetensors header that ends with a page, where each tensor begins in the file, and the file's bytes."""
+    entries, starts, offset = {}, {}, 0
+    for number, one in enumerate(stored):
+        end = offset + one.n_bytes
+        name = f"{one.name}.T" if one.by_columns else one.name
+        kind = TYPES[one.parameter.dtype]
+        entries[name] = {"dtype": kind, "shape": list(one.shape), "data_offsets": [offset, end]}
+        starts[one] = offset
+        offset = end + -end % _PAGE
+        if offset > end:  # the format allows no holes
+            filled = {"dtype": "U8", "shape": [offset - end], "data_offsets": [end, offset]}
+            entries[f"filled.{number}"] = filled
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _PAGE)
+    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    return header, {one: len(header) + start for one, start in starts.items()}, len(header) + offset
