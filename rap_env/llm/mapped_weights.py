@@ -1,5 +1,6 @@
 """Weights in a file that is mapped into memory: their pages leave and come back."""
 
+import contextlib
 import errno
 import json
 import mmap
@@ -31,8 +32,11 @@ class MappedWeights:
     What of the file is checked: when it is opened all of it, against what is in memory, and it is written anew where it
     differs. Before pages are read: that its size and the time of its last change are those of then; where the time is
     another one, all of it once more, against checksums (CRC-32). So a file that was cut or written to is told, but not
-    one whose disk returns other bytes than were written, and nobody is told of what is written between two reads: a
-    page that is in memory shows it at once, for the mapping and the file share it.
+    a disk that returns other bytes than were written.
+
+    Pages in memory are shared with the file: what is written into it is computed with at once, and where it is cut they
+    are lost, and the process ends when it touches one. So the file can only be read. To delete or replace it is
+    harmless.
 
     Args:
         folder: For the file.
@@ -62,6 +66,8 @@ class MappedWeights:
         try:
             if not self._is_there():
                 write_pieces(path, self._pieces(stored))
+                with contextlib.suppress(OSError):  # some file systems know no such modes
+                    path.chmod(0o444)
             self._file = os.open(path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._file)
             writable = mmap.PROT_READ | mmap.PROT_WRITE  # as torch wants tensors; nothing writes
@@ -114,7 +120,8 @@ class MappedWeights:
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in a mapping of its own: what the C library's allocator has it may keep after it was freed."""
         layout = torch.empty_like(tensor, device="meta")
-        raw = torch.frombuffer(mmap.mmap(-1, max(1, tensor.nbytes)), dtype=tensor.dtype, count=tensor.numel())
+        own = mmap.mmap(-1, tensor.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        raw = torch.frombuffer(own, dtype=tensor.dtype, count=tensor.numel())
         return raw.as_strided(layout.shape, layout.stride()).copy_(tensor)
 
     def _pages(self, piece: Piece) -> tuple[int, int]:

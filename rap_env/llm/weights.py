@@ -105,7 +105,11 @@ class WeightStore:
             self.memory.make_readable([one for one in apart if one.path != replaced])
             full = layer.with_tensors({one.key: self.memory.source(one) for one in apart})
             narrow = full.narrowed(site.kind, site.parts, refit)
-            for path, name in (one.key for one in apart):
+            places = {one.key for one in apart}
+            if replaced is not None:  # its bias too: tensors of a refit keep its file in memory
+                parameters = narrow.module.get_submodule(replaced)._parameters.items()
+                places |= {(replaced, name) for name, tensor in parameters if tensor is not None}
+            for path, name in places:
                 own = narrow.module.get_submodule(path)._parameters
                 own[name] = nn.Parameter(self.memory.copied(own[name].detach()), requires_grad=False)
             self.memory.release(self._pieces(self.resident, needed=False, of=[whole]))

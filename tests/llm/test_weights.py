@@ -85,6 +85,7 @@ def test_a_file_that_lost_something_is_told_and_what_is_in_memory_goes_on():
     store.switch(mask)
     pruned = logits(llm)
     content = store.memory.path.read_bytes()
+    store.memory.path.chmod(0o600)
     with store.memory.path.open("r+b") as file:
         file.truncate(len(content) - 4096)
     for restoring in (store.restore, store.switch, lambda mask: store.prefetch(mask).result()):
