@@ -1,6 +1,7 @@
 """Weights in a file that is mapped into memory: their pages leave and come back."""
 
 import contextlib
+import ctypes
 import errno
 import json
 import mmap
@@ -19,7 +20,8 @@ from rap_env.llm.stored import TYPES, Piece, Stored
 
 _PAGE = mmap.PAGESIZE
 _LENGTH_BYTES = 8  # in front of a safetensors header
-_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; Python's mmap has no name for it
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14
+_LIBRARY = ctypes.CDLL(None, use_errno=True)
 _CHUNK_BYTES = 2**24
 
 
@@ -55,26 +57,25 @@ class MappedWeights:
 
         Args:
             stored: The tensors.
-            digest: Names the file, which is written unless it is there.
+            digest: Names the file, together with how the tensors lie in it; it is written unless it is there.
 
         Raises:
             WeightsUnavailable: The file can't be written or read; nothing of it stays then, and no tensor was changed.
         """
-        path = self.path = self._folder / f"{digest}.safetensors"
         self._header, self._starts, self._size = _layout(stored)
         self._sums = {one: zlib.crc32(_bytes_of(one)) for one in stored}
+        path = self.path = self._folder / f"{digest}.{zlib.crc32(self._header):08x}.safetensors"
         try:
-            if not self._is_there():
+            if not path.exists() or not self._is_open():
                 write_pieces(path, self._pieces(stored))
                 with contextlib.suppress(OSError):  # some file systems know no such modes
                     path.chmod(0o444)
-            self._file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._file)
+                if not self._is_open():
+                    raise OSError("other bytes are read than were written")
             writable = mmap.PROT_READ | mmap.PROT_WRITE  # as torch wants tensors; nothing writes
             self._map = mmap.mmap(self._file, self._size, flags=mmap.MAP_PRIVATE, prot=writable)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise WeightsUnavailable(f"the weights can't be written to {path}, or read there: {error}") from error
-        self._changed = os.fstat(self._file).st_mtime_ns
         self._bytes = np.frombuffer(self._map, np.uint8)
         for one in stored:
             values = one.parameter
@@ -90,12 +91,11 @@ class MappedWeights:
         self._check()
         for one, (start, end) in pieces:
             first, end = (self._starts[one] + start) // _PAGE * _PAGE, self._starts[one] + end
-            try:
-                self._map.madvise(_POPULATE_READ, first, end - first)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # where to touch a page would end the process
-                    raise WeightsUnavailable(f"the weights in {self.path} can't be read: {error}") from error
-                self._bytes[first:end:_PAGE].sum()  # an older kernel: touches each page
+            failed = _populate(self._bytes[first:end])
+            if failed == errno.EINVAL:  # an older kernel: touches each page
+                self._bytes[first:end:_PAGE].sum()
+            elif failed:  # where to touch a page would end the process
+                raise WeightsUnavailable(f"the weights in {self.path} can't be read: {os.strerror(failed)}")
 
     def release(self, pieces: Sequence[Piece]) -> None:
         """Gives back the whole pages of pieces."""
@@ -140,11 +140,16 @@ class MappedWeights:
                 raise WeightsUnavailable(f"the weights in {self.path} are not those that were written")
             self._changed = status.st_mtime_ns
 
-    def _is_there(self) -> bool:
-        if not self.path.is_file() or self.path.stat().st_size != self._size:
+    def _is_open(self) -> bool:
+        """Opens the file if it is the one that is meant, as it is looked up just now."""
+        file = os.open(self.path, os.O_RDONLY)
+        status = os.fstat(file)
+        if status.st_size != self._size or not self._is_intact(file):
+            os.close(file)
             return False
-        with self.path.open("rb") as file:
-            return self._is_intact(file.fileno())
+        self._file, self._changed = file, status.st_mtime_ns
+        weakref.finalize(self, os.close, file)
+        return True
 
     def _is_intact(self, file: int) -> bool:
         if os.pread(file, len(self._header), 0) != self._header:
@@ -156,6 +161,12 @@ class MappedWeights:
         for one in stored:
             yield _bytes_of(one).tobytes()
             yield bytes(-one.n_bytes % _PAGE)
+
+
+def _populate(pages: np.ndarray) -> int:
+    """Has pages in memory, without Python's lock, which `mmap.madvise` would hold; the number of an error, or 0."""
+    address, n_bytes = ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(pages.nbytes)
+    return ctypes.get_errno() if _LIBRARY.madvise(address, n_bytes, _POPULATE_READ) else 0
 
 
 def _bytes_of(one: Stored) -> np.ndarray:

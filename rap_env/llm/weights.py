@@ -46,8 +46,8 @@ class WeightStore:
     Args:
         llm: On a CPU or a GPU, with weights in any format. Where sites have parts, their output matrices in floating
             point are stored by columns, which changes the model's digest unless they were (`prepare_widths`).
-        folder: For the file, which is as large as the weights and is written once for each digest; by default
-            `weights` in the cache folder. Not used for a GPU.
+        folder: For the file, which is as large as the weights and is written once for each digest and granularity; by
+            default `weights` in the cache folder. Not used for a GPU.
 
     Attributes:
         memory: Where the weights are.
@@ -168,7 +168,11 @@ class WeightStore:
 
         Returns:
             Done when all of it was read; raises what `restore` raises. If it fails, `restore` still reads for itself.
+
+        Raises:
+            WeightsUnavailable: The store is not the model's any more.
         """
+        self._check_current()
         return self._reader.submit(self._read, mask)
 
     def close(self) -> None:

@@ -106,6 +106,15 @@ def test_a_damaged_file_is_written_anew_when_a_store_is_made(damage):
     assert torch.equal(logits(llm), whole)
 
 
+def test_each_granularity_has_a_file_of_its_own_that_is_written_once():
+    written = {WeightStore(build(granularity="block")).memory.path: None}
+    written = {path: path.stat().st_ino for path in [*written, WeightStore(build()).memory.path]}
+    assert len(written) == 2
+    for granularity in ("block", "group"):
+        path = WeightStore(build(granularity=granularity)).memory.path
+        assert path.stat().st_ino == written[path]
+
+
 def limited_files(n_bytes: int, function: Callable[[], object]) -> None:
     """Calls a function while no file may become larger; the disk is full, as far as it can tell."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -154,7 +163,7 @@ def test_a_second_store_of_a_model_takes_the_place_of_the_first():
     first.switch(half(llm))
     second = WeightStore(llm)
     assert llm.store is second and llm.resident == everything(llm) and torch.equal(logits(llm), whole)
-    for refused in (first.switch, first.release, first.restore):
+    for refused in (first.switch, first.release, first.restore, first.prefetch):
         with pytest.raises(WeightsUnavailable, match="was changed, or has another store, since this one was made"):
             refused(half(llm))
     second.switch(half(llm))
