@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from rap_env.errors import WeightsUnavailable
+from rap_env.llm.architecture import DecoderLayer
 from rap_env.llm.stored import Piece, Stored
 
 
@@ -61,17 +62,17 @@ class HostCopies:
         """All of a piece's bytes."""
         return piece[1][1] - piece[1][0]
 
-    def source(self, one: Stored) -> torch.Tensor:
-        """The tensor on the device, or its copy in host memory."""
-        here = one.parameter.detach()
-        return here if here.numel() else one.as_used(self._copies[one])
-
-    def make_readable(self, tensors: Sequence[Stored]) -> None:
-        """Nothing to do: the copies always are."""
+    def readable(self, layer: DecoderLayer, cut: Sequence[Stored], copied: Sequence[Stored]) -> DecoderLayer:
+        """The layer with the tensors that are cut: those on the device, or their copies in host memory."""
+        return layer.with_tensors({one.key: self._source(one) for one in cut})
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the device."""
         return tensor.to(self._device, copy=True)
+
+    def _source(self, one: Stored) -> torch.Tensor:
+        here = one.parameter.detach()
+        return here if here.numel() else one.as_used(self._copies[one])
 
     def _is_there(self, one: Stored) -> bool:
         return one.parameter.nbytes == one.n_bytes

@@ -16,6 +16,7 @@ import torch
 
 from rap_env.errors import WeightsUnavailable
 from rap_env.files import write_pieces
+from rap_env.llm.architecture import DecoderLayer
 from rap_env.llm.stored import TYPES, Piece, Stored
 
 _PAGE = mmap.PAGESIZE
@@ -109,13 +110,10 @@ class MappedWeights:
         first, end = self._pages(piece)
         return max(0, min(end, self._starts[piece[0]] + piece[1][1]) - first)
 
-    def source(self, one: Stored) -> torch.Tensor:
-        """The view of all of a tensor."""
-        return one.parameter.detach()
-
-    def make_readable(self, tensors: Sequence[Stored]) -> None:
-        """Has all of tensors in memory; raises what `read` raises."""
-        self.read([(one, (0, one.n_bytes)) for one in tensors])
+    def readable(self, layer: DecoderLayer, cut: Sequence[Stored], copied: Sequence[Stored]) -> DecoderLayer:
+        """The layer itself, with all of the tensors in memory that are copied from; raises what `read` raises."""
+        self.read([(one, (0, one.n_bytes)) for one in copied])
+        return layer
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy in a mapping of its own: what the C library's allocator has it may keep after it was freed."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rap_env.errors import UnsupportedArchitecture
+from rap_env.llm.architecture import DecoderLayer
 from rap_env.llm.parts import Cut, cut_tensors
 from rap_env.mask import Site
 
@@ -99,11 +100,8 @@ class Memory(Protocol):
     def freed_bytes(self, piece: Piece) -> int:
         """How many of a piece's bytes `release` frees."""
 
-    def source(self, one: Stored) -> torch.Tensor:
-        """All of a tensor, to take views of, wherever it is."""
-
-    def make_readable(self, tensors: Sequence[Stored]) -> None:
-        """Has the sources of tensors ready to be copied from, until they are released."""
+    def readable(self, layer: DecoderLayer, cut: Sequence[Stored], copied: Sequence[Stored]) -> DecoderLayer:
+        """A layer of which some tensors can be cut, wherever they are, and some of these copied from then."""
 
     def copied(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy where the model runs, whose memory is free as soon as nobody has it."""

@@ -102,9 +102,8 @@ class WeightStore:
             whole = Site(site.layer, site.kind)
             apart = [one for one in self._stored[whole] if one.apart]
             replaced = None if refit is None else layer.output_path(site.kind)
-            self.memory.make_readable([one for one in apart if one.path != replaced])
-            full = layer.with_tensors({one.key: self.memory.source(one) for one in apart})
-            narrow = full.narrowed(site.kind, site.parts, refit)
+            readable = self.memory.readable(layer, apart, [one for one in apart if one.path != replaced])
+            narrow = readable.narrowed(site.kind, site.parts, refit)
             places = {one.key for one in apart}
             if replaced is not None:  # its bias too: tensors of a refit keep its file in memory
                 parameters = narrow.module.get_submodule(replaced)._parameters.items()
@@ -204,13 +203,13 @@ class WeightStore:
 
     def _pieces(self, kept: PruningMask, needed: bool, of: Sequence[Site] | None = None) -> list[Piece]:
         """What has to be in memory for some components, or what has not; of some sites, or of all."""
-        bits = dict(kept.kept_parts)
-        return [
-            (one, span)
-            for site in (self._stored if of is None else of)
-            for one in self._stored[site]
-            for span in (one.needed(bits[site]) if needed else one.not_needed(bits[site]))
-        ]
+        pieces: list[Piece] = []
+        for site in self._stored if of is None else of:
+            own = self._positions[site.layer, site.kind]
+            bits = kept.keep[own.start : own.stop]
+            for one in self._stored[site]:
+                pieces += ((one, span) for span in (one.needed(bits) if needed else one.not_needed(bits)))
+        return pieces
 
     def _check_current(self) -> None:
         if self._llm.store is not self:
