@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from rap_env.errors import UnknownName
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
-from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear
+from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, with_tensors
 from rap_env.llm.supported import Window, check_member
 from rap_env.mask import ATTENTION
 
@@ -160,6 +160,10 @@ class DecoderLayer:
             replace_linear(module, self.output_path(kind), *refit)
         return DecoderLayer(module, self._architecture)
 
+    def with_tensors(self, tensors: Mapping[tuple[str, str], torch.Tensor]) -> "DecoderLayer":
+        """The layer with other tensors in some places; see `rap_env.llm.parts.with_tensors`."""
+        return DecoderLayer(with_tensors(self.module, tensors), self._architecture)
+
     def modules_of(self, kind: str) -> list[nn.Module]:
         """The modules that hold a site's weights, without the norm in front."""
         return [self.module.self_attn] if kind == ATTENTION else self._mlp_modules
@@ -169,3 +173,10 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """The layers of a causal LM, first to last."""
     architecture = architecture_of(model.config)
     return [DecoderLayer(layer, architecture) for layer in submodule(model, architecture.decoder).layers]
+
+
+def run_steps(steps: list[tuple[DecoderLayer, str]], hidden_states: torch.Tensor, **context) -> torch.Tensor:
+    """Adds the outputs of sites to the residual stream, [batch, tokens, hidden] -> the same; see `DecoderLayer.run`."""
+    for layer, kind in steps:
+        hidden_states = layer.run(kind, hidden_states, context)
+    return hidden_states
