@@ -45,8 +45,7 @@ def main(arguments: list[str]) -> None:
         llm = load_llm(options.name, options.dtype, granularity=options.granularity)
         deciders = {"even": OrderPolicy(llm.shape, even_order(llm.shape))}
         if options.policy:
-            policy = load_policy(options.policy)
-            if policy.shape != llm.shape:
+            if (policy := load_policy(options.policy)).shape != llm.shape:
                 raise InvalidConfig(f"expected a policy for this model and its order of parts; {options.policy} is not")
             deciders = {"policy": policy, **deciders}
         how = Options(options.max_batch, restoring=options.restoring, patience_seconds=options.patience_seconds)
