@@ -36,6 +36,7 @@ HOMES = {
     "gguf": ("rap_env/export/",),
     "peft": ("rap_env/export/recovery.py",),
     "fastapi": ("rap_env/serving/endpoint.py",),
+    "starlette": ("rap_env/serving/endpoint.py",),
     "pydantic": ("rap_env/serving/protocol.py",),
     "prometheus_client": ("rap_env/serving/metrics.py",),
     "uvicorn": ("scripts/endpoint.py",),

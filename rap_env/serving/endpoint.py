@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.serving.answers import DONE, Answer, ChatAnswer, event
@@ -111,7 +112,7 @@ class _Calls:
             return JSONResponse(form.whole(texts, generation.usage))
         except ApiError as error:
             refused = error
-        except _HungUp:
+        except (_HungUp, ClientDisconnect):
             refused = ApiError(_HUNG_UP, "hung up")
         except Exception:
             _log.exception("a call failed")
