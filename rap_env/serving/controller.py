@@ -156,7 +156,8 @@ class Controller:
         try:
             n_bytes = float(self._read())
         except Exception:  # whatever it is, it must not end the service
-            _log.exception("the memory could not be read")
+            if not self.failures["reading"]:  # once; it is read at each step
+                _log.exception("the memory could not be read")
             n_bytes = math.nan
         if math.isfinite(n_bytes) and n_bytes >= 0.0:
             return n_bytes
