@@ -58,11 +58,13 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     deciders = deciders_of(system, llm.shape, folders, scenario, spec["coarse_step"])
     memory = RecordedMemory(spec["memory"]["seconds"], spec["memory"]["n_bytes"], lambda: time.monotonic() - begun)
     controller = Controller(llm.shape, deciders, memory, time.monotonic, options.read_tokens, Limits(**spec["limits"]))
-    model.warm_up(options.read_tokens, CoarseWidths(DensePolicy(llm.shape), llm.shape, spec["coarse_step"]).levels())
+    levels = CoarseWidths(DensePolicy(llm.shape), llm.shape, spec["coarse_step"]).levels()
+    model.warm_up(options.read_tokens, levels)
+    trim_freed_memory()
+    model.warm_up(options.read_tokens, levels[-1:])  # what activations leave behind in the C library is there already
     if system.decides == "static":
         model.switch(deciders["static"].decide(scenario.workload, scenario.budget_bytes))
     engine = Engine(model, controller, options)
-    trim_freed_memory()
     baseline_bytes = psutil.Process().memory_info().rss - engine.needed_bytes
     begun = time.monotonic()
     announce_ready(baseline_bytes)

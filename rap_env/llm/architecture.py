@@ -97,9 +97,12 @@ class DecoderLayer:
     Args:
         layer: The upstream module, unchanged.
         architecture: The family's row of the table.
+        packed_config: The attention's config for packed streams; None makes one.
     """
 
-    def __init__(self, layer: nn.Module, architecture: Architecture) -> None:
+    def __init__(
+        self, layer: nn.Module, architecture: Architecture, packed_config: PretrainedConfig | None = None
+    ) -> None:
         self.module, self._architecture = layer, architecture
         self._attention_norm = submodule(layer, architecture.attention_norm)
         self._mlp_norm = submodule(layer, architecture.mlp_norm)
@@ -108,8 +111,10 @@ class DecoderLayer:
         # The same weights under a config of its own: upstream chooses the attention function by the config, and if the
         # model's own were changed while a packed stream runs, another thread would generate with it.
         self._packed_attention = copy.copy(layer.self_attn)
-        self._packed_attention.config = copy.copy(layer.self_attn.config)
-        self._packed_attention.config._attn_implementation = PACKED_ATTENTION
+        if packed_config is None:
+            packed_config = copy.copy(layer.self_attn.config)
+            packed_config._attn_implementation = PACKED_ATTENTION
+        self._packed_attention.config = packed_config
 
     def run(self, kind: str, hidden: torch.Tensor, context: dict) -> torch.Tensor:
         """Adds one site's output to the residual stream, [batch, tokens, hidden] -> the same.
@@ -158,11 +163,12 @@ class DecoderLayer:
         module = narrowed(self.module, [cuts[part] for part in parts])
         if refit is not None:
             replace_linear(module, self.output_path(kind), *refit)
-        return DecoderLayer(module, self._architecture)
+        return DecoderLayer(module, self._architecture, self._packed_attention.config)
 
     def with_tensors(self, tensors: Mapping[tuple[str, str], torch.Tensor]) -> "DecoderLayer":
         """The layer with other tensors in some places; see `rap_env.llm.parts.with_tensors`."""
-        return DecoderLayer(with_tensors(self.module, tensors), self._architecture)
+        module = with_tensors(self.module, tensors)
+        return DecoderLayer(module, self._architecture, self._packed_attention.config)
 
     def modules_of(self, kind: str) -> list[nn.Module]:
         """The modules that hold a site's weights, without the norm in front."""

@@ -61,10 +61,10 @@ class SwitchableLLM:
         self.store: Residency | None = None
         self.refits: Refits | None = None
         self.preparation = Preparation()
-        self._granularity = granularity
-        self._architecture = architecture_of(model.config)
+        self._granularity, self._architecture = granularity, architecture_of(model.config)
         self._layers = decoder_layers(model)
         self._use_cache: list[bool | None] | None = None  # upstream's settings while no attention is kept
+        self._narrowed: dict[Site, DecoderLayer] = {}  # of the mask that is applied
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +90,7 @@ class SwitchableLLM:
         return tokenizer_digest(self.tokenizer)
 
     def quantise(self, weights: WeightFormats = "full", kv_cache: str = "full") -> None:
-        """Turns the weights, or the KV cache, into other number formats; takes, and refuses, what `quantise` does."""
+        """Turns weights, or the KV cache, into other number formats; takes, and refuses, what `quantise` does."""
         self.weights_changed()  # brings back what a store released
         quantise(self.model, weights, kv_cache)
         self.weights_changed()
@@ -101,7 +101,7 @@ class SwitchableLLM:
             self.store.close()
         self.store = None
         self.__dict__.pop("digest", None)
-        self._layers = decoder_layers(self.model)
+        self._layers, self._narrowed = decoder_layers(self.model), {}
         self.shape = ModelShape.from_model(self.model, self._granularity, self.preparation.order)
         self.apply(PruningMask.all_kept(self.shape))
 
@@ -127,6 +127,7 @@ class SwitchableLLM:
                 layer.module.__dict__.pop("forward", None)
             kept_attentions += any(site.kind == ATTENTION for _step, site in own)
         self._allow_cache(kept_attentions > 0)
+        self._narrowed = {site: step for own in steps for step, site in own if site.parts is not None}
         self.mask = mask
 
     def check(self, mask: PruningMask) -> None:
@@ -161,8 +162,8 @@ class SwitchableLLM:
         if self.store is not None:
             self.store.check_site(site)
         layer = self._layers[site.layer]
-        if site.parts is None:
-            return layer
+        if site.parts is None or site in self._narrowed:
+            return self._narrowed.get(site, layer)
         refit = None if self.refits is None else self.refits.of(site)
         if self.store is not None:
             return self.store.narrowed(layer, site, refit)
@@ -279,7 +280,7 @@ class SwitchableLLM:
             parts: dict[tuple[bool, ...], list[PruningMask]] = {}
             for mask in group:
                 parts.setdefault(mask.kept_parts[end][1], []).append(mask)
-            # The smallest group is run first: then no more than log2 of all can be waiting.
+            # The smallest group runs first: so at most log2 of all wait.
             waiting += [(end, hidden, part) for part in sorted(parts.values(), key=len, reverse=True)]
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -234,7 +234,13 @@ def test_what_cannot_be_served_is_refused_at_once():
         scene.engine.submit(Request(prompt(5), context))
     with pytest.raises(InvalidWorkload, match="expected tokens of 0 to 256"):
         scene.engine.submit(Request((1, 257), 1))
-    for wrong in ({"tokens": ()}, {"generated_tokens": 0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"answer": ()}):
+    for wrong in (
+        {"tokens": ()},
+        {"generated_tokens": 0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"answer": ()},
+    ):
         with pytest.raises(InvalidWorkload):
             Request(**{"tokens": (1,), "generated_tokens": 1} | wrong)
     with pytest.raises(UnknownName, match="way of restoring"):
