@@ -11,7 +11,6 @@ import uvicorn
 
 from rap_env.errors import InvalidConfig, RapError
 from rap_env.llm.loading import load_llm
-from rap_env.memory.measured import return_freed_memory
 from rap_env.policies import OrderPolicy, even_order, load_policy
 from rap_env.serving.assembly import assemble
 from rap_env.serving.endpoint import create_app
@@ -39,7 +38,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--restoring", choices=RESTORING, default="left out", help="what heads mean that come back")
     options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
     read = options.reserve_bytes if options.budget_bytes is None else lambda: options.budget_bytes
-    return_freed_memory()
     try:
         read = BudgetFile(options.budget_file) if options.budget_file else read
         llm = load_llm(options.name, options.dtype, granularity=options.granularity)

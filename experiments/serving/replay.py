@@ -50,8 +50,7 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     config, system = OmegaConf.create(spec["config"]), System(**spec["system"])
     config.model.weights, config.model.kv_cache = system.weights, system.kv_cache
     llm, _corpus = build_llm(config)
-    if system.weights == "full":
-        WeightStore(llm)
+    WeightStore(llm)
     model, options = LiveModel(llm), Options(**spec["options"])
     scenario = Scenario(Workload(**spec["static"]["workload"]), spec["static"]["budget_bytes"])
     folders = {name: Path(path) for name, path in spec["policies"].items()}

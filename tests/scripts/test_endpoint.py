@@ -14,7 +14,6 @@ TINY = ["model.name=tiny", "model.dtype=float32"]
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("RAP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("scripts.endpoint.return_freed_memory", lambda: True)  # it is for the rest of the process
 
 
 @pytest.fixture
