@@ -31,7 +31,7 @@ class PeakMemory:
 
 
 @contextlib.contextmanager
-def measured_peak(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
+def measured_peak(device: str | torch.device = "cpu", trim: bool = True) -> Iterator[PeakMemory]:
     """Measures the peak memory of a block, above what was in use when it began; blocks must not be nested.
 
     On CUDA it is what tensors on the device took (`torch.cuda.max_memory_allocated`), without what the allocator only
@@ -42,6 +42,8 @@ def measured_peak(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
 
     Args:
         device: Where the tensors are.
+        trim: Whether the C library gives back first what it keeps of freed blocks; otherwise a block that takes those
+            again seems to need nothing.
 
     Yields:
         The result, filled in when the block ends, also when it raises.
@@ -52,7 +54,8 @@ def measured_peak(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
         before = torch.cuda.memory_allocated(device)
         highest = functools.partial(torch.cuda.max_memory_allocated, device)
     else:
-        trim_freed_memory()  # a block that took freed memory again would seem to need nothing
+        if trim:
+            trim_freed_memory()
         if _reset_high_water_mark():
             before, highest = _status_bytes("VmHWM"), functools.partial(_status_bytes, "VmHWM")
         else:

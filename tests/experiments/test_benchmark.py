@@ -47,6 +47,13 @@ TINY = [
     "live.read_tokens=24",
     "live.scored_tokens=8",
     "live.repeats=2",
+    "peaks.masks=2",
+    "peaks.workloads=[[1,40,2],[3,8,2]]",
+    "peaks.read_tokens=16",
+    "peaks.prompt_tokens=20",
+    "peaks.decoded_batches=[2]",
+    "peaks.decoded_tokens=2",
+    "peaks.repeats=2",
     "bits.formats=[full]",  # INT4 groups don't divide its sizes
     "bits.table.windows=2",
     "bits.table.window_tokens=32",
@@ -135,6 +142,18 @@ def test_switches_give_the_same_logits_and_each_way_to_a_past_has_its_loss(resul
     assert {*pasts} == {"stays pruned", "left out", "from now", "exact"} and len(
         {tuple(of["loss"]) for of in pasts.values()}
     ) == 4
+
+
+def test_peaks_are_predicted_for_every_mask_and_workload_and_steps_are_timed(results_of):
+    results = results_of("peaks")
+    assert [each["workload"] for each in results["peaks"]] == 2 * [[1, 40, 2], [3, 8, 2]]
+    # 4 layers with keys and values of 16 channels, 4 bytes each, where every head is kept.
+    assert all(0 <= each["kv_cache_bytes"] <= 4 * 2 * 16 * 4 * 42 for each in results["peaks"])
+    assert all(each["measured_bytes"] > 0 for each in results["peaks"])
+    assert {name: len(own["dense"]) for name, own in results["latency"]["seconds"].items()} == {
+        "prefill": 2,
+        "decode 2": 2,
+    }
 
 
 def test_number_formats_are_measured_beside_the_loaded_one(results_of):
