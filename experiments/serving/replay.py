@@ -24,7 +24,7 @@ from rap_env.memory.measured import trim_freed_memory
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
 from rap_env.policies import DensePolicy
-from rap_env.serving import Controller, Engine, Limits, Options, RecordedMemory, Request, Sequence, Step
+from rap_env.serving import Controller, Engine, LimitedProcess, Limits, Options, RecordedMemory, Request, Sequence, Step
 from rap_env.serving.coarse import CoarseWidths
 
 _IDLE_SECONDS = 0.02  # between two steps while nothing is asked
@@ -55,8 +55,10 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     scenario = Scenario(Workload(**spec["static"]["workload"]), spec["static"]["budget_bytes"])
     folders = {name: Path(path) for name, path in spec["policies"].items()}
     deciders = deciders_of(system, llm.shape, folders, scenario, spec["coarse_step"])
-    memory = RecordedMemory(spec["memory"]["seconds"], spec["memory"]["n_bytes"], lambda: time.monotonic() - begun)
-    controller = Controller(llm.shape, deciders, memory, time.monotonic, options.read_tokens, Limits(**spec["limits"]))
+    recorded = RecordedMemory(spec["memory"]["seconds"], spec["memory"]["n_bytes"], lambda: time.monotonic() - begun)
+    controller = Controller(
+        llm.shape, deciders, lambda: memory(), time.monotonic, options.read_tokens, Limits(**spec["limits"])
+    )
     levels = CoarseWidths(DensePolicy(llm.shape), llm.shape, spec["coarse_step"]).levels()
     model.warm_up(options.read_tokens, levels)
     trim_freed_memory()
@@ -65,10 +67,12 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
         model.switch(deciders["static"].decide(scenario.workload, scenario.budget_bytes))
     engine = Engine(model, controller, options)
     baseline_bytes = psutil.Process().memory_info().rss - engine.needed_bytes
+    activation_bytes = controller.activation_bytes(options.max_batch)
+    memory = LimitedProcess(recorded, baseline_bytes, lambda: engine.written_bytes + activation_bytes)
     begun = time.monotonic()
     announce_ready(baseline_bytes)
     processor = time.process_time()
-    write({"baseline_bytes": baseline_bytes, "activation_bytes": controller.activation_bytes(options.max_batch)})
+    write({"baseline_bytes": baseline_bytes, "activation_bytes": activation_bytes})
     told = _Told(begun, PruningMask.all_kept(llm.shape).weight_bytes, write)
     _run(engine, spec["requests"], begun, told)
     write(

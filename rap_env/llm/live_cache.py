@@ -121,6 +121,11 @@ class SequenceCache:
         """What it takes once all tokens are read."""
         return sum(layer.states.nbytes for layer in self._layers.values())
 
+    @property
+    def written_bytes(self) -> int:
+        """What it takes now."""
+        return self.nbytes * self.length // self.capacity_tokens
+
     def lacks(self, heads: Heads) -> bool:
         """Whether it misses any of some KV heads, or what one of them read before it was dropped."""
         for index, wanted in heads.items():

@@ -2,7 +2,7 @@
 
 from rap_env.serving.controller import Controller, Decision, Limits
 from rap_env.serving.engine import Engine, Options, Step
-from rap_env.serving.readings import BudgetFile, RealMemory, RecordedMemory, free_bytes
+from rap_env.serving.readings import BudgetFile, LimitedProcess, RealMemory, RecordedMemory, free_bytes
 from rap_env.serving.request import Request, Sequence, Status
 from rap_env.serving.service import Service
 
@@ -11,6 +11,7 @@ __all__ = [
     "Controller",
     "Decision",
     "Engine",
+    "LimitedProcess",
     "Limits",
     "Options",
     "RealMemory",

@@ -131,9 +131,17 @@ class Engine:
 
     @property
     def needed_bytes(self) -> int:
-        """What weights and KV cache take by the memory model."""
-        caches = sum(sequence.cache.nbytes for sequence in self._running)
-        return self._model.llm.shape.fixed_bytes + self.mask.weight_bytes + caches
+        """What weights and KV cache will take at most, by the memory model."""
+        return self._weights_bytes + sum(sequence.cache.nbytes for sequence in self._running)
+
+    @property
+    def written_bytes(self) -> int:
+        """What they take now."""
+        return self._weights_bytes + sum(sequence.cache.written_bytes for sequence in self._running)
+
+    @property
+    def _weights_bytes(self) -> int:
+        return self._model.llm.shape.fixed_bytes + self.mask.weight_bytes
 
     def submit(self, request: Request, listener: Callable[[Sequence], None] | None = None) -> Sequence:
         """Lets a request wait for its turn.

@@ -1,4 +1,4 @@
-"""How much memory is free: of the machine, the control group and the GPU, or as it was recorded."""
+"""How much memory there is: of the machine, the control group and the GPU, or as it was recorded."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -82,6 +82,26 @@ class BudgetFile:
     def __call__(self) -> float:
         self._last = self._path.read_text(encoding="ascii").strip() or self._last
         return float(self._last)
+
+
+class LimitedProcess:
+    """A budget of a process that has a limit: the limit, less what the process takes beside the model.
+
+    What libraries keep for themselves comes and goes, and no formula has it; so it is measured at each reading.
+
+    Args:
+        limit: Tells the bytes that the process may take above a baseline.
+        baseline_bytes: Resident memory of the process without the model.
+        held: Tells what the model takes by the memory model, activations included.
+    """
+
+    def __init__(self, limit: Callable[[], float], baseline_bytes: int, held: Callable[[], int]) -> None:
+        self._limit, self._baseline_bytes, self._held = limit, baseline_bytes, held
+        self._process = psutil.Process()
+
+    def __call__(self) -> float:
+        beside_bytes = self._process.memory_info().rss - self._baseline_bytes - self._held()
+        return max(0.0, self._limit() - max(0, beside_bytes))
 
 
 class RecordedMemory:

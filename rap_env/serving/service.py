@@ -129,7 +129,7 @@ class Service:
         """What the caches of the sequences in flight have been written to; the rest of them takes no memory yet."""
         with self._lock:
             caches = [cache for sequence in self._open if (cache := sequence.cache) is not None]
-        return sum(cache.nbytes * cache.length // cache.capacity_tokens for cache in caches)
+        return sum(cache.written_bytes for cache in caches)
 
     def submit(self, requests: Several[Request], tell: Tell) -> list[Sequence]:
         """Lets requests wait for their turn, all of them or none.

@@ -9,6 +9,7 @@ from typing import Literal
 from rap_env.errors import WeightsUnavailable
 from rap_env.llm.live import LiveModel
 from rap_env.mask import PruningMask
+from rap_env.memory.measured import trim_freed_memory
 from rap_env.serving.controller import Controller
 from rap_env.serving.request import Sequence
 
@@ -53,6 +54,7 @@ class Switching:
         fewer = PruningMask(wanted.components, tuple(map(operator.and_, before.keep, wanted.keep)))
         if fewer != before:
             self._apply(fewer, running)
+            trim_freed_memory()
         if fewer != wanted and self._arrived(wanted, wait_for_it=not running):
             try:
                 self._apply(wanted, running)

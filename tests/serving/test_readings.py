@@ -5,7 +5,7 @@ import pytest
 
 from rap_env.errors import InvalidConfig
 from rap_env.serving import readings
-from rap_env.serving.readings import BudgetFile, RealMemory, free_bytes
+from rap_env.serving.readings import BudgetFile, LimitedProcess, RealMemory, free_bytes
 
 
 def test_a_control_group_limits_what_the_machine_has(tmp_path):
@@ -51,3 +51,11 @@ def test_a_budget_file_without_a_number_is_refused(tmp_path, text):
         (tmp_path / "budget").write_text(text)
     with pytest.raises(InvalidConfig, match=r"expected a file with a number of bytes; .*budget"):
         BudgetFile(tmp_path / "budget")
+
+
+def test_what_the_process_takes_beside_the_model_is_taken_off_its_limit():
+    now = psutil.Process().memory_info().rss
+    grown = LimitedProcess(lambda: 10**9, now - 50_000_000, lambda: 20_000_000)
+    assert grown() == pytest.approx(10**9 - 30_000_000, abs=10_000_000)
+    assert LimitedProcess(lambda: 10**9, now, lambda: 20_000_000)() == 10**9  # what is reserved may not be used yet
+    assert LimitedProcess(lambda: 1.0, now - 50_000_000, lambda: 0)() == 0.0
