@@ -7,10 +7,11 @@ import torch
 
 from rap_env.llm.live_cache import CacheFormat, ComingBack, SequenceCache
 from rap_env.llm.packing import PackedStream
+from rap_env.llm.quantised import KERNEL_ROWS, Quantised
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, PruningMask, kept_sites
 
-_FEW_ROWS, _ROWS = (1, 4, 16), 64
+_FEW_ROWS, _ROWS = (1, 4, 16), 64  # see `padded`
 
 Reading = tuple[SequenceCache, Sequence[int]]  # a sequence's cache, and its tokens that are to be read next
 
@@ -42,14 +43,14 @@ class RaggedStream(PackedStream):
         return torch.cat(outputs)[None]
 
 
-def padded(n_rows: int) -> int:
-    """The number of rows that so many are filled up to: 1, 4, 16, or a multiple of 64.
+def padded(n_rows: int, few_rows: Sequence[int]) -> int:
+    """The number of rows that so many are filled up to: the next of a few, or a multiple of 64.
 
     oneDNN makes and keeps a program for each shape of a matrix product: 1 to 10 ms, and about 0.6 MB. A batch has
     another number of rows at each step, and a mask other widths in each layer; with few numbers of rows there are few
-    programs.
+    programs. Quantised layers have kernels of their own for few rows, which take longer for each row.
     """
-    return next((size for size in _FEW_ROWS if n_rows <= size), -(-n_rows // _ROWS) * _ROWS)
+    return next((size for size in few_rows if n_rows <= size), -(-n_rows // _ROWS) * _ROWS)
 
 
 class LiveModel:
@@ -64,6 +65,8 @@ class LiveModel:
 
     def __init__(self, llm: SwitchableLLM) -> None:
         self.llm, self.form = llm, CacheFormat.of(llm)
+        quantised = any(isinstance(module, Quantised) for module in llm.model.modules())
+        self._few_rows = range(1, 1 + KERNEL_ROWS) if quantised else _FEW_ROWS
         self._prepare()
 
     def switch(self, mask: PruningMask) -> None:
@@ -106,7 +109,7 @@ class LiveModel:
             cache.check_room(len(tokens))
         flat = [token for _cache, tokens in readings for token in tokens]
         positions = [cache.length + place for cache, tokens in readings for place in range(len(tokens))]
-        padding = [0] * (padded(len(flat)) - len(flat))
+        padding = [0] * (padded(len(flat), self._few_rows) - len(flat))
         stream = RaggedStream([(cache, len(tokens)) for cache, tokens in readings], len(padding))
         inputs = torch.tensor([[*flat, *padding], [*positions, *padding]], device=self.llm.device)
         unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.llm.device)  # upstream would build a mask
@@ -119,7 +122,9 @@ class LiveModel:
         last = [end - 1 for end in accumulate(len(tokens) for _cache, tokens in readings)]
         for cache, tokens in readings:
             cache.length += len(tokens)
-        return self.llm.logits(hidden[0, [*last, *last[-1:] * (padded(len(last)) - len(last))]])[: len(last)]
+        return self.llm.logits(hidden[0, [*last, *last[-1:] * (padded(len(last), self._few_rows) - len(last))]])[
+            : len(last)
+        ]
 
     def warm_up(self, read_tokens: int, masks: Iterable[PruningMask]) -> None:
         """Reads once in every number of rows that will come, so that libraries have made their programs.
@@ -131,9 +136,9 @@ class LiveModel:
         before = self.llm.mask
         for mask in masks:
             self.switch(mask)
-            for n_tokens in sorted({padded(n) for n in range(1, read_tokens + 1)}):
+            for n_tokens in sorted({padded(n, self._few_rows) for n in range(1, read_tokens + 1)}):
                 cache = self.new_cache(n_tokens)
                 self.read([(cache, [0] * n_tokens)])
         self.switch(before)
-        for n_sequences in _FEW_ROWS:
+        for n_sequences in self._few_rows:
             self.read([(self.new_cache(1), [0]) for _ in range(n_sequences)])
