@@ -137,6 +137,23 @@ class RunUnreadable(RapError, ValueError):
     """A folder without a run's record, or a record from which its model or a mask can't be had again."""
 
 
+class TraceUnreadable(RapError, ValueError):
+    """A request trace of another form than expected.
+
+    Args:
+        path: Of the file.
+        line: Number of the line, counted from 1.
+        problem: What was expected, and what came.
+    """
+
+    def __init__(self, path: object, line: int, problem: str) -> None:
+        self._arguments = path, line, problem
+        super().__init__(f"{path}, line {line}: {problem}")
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._arguments  # so that it crosses process borders
+
+
 class FolderInUse(RapError, OSError):
     """A run's folder that another run is writing into."""
 
