@@ -19,10 +19,15 @@ class Simulation:
     does, those that came last give their caches up and are read again later. Then the last token of each sequence that
     generates is read, and prompts in order with what is left of the step's tokens.
 
-    Where it is simpler than the engine: a switch stops everything for its seconds, also one that grows, which the
-    engine reads ahead; caches are reserved at the level's bytes for each token even where a sequence lacks heads; a
-    sequence that was in flight with a smaller level counts with that level's quality until it ends, although only KV
-    heads stay away and channels of MLPs come back.
+    Where it is simpler than the engine:
+
+    - As many requests are let in, or stay, as fit; the engine's controller tries half as many, and half of these.
+    - Activations are those of a full batch.
+    - A switch stops everything for its seconds, also one that grows, which the engine reads ahead; caches are copied
+      in no time.
+    - Caches are reserved at the level's bytes for each token even where a sequence lacks heads.
+    - A sequence that was in flight with a smaller level counts with that level's quality until it ends, although only
+      KV heads stay away and channels of MLPs come back.
 
     Args:
         table: Levels and seconds.
