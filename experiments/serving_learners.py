@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{options.record} exists, and records are written once")
     table = ServingTable.load(options.table) if options.table else embedded_table()
     steps = {name: n for name in ALGORITHMS if (n := getattr(options, f"{name}_steps"))}
+    origin = provenance()  # before the run, which may be long
     results = compare(table, steps, options.seeds, options.tuning_episodes, options.held_out_episodes)
     print("\n".join(lines(results)))
     env = ServingEnv(table)
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "reward_weights": env.reward_weights,
         "decide_seconds": env.decide_seconds,
     }
-    write_record(options.record, {"config": config, "provenance": provenance(), "results": results})
+    write_record(options.record, {"config": config, "provenance": origin, "results": results})
 
 
 if __name__ == "__main__":

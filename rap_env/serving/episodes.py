@@ -1,5 +1,6 @@
 """Episodes of the simulated serving problem: a stretch of requests and a budget over time, both drawn from one seed."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,20 +38,15 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name in ("duration_seconds", "length_scale"):
-            if not 0.0 < getattr(self, name) < float("inf"):
+            if not 0.0 < getattr(self, name) < math.inf:
                 raise InvalidConfig(f"{name}: expected a positive number; got {getattr(self, name)}")
         for name in ("longest_prompt_tokens", "longest_generated_tokens", "whole_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidConfig(f"{name}: expected at least 1; got {getattr(self, name)}")
         for name in ("requests_per_second", "memory_shares"):
             low, high = getattr(self, name)
-            if not 0.0 < low <= high < float("inf"):
+            if not 0.0 < low <= high < math.inf:
                 raise InvalidConfig(f"{name}: expected 0 < low <= high; got {low} and {high}")
-
-    @property
-    def longest_tokens(self) -> int:
-        """Of a sequence."""
-        return self.longest_prompt_tokens + self.longest_generated_tokens
 
 
 @dataclass(frozen=True)
@@ -61,11 +57,26 @@ class Episode:
         arrivals: The requests, in the order of time.
         memory: The budget, as shares of a whole.
         duration_seconds: When it ends.
+
+    Raises:
+        InvalidConfig: Requests are not in the order of time, begin before 0, or have no token to read or to generate;
+            or the duration is not positive.
     """
 
     arrivals: tuple[Arrival, ...]
     memory: MemoryTrace
     duration_seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.duration_seconds < math.inf:
+            raise InvalidConfig(f"duration_seconds: expected a positive number; got {self.duration_seconds}")
+        before = 0.0
+        for arrival in self.arrivals:
+            if not before <= arrival.seconds < math.inf:
+                raise InvalidConfig(f"expected arrivals in the order of time; got {arrival.seconds} s after {before} s")
+            if min(arrival.prompt_tokens, arrival.generated_tokens) < 1:
+                raise InvalidConfig(f"expected at least one token to read and one to generate; got {arrival}")
+            before = arrival.seconds
 
     @property
     def offered_tokens(self) -> int:

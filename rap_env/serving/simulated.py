@@ -223,7 +223,7 @@ class Simulation:
             self.counts.refused_tokens += job.generated_tokens
 
     def _mark_fullest(self) -> None:
-        share = self.needed_bytes(self.level) / self.budget_bytes
+        share = self.needed_bytes(self.level) / max(1, self.budget_bytes)
         if share > self.counts.fullest:
             self.counts.fullest = share
 

@@ -160,3 +160,25 @@ def test_settings_and_targets_that_can_not_be_are_refused():
             Setting(**changes)
     with pytest.raises(InvalidConfig, match="token_seconds: expected more than 0; got nan"):
         Targets(token_seconds=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "seconds", "says"),
+    [
+        ([(1.0, 5, 5), (0.5, 5, 5)], 9.0, "arrivals in the order of time; got 0.5 s after 1.0 s"),
+        ([(-1.0, 5, 5)], 9.0, "arrivals in the order of time"),
+        ([(math.nan, 5, 5)], 9.0, "arrivals in the order of time"),
+        ([(0.0, 0, 5)], 9.0, "at least one token to read"),
+        ([(0.0, 5, 0)], 9.0, "at least one token to read"),
+        ([(0.0, 5, 5)], 0.0, "duration_seconds: expected a positive number; got 0"),
+    ],
+)
+def test_episodes_that_can_not_be_are_refused(arrivals, seconds, says):
+    with pytest.raises(InvalidConfig, match=says):
+        episode(*arrivals, seconds=seconds)
+
+
+def test_no_memory_at_all_refuses_everything():
+    one = simulation((0.0, 10, 3), (1.0, 10, 3), shares=((0.0, 0.0),))
+    one.advance(0, 50.0)
+    assert one.counts.refused == 2 and one.counts.steps == 0 and one.now == 50.0
