@@ -19,7 +19,7 @@ _GAMMA = 0.99  # 25 seconds of decisions each quarter of a second; requests end 
 
 # By name: the algorithm, its policy, and what differs from its defaults.
 _ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str, Mapping[str, Any]]] = {
-    "ppo": (PPO, "MlpPolicy", {"n_steps": 256, "batch_size": 512, "ent_coef": 0.005, "learning_rate": 5e-4}),
+    "ppo": (PPO, "MlpPolicy", {"n_steps": 256, "batch_size": 512, "learning_rate": 1e-3}),
     "recurrent_ppo": (
         RecurrentPPO,
         "MlpLstmPolicy",
@@ -27,8 +27,7 @@ _ALGORITHMS: dict[str, tuple[type[BaseAlgorithm], str, Mapping[str, Any]]] = {
             "n_steps": 128,
             "batch_size": 256,
             "n_epochs": 4,
-            "ent_coef": 0.005,
-            "learning_rate": 5e-4,
+            "learning_rate": 1e-3,
             "policy_kwargs": {"lstm_hidden_size": 32, "net_arch": [32]},
         },
     ),

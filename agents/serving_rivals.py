@@ -77,15 +77,8 @@ class GreedyByTable:
         """Nothing to forget."""
 
     def choose(self, env: ServingEnv, observation: np.ndarray) -> int:
-        level = env.simulation.largest_fitting(_wanted_tokens(env), env.simulation.budget_bytes)
+        level = env.simulation.largest_fitting(env.simulation.wanted_tokens, env.simulation.budget_bytes)
         return len(env.table.levels) - 1 if level is None else level
-
-
-def _wanted_tokens(env: ServingEnv) -> int:
-    """Tokens that caches are reserved for, once all that waits is let in for which there is a place."""
-    one = env.simulation
-    coming = itertools.islice(one.waiting, env.table.max_batch - one.n_running)
-    return one.reserved_tokens + sum(job.length for job in coming)
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ class Hysteresis:
         self._budgets.append((one.now, one.budget_bytes))
         while self._budgets[0][0] < one.now - own.window_seconds:
             self._budgets.popleft()
-        tokens = _wanted_tokens(env)
+        tokens = one.wanted_tokens
 
         def largest(n_bytes: float) -> int:
             level = one.largest_fitting(tokens, n_bytes)

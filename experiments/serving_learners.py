@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
     parser.add_argument("--tuning-episodes", type=int, default=200)
     parser.add_argument("--held-out-episodes", type=int, default=128)
-    defaults = {"ppo": 200_000, "recurrent_ppo": 50_000, "dqn": 80_000}
+    defaults = {"ppo": 400_000, "recurrent_ppo": 50_000, "dqn": 80_000}
     for name in ALGORITHMS:
         flag = f"--{name.replace('_', '-')}-steps"
         parser.add_argument(flag, type=int, default=defaults[name], help="of each training; 0 leaves it out")

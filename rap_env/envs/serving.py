@@ -38,7 +38,7 @@ class ServingEnv(gymnasium.Env):
     the next decision; each time counts as forced. If none does, sequences give their caches up and are read again.
 
     ## Observation Space
-    A `Box` of 10 + 2 n numbers in [0, 1], `budget_change` in [-1, 1], in this order; all are clipped.
+    A `Box` of 10 + 3 n numbers in [0, 1], `budget_change` in [-1, 1], in this order; all are clipped.
 
     | entry | size | unit |
     |---|---|---|
@@ -46,6 +46,7 @@ class ServingEnv(gymnasium.Env):
     | `lowest_budget` | 1 | the lowest of the last 8 decisions, in the same unit |
     | `budget_change` | 1 | budget now minus that of 7 decisions ago / whole |
     | `needed` | n | bytes that each level takes with the caches in flight / (2 * budget) |
+    | `wanted` | n | 1/2 + 5 * (bytes that each level takes once all that waits is in flight / budget - 1) |
     | `level` | n | bits, 1 for the present one |
     | `since_switch` | 1 | seconds since the level changed / 10 |
     | `running` | 1 | sequences in flight / most that there may be |
@@ -115,7 +116,7 @@ class ServingEnv(gymnasium.Env):
         weighted_reward(dict.fromkeys(REWARD_WEIGHTS, 0.0), self.reward_weights)  # refuses names that are no terms
         n_levels = len(self.table.levels)
         self.action_space = spaces.Discrete(n_levels)
-        low = np.zeros(10 + 2 * n_levels, np.float32)
+        low = np.zeros(10 + 3 * n_levels, np.float32)
         low[2] = -1.0  # the change of the budget
         self.observation_space = spaces.Box(low, np.ones_like(low))
         self.simulation: Simulation | None = None
@@ -165,7 +166,7 @@ class ServingEnv(gymnasium.Env):
         n_levels, budget, whole = len(self.table.levels), max(1, simulation.budget_bytes), 2 * self.whole_bytes
         (began, arrived_before), (_, arrived) = self._arrived[0], self._arrived[-1]
         rate = (arrived - arrived_before) / max(simulation.now - began, self.decide_seconds)
-        waiting = simulation.waiting
+        waiting, wanted = simulation.waiting, simulation.wanted_tokens
         waited = simulation.now - waiting[0].arrived_seconds if waiting else 0.0
         levels = [0.0] * n_levels
         levels[simulation.level] = 1.0
@@ -174,6 +175,10 @@ class ServingEnv(gymnasium.Env):
             min(budgets) / whole,
             max(-1.0, (budgets[-1] - budgets[0]) / self.whole_bytes),
             *(simulation.needed_bytes(level) / (2 * budget) for level in range(n_levels)),
+            *(
+                max(0.0, 0.5 + 5.0 * (self.table.needed_bytes(level, wanted) / budget - 1.0))
+                for level in range(n_levels)
+            ),
             *levels,
             (simulation.now - simulation.switched_seconds) / _LONGEST_SECONDS,
             simulation.n_running / self.table.max_batch,

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from itertools import islice
 
 from rap_env.serving.episodes import Episode
 from rap_env.serving.jobs import Counts, Job, Targets
@@ -69,6 +70,12 @@ class Simulation:
     @property
     def n_running(self) -> int:
         return len(self._generating) + len(self._reading)
+
+    @property
+    def wanted_tokens(self) -> int:
+        """Tokens that caches are reserved for, once all that waits is in flight for which there is a place."""
+        coming = islice(self.waiting, self.table.max_batch - self.n_running)
+        return self.reserved_tokens + sum(job.length for job in coming)
 
     @property
     def unread_tokens(self) -> int:

@@ -22,7 +22,7 @@ NAME = "rap/Serving-v0"
 
 
 def by_hand(**arguments) -> ServingEnv:
-    targets = Targets(first_token_seconds=50.0, token_seconds=50.0, patience_seconds=10.0)
+    targets = Targets(first_token_seconds=4.0, token_seconds=50.0, patience_seconds=10.0)
     return ServingEnv(TABLE, Setting(whole_tokens=85), targets, **arguments)  # the whole is 2000 bytes
 
 
@@ -62,32 +62,28 @@ def test_drawn_episodes_are_never_those_of_whoever_evaluates():
     assert env.reset(options={"episode_seed": TRAINING_SEEDS})[1]["episode_seed"] == TRAINING_SEEDS
 
 
+def by_both_levels(n_tokens: int, n_wanted: int) -> list[float]:
+    """What both levels need with 1400 bytes: now, and with all that waits."""
+    needed = [(n_bytes + 10 * n_tokens) / 2800 for n_bytes in (1150, 650)]
+    wanted = [0.5 + 5 * ((n_bytes + 10 * n_wanted) / 1400 - 1) for n_bytes in (1150, 650)]
+    return [*needed, *(min(1.0, max(0.0, value)) for value in wanted)]
+
+
 def test_an_episode_by_hand():
     env = by_hand(decide_seconds=1.0)
-    seen, info = env.reset(options={"episode": episode((0.0, 10, 2), (0.5, 20, 2), seconds=5.0)})
+    two = episode((0.0, 10, 2), (0.5, 20, 2), shares=((0.0, 0.7),), seconds=5.0)
+    seen, info = env.reset(options={"episode": two})
     assert env.whole_bytes == 2000 and env.n_decisions == 5 and info["episode_seed"] is None
-    waiting = 1 / np.log2(65)
-    # budget, lowest, change; needed by both levels; level; seconds since a switch; running, waiting, reserved, unread,
-    # waited, rate of arrivals
-    expected = [0.5, 0.5, 0, 1150 / 4000, 650 / 4000, 1, 0, 0, 0, waiting, 0, np.log2(11) / np.log2(8193), 0, 0]
+    budget, level, waiting = [0.35, 0.35, 0.0], [1.0, 0.0], 1 / np.log2(65)
+    unread = np.log2(11) / np.log2(8193)
+    expected = [*budget, *by_both_levels(0, 12), *level, 0.0, 0.0, waiting, 0.0, unread, 0.0, 0.0]
     np.testing.assert_allclose(seen, expected, rtol=1e-5)
+    assert 0.0 < seen[5] < 0.1, "with its cache the dense model takes 1270 bytes"
     seen, reward, terminated, truncated, info = env.step(0)  # 10 tokens are read: 1.11 s
     assert (reward, terminated, truncated) == (0.0, False, False) and info["seconds"] == pytest.approx(1.11)
-    expected = [
-        0.5,
-        0.5,
-        0,
-        1270 / 4000,
-        770 / 4000,
-        1,
-        0,
-        0.111,
-        1 / 4,
-        waiting,
-        12 / 170,
-        np.log2(21) / np.log2(8193),
-    ]
-    np.testing.assert_allclose(seen, [*expected, 0.61 / 50, (2 / 1.11) / 4], rtol=1e-5)
+    unread = np.log2(21) / np.log2(8193)
+    expected = [*budget, *by_both_levels(12, 12 + 22), *level, 0.111, 1 / 4, waiting, 12 / 170, unread]
+    np.testing.assert_allclose(seen, [*expected, 0.61 / 4, (2 / 1.11) / 4], rtol=1e-5)
     _, reward, _, _, info = env.step(1)  # the switch takes 0.75 s, then a step 0.5 + 0.1 + 0.2 + 0.031
     assert info["seconds"] == pytest.approx(1.11 + 0.75 + 0.831) and info["counts"]["served"] == 1
     terms = {"served": (1.0 + 0.5) / 4, "refused": 0.0, "forced": 0.0, "switches": 1 / 5}
