@@ -1,6 +1,7 @@
 # make train                        everything from nothing: environment, model, training, table, record
 # make train ARGS="agent=dqn"       the same with Hydra overrides
 # make compare                      a small comparison of policies from nothing, with its page
+# make serve                        a request trace served by several systems while memory is taken away and given back
 # make test                         linters and the fast test suite
 
 PYTHON ?= python3
@@ -9,13 +10,16 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train compare test model clean
+.PHONY: train compare serve test model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
 
 compare: model
 	$(BIN)/python -m experiments.compare $(ARGS)
+
+serve: model
+	$(BIN)/python -m experiments.serve $(ARGS)
 
 test: model
 	$(BIN)/ruff check .

@@ -110,7 +110,7 @@ class WeightsReleased(RapError, ValueError):
 
 
 class WeightsUnavailable(RapError, OSError):
-    """A store's file that is not what was written; what is in memory still runs."""
+    """Weights that a store can't keep or give back: its file can't be written, or is not what was written."""
 
 
 class CorpusUnavailable(RapError, OSError):

@@ -35,6 +35,11 @@ HOMES = {
     "plotly": ("experiments/report/",),
     "gguf": ("rap_env/export/",),
     "peft": ("rap_env/export/recovery.py",),
+    "fastapi": ("rap_env/serving/endpoint.py",),
+    "starlette": ("rap_env/serving/endpoint.py",),
+    "pydantic": ("rap_env/serving/protocol.py",),
+    "prometheus_client": ("rap_env/serving/metrics.py",),
+    "uvicorn": ("scripts/endpoint.py",),
     "xllamacpp": ("rap_env/export/llama_cpp.py",),
     "sqlalchemy": ("rap_env/evaluation/store.py", "rap_env/evaluation/database.py"),
     "sklearn": ("rap_env/calibration/clusters.py", "rap_env/evaluation/predictor.py"),
@@ -159,6 +164,10 @@ def test_importing_the_package_loads_nothing_that_only_training_or_evaluating_ne
         "transformers",
         "sqlalchemy",
     }
+
+
+def test_importing_what_serves_loads_nothing_that_only_the_endpoint_needs():
+    assert not modules_after("import rap_env.serving") & {"fastapi", "pydantic", "prometheus_client", "uvicorn"}
 
 
 def test_every_module_says_what_it_is_for():

@@ -5,7 +5,7 @@ A table stands between two comments and names the files that it is made from and
     <!-- table: results/policies.jsonl metrics -->
     <!-- end -->
 
-The kinds are those of `table_lines`, and `benchmark`: what benchmarks printed.
+The kinds are those of `table_lines`, `serving` and `serving_memory`, and `benchmark`: what benchmarks printed.
 """
 
 import re
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from experiments.records import read_records
 from experiments.report import benchmark_lines
+from experiments.report.serving import SERVING_TABLES
 from experiments.report.tables import table_lines
 from rap_env.errors import RapError
 from rap_env.files import write_over
@@ -41,7 +42,10 @@ def rewritten(text: str, root: Path) -> str:
         if not paths:
             raise ValueError(f"expected files and a kind of table; got {found[1]!r}")
         named = {Path(path).stem: read_records(root / path) for path in paths}
-        lines = _benchmarks(named) if kind == "benchmark" else table_lines(kind, named)
+        if kind in SERVING_TABLES:
+            lines = [line for records in named.values() for line in SERVING_TABLES[kind](records[0]).markdown]
+        else:
+            lines = _benchmarks(named) if kind == "benchmark" else table_lines(kind, named)
         return "\n".join([found[1], *lines, _END])
 
     if text.count(_START) != len(_MARKED.findall(text)):

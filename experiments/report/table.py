@@ -8,3 +8,9 @@ class Table(NamedTuple):
 
     columns: list[str]
     rows: list[list[str]]
+
+    @property
+    def markdown(self) -> list[str]:
+        """The lines of a Markdown table."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return ["| " + " | ".join(cells) + " |" for cells in lines]

@@ -35,10 +35,9 @@ def table_lines(kind: str, named: Named) -> list[str]:
     if kind not in KINDS:
         raise UnknownName("kind of table", kind, KINDS)
     table = KINDS[kind](named)
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
     brackets = [f"In brackets {SPREAD}."] if any("[" in cell for cells in table.rows for cell in cells) else []
     under = [line for note in (*brackets, *notes(_all(named))) for line in ("", note)]
-    return ["| " + " | ".join(cells) + " |" for cells in lines] + under
+    return table.markdown + under
 
 
 def metrics_table(comparison: Comparison) -> Table:

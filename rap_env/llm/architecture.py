@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from rap_env.errors import UnknownName
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
-from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear
+from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, with_tensors
 from rap_env.llm.supported import Window, check_member
 from rap_env.mask import ATTENTION
 
@@ -97,9 +97,12 @@ class DecoderLayer:
     Args:
         layer: The upstream module, unchanged.
         architecture: The family's row of the table.
+        packed_config: The attention's config for packed streams; None makes one.
     """
 
-    def __init__(self, layer: nn.Module, architecture: Architecture) -> None:
+    def __init__(
+        self, layer: nn.Module, architecture: Architecture, packed_config: PretrainedConfig | None = None
+    ) -> None:
         self.module, self._architecture = layer, architecture
         self._attention_norm = submodule(layer, architecture.attention_norm)
         self._mlp_norm = submodule(layer, architecture.mlp_norm)
@@ -108,8 +111,10 @@ class DecoderLayer:
         # The same weights under a config of its own: upstream chooses the attention function by the config, and if the
         # model's own were changed while a packed stream runs, another thread would generate with it.
         self._packed_attention = copy.copy(layer.self_attn)
-        self._packed_attention.config = copy.copy(layer.self_attn.config)
-        self._packed_attention.config._attn_implementation = PACKED_ATTENTION
+        if packed_config is None:
+            packed_config = copy.copy(layer.self_attn.config)
+            packed_config._attn_implementation = PACKED_ATTENTION
+        self._packed_attention.config = packed_config
 
     def run(self, kind: str, hidden: torch.Tensor, context: dict) -> torch.Tensor:
         """Adds one site's output to the residual stream, [batch, tokens, hidden] -> the same.
@@ -158,7 +163,12 @@ class DecoderLayer:
         module = narrowed(self.module, [cuts[part] for part in parts])
         if refit is not None:
             replace_linear(module, self.output_path(kind), *refit)
-        return DecoderLayer(module, self._architecture)
+        return DecoderLayer(module, self._architecture, self._packed_attention.config)
+
+    def with_tensors(self, tensors: Mapping[tuple[str, str], torch.Tensor]) -> "DecoderLayer":
+        """The layer with other tensors in some places; see `rap_env.llm.parts.with_tensors`."""
+        module = with_tensors(self.module, tensors)
+        return DecoderLayer(module, self._architecture, self._packed_attention.config)
 
     def modules_of(self, kind: str) -> list[nn.Module]:
         """The modules that hold a site's weights, without the norm in front."""
@@ -169,3 +179,10 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """The layers of a causal LM, first to last."""
     architecture = architecture_of(model.config)
     return [DecoderLayer(layer, architecture) for layer in submodule(model, architecture.decoder).layers]
+
+
+def run_steps(steps: list[tuple[DecoderLayer, str]], hidden_states: torch.Tensor, **context) -> torch.Tensor:
+    """Adds the outputs of sites to the residual stream, [batch, tokens, hidden] -> the same; see `DecoderLayer.run`."""
+    for layer, kind in steps:
+        hidden_states = layer.run(kind, hidden_states, context)
+    return hidden_states

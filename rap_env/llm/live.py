@@ -1,6 +1,7 @@
 """A model that reads ragged batches with whatever mask is applied: prompts and next tokens of sequences in one pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -8,6 +9,8 @@ from rap_env.llm.live_cache import CacheFormat, ComingBack, SequenceCache
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, PruningMask, kept_sites
+
+_FEW_ROWS, _ROWS = (1, 4, 16), 64
 
 Reading = tuple[SequenceCache, Sequence[int]]  # a sequence's cache, and its tokens that are to be read next
 
@@ -17,14 +20,15 @@ class RaggedStream(PackedStream):
 
     Args:
         readings: Each sequence's cache and how many tokens of it the stream has, in order.
+        n_padding: Tokens behind them that are nobody's; attention gives zeros there.
 
     Attributes:
         layer: Index of the layer that runs now.
         heads: The KV heads that it runs with.
     """
 
-    def __init__(self, readings: Sequence[tuple[SequenceCache, int]]) -> None:
-        self._readings = readings
+    def __init__(self, readings: Sequence[tuple[SequenceCache, int]], n_padding: int) -> None:
+        self._readings, self._n_padding = readings, n_padding
         self.layer, self.heads = 0, ()
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
@@ -34,7 +38,18 @@ class RaggedStream(PackedStream):
             own = slice(start, start := start + n_new)
             states = query[0, :, own], key[0, :, own], value[0, :, own]
             outputs.append(cache.attend(self.layer, self.heads, states, scale))
+        outputs.append(query.new_zeros(self._n_padding, *outputs[0].shape[1:]))
         return torch.cat(outputs)[None]
+
+
+def padded(n_rows: int) -> int:
+    """The number of rows that so many are filled up to: 1, 4, 16, or a multiple of 64.
+
+    oneDNN makes and keeps a program for each shape of a matrix product: 1 to 10 ms, and about 0.6 MB. A batch has
+    another number of rows at each step, and a mask other widths in each layer; with few numbers of rows there are few
+    programs.
+    """
+    return next((size for size in _FEW_ROWS if n_rows <= size), -(-n_rows // _ROWS) * _ROWS)
 
 
 class LiveModel:
@@ -89,19 +104,36 @@ class LiveModel:
         """
         for cache, tokens in readings:
             cache.check_room(len(tokens))
-        stream = RaggedStream([(cache, len(tokens)) for cache, tokens in readings])
-        device = self.llm.device
-        flat = torch.tensor([token for _cache, tokens in readings for token in tokens], device=device)
-        places = [range(cache.length, cache.length + len(tokens)) for cache, tokens in readings]
-        positions = torch.tensor([place for own in places for place in own], device=device)
-        unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)  # stops upstream from building a mask
-        hidden, context = self.llm.open_stream(flat[None], position_ids=positions[None], attention_mask=unmasked)
+        flat = [token for _cache, tokens in readings for token in tokens]
+        positions = [cache.length + place for cache, tokens in readings for place in range(len(tokens))]
+        padding = [0] * (padded(len(flat)) - len(flat))
+        stream = RaggedStream([(cache, len(tokens)) for cache, tokens in readings], len(padding))
+        inputs = torch.tensor([[*flat, *padding], [*positions, *padding]], device=self.llm.device)
+        unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.llm.device)  # upstream would build a mask
+        hidden, context = self.llm.open_stream(inputs[:1], position_ids=inputs[1:], attention_mask=unmasked)
         context = context | {"attention_mask": stream}
         for site, layer in self._steps:
             if site.kind == ATTENTION:
                 stream.layer, stream.heads = site.layer, self.heads[site.layer]
             hidden = layer.run(site.kind, hidden, context)
-        ends = torch.tensor([len(tokens) for _cache, tokens in readings], device=device).cumsum(0) - 1
+        last = [end - 1 for end in accumulate(len(tokens) for _cache, tokens in readings)]
         for cache, tokens in readings:
             cache.length += len(tokens)
-        return self.llm.logits(hidden[0, ends])
+        return self.llm.logits(hidden[0, [*last, *last[-1:] * (padded(len(last)) - len(last))]])[: len(last)]
+
+    def warm_up(self, read_tokens: int, masks: Iterable[PruningMask]) -> None:
+        """Reads once in every number of rows that will come, so that libraries have made their programs.
+
+        Args:
+            read_tokens: Tokens that are read at once at most.
+            masks: With all widths of sites that will be run; the mask that is applied stays.
+        """
+        before = self.llm.mask
+        for mask in masks:
+            self.switch(mask)
+            for n_tokens in sorted({padded(n) for n in range(1, read_tokens + 1)}):
+                cache = self.new_cache(n_tokens)
+                self.read([(cache, [0] * n_tokens)])
+        self.switch(before)
+        for n_sequences in _FEW_ROWS:
+            self.read([(self.new_cache(1), [0]) for _ in range(n_sequences)])

@@ -1,5 +1,7 @@
 """The KV cache of each sequence that is being generated, and its way from one mask to another."""
 
+import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +14,8 @@ from rap_env.llm.architecture import decoder_layers
 from rap_env.llm.int8_cache import decoded, encoded, in_int8
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, PruningMask
+
+_TOKENS = 64  # rows and keys of attention come in multiples of it
 
 Heads = Mapping[int, tuple[int, ...]]  # numbers of KV heads by layer, ascending
 ComingBack = Literal["left out", "from now"]
@@ -65,7 +69,12 @@ class CacheFormat:
     def empty(self, n_heads: int, n_tokens: int) -> torch.Tensor:
         """Room for keys and values [2, h, T, ...] of so many heads and tokens; it takes memory as it is written to."""
         dtype = torch.int8 if self.int8 else self.dtype
-        return torch.zeros(2, n_heads, n_tokens, self.head_bytes // dtype.itemsize, dtype=dtype, device=self.device)
+        shape = 2, n_heads, n_tokens, self.head_bytes // dtype.itemsize
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        # Pages of their own, which leave the process with the tensor, whatever the C library keeps for later.
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        return torch.frombuffer(pages, dtype=dtype).view(shape)
 
     def encoded(self, states: torch.Tensor) -> torch.Tensor:
         return encoded(states) if self.int8 else states
@@ -181,31 +190,33 @@ class SequenceCache:
             chosen, key, value = grouped[places], key[places], value[places]
         own.states[0, :, self.length : end] = self._form.encoded(key)
         own.states[1, :, self.length : end] = self._form.encoded(value)
-        keys, values = self._form.decoded(own.states[:, :, :end])
+        # As with the rows of matrix products, few shapes mean few programs; keys behind the end are nobody's to see.
+        n_rows, n_keys = (1, end) if n_new == 1 else (_filled(n_new), min(_filled(end), self.capacity_tokens))
+        keys, values = self._form.decoded(own.states[:, :, :n_keys])
         attended = functional.scaled_dot_product_attention(
-            chosen.flatten(0, 1)[None],
+            functional.pad(chosen.flatten(0, 1), (0, 0, 0, n_rows - n_new))[None],
             keys[None],
             values[None],
-            attn_mask=self._visible(own.starts, n_new, chosen.shape[1]),
-            is_causal=n_new > 1 and self.length == 0 and not any(own.starts),
+            attn_mask=self._visible(own.starts, n_rows, n_keys, chosen.shape[1]),
+            is_causal=n_new > 1 and self.length == 0,
             scale=scale,
             enable_gqa=True,
-        )[0]
+        )[0, :, :n_new]
         if not whole:
             everything = torch.zeros_like(grouped)
             everything[places] = attended.unflatten(0, (len(places), -1))
             attended = everything.flatten(0, 1)
         return attended.transpose(0, 1)
 
-    def _visible(self, starts: tuple[int, ...], n_new: int, group: int) -> torch.Tensor | None:
-        """Which tokens each query head of the new tokens may see [1, hq or 1, n, T]; None where causality is all."""
-        if not any(starts) and (n_new == 1 or self.length == 0):
+    def _visible(self, starts: tuple[int, ...], n_rows: int, n_keys: int, group: int) -> torch.Tensor | None:
+        """Which tokens each query head of new tokens may see [1, hq or 1, rows, T]; None where causality is all."""
+        if self.length == 0 or (n_rows == 1 and not any(starts)):
             return None
-        positions = torch.arange(self.length + n_new, device=self._form.device)
-        seen = positions <= positions[-n_new:, None]
+        keys = torch.arange(n_keys, device=self._form.device)
+        seen = keys <= torch.arange(self.length, self.length + n_rows, device=self._form.device)[:, None]
         if any(starts):
             beginning = torch.tensor(starts, device=self._form.device).repeat_interleave(group)
-            seen = seen & (positions >= beginning[:, None, None])
+            seen = seen & (keys >= beginning[:, None, None])
         return seen.expand(1, -1, -1, -1) if seen.ndim == 3 else seen[None, None]
 
     def check_room(self, n_tokens: int) -> None:
@@ -218,3 +229,8 @@ class SequenceCache:
             raise InvalidWorkload(
                 f"expected at most {self.capacity_tokens} tokens of the sequence; got {self.length + n_tokens}"
             )
+
+
+def _filled(n_tokens: int) -> int:
+    """The next multiple of 64."""
+    return -(-n_tokens // _TOKENS) * _TOKENS

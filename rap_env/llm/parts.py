@@ -1,7 +1,7 @@
 """Parts of a site: a KV head with its query heads, a group of MLP channels; and a layer that runs with some of them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -51,7 +51,8 @@ def cut_attention(layer: nn.Module, output: str) -> dict[str, Cut]:
 
 def weight_bytes(layer: nn.Module, cut: Cut) -> int:
     """Bytes of a part's weights; a bias of rows is the part's, one of the residual stream's channels is nobody's."""
-    return sum(tensor.nbytes for path, (dim, own) in cut.items() for tensor in _cut(layer, path, dim, own).values())
+    tensors = (cut_tensors(layer, path, dim, own).values() for path, (dim, own) in cut.items())
+    return sum(tensor.nbytes for of_matrix in tensors for tensor in of_matrix)
 
 
 def add_bias(linear: nn.Linear) -> None:
@@ -69,24 +70,37 @@ def narrowed(layer: nn.Module, cuts: Sequence[Cut]) -> nn.Module:
         layer: A decoder layer; stays as it is.
         cuts: At least one part of one site.
     """
-    copies = {"": _shallow(layer)}
-
-    def own(path: str) -> nn.Module:
-        if path not in copies:
-            parent, _, name = path.rpartition(".")
-            copies[path] = own(parent)._modules[name] = _shallow(own(parent).get_submodule(name))
-        return copies[path]
-
+    tensors = {}
     for path, (dim, _) in cuts[0].items():
         kept = _joined([cut[path][1] for cut in cuts])
-        module = own(path)
-        for name, tensor in _cut(layer, path, dim, kept).items():
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-    attention = own("self_attn")
-    if _QUERIES in cuts[0] and hasattr(attention, "num_heads"):  # OPT's says it; the others read it off their matrices
+        tensors |= {(path, name): tensor for name, tensor in cut_tensors(layer, path, dim, kept).items()}
+    module = with_tensors(layer, tensors)
+    if _QUERIES in cuts[0] and hasattr(module.self_attn, "num_heads"):  # OPT's says it; the others read their matrices
         widths = (cut[_QUERIES][1].stop - cut[_QUERIES][1].start for cut in cuts)
-        attention.num_heads = sum(widths) // attention.head_dim
+        module.self_attn.num_heads = sum(widths) // module.self_attn.head_dim
+    return module
+
+
+def with_tensors(layer: nn.Module, tensors: Mapping[tuple[str, str], torch.Tensor]) -> nn.Module:
+    """A copy of a layer that has other tensors in some places.
+
+    Args:
+        layer: A decoder layer; stays as it is.
+        tensors: By path of the module that has them, and name in it.
+    """
+    copies = {"": _shallow(layer)}
+    for (path, name), tensor in tensors.items():
+        _copied_on_the_way(copies, path)._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     return copies[""]
+
+
+def _copied_on_the_way(copies: dict[str, nn.Module], path: str) -> nn.Module:
+    """The copy of a module, made with those of the modules that hold it; no closure: it would keep all from going."""
+    if path not in copies:
+        parent, _, name = path.rpartition(".")
+        holder = _copied_on_the_way(copies, parent)
+        copies[path] = holder._modules[name] = _shallow(holder.get_submodule(name))
+    return copies[path]
 
 
 def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -95,12 +109,13 @@ def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, bias: torc
     Args:
         layer: Changed in place; the layer that it was narrowed from is not.
         path: Of the matrix.
-        weight: As it would be in full precision [N, K].
+        weight: As it would be in full precision [N, K], on any device.
         bias: Its bias [N]; None leaves the one that is there.
     """
     parent, _, name = path.rpartition(".")
     linear = layer.get_submodule(path)
-    bias = linear.bias if bias is None else bias
+    device = linear.weight.device
+    weight, bias = weight.to(device), linear.bias if bias is None else bias.to(device)
     if hasattr(linear, "requantised"):
         layer.get_submodule(parent)._modules[name] = linear.requantised(weight, bias)
     else:
@@ -108,7 +123,7 @@ def replace_linear(layer: nn.Module, path: str, weight: torch.Tensor, bias: torc
         linear._parameters |= {key: t if t is None else nn.Parameter(t, requires_grad=False) for key, t in own.items()}
 
 
-def _cut(layer: nn.Module, path: str, dim: int, kept: slice | torch.Tensor) -> dict[str, torch.Tensor]:
+def cut_tensors(layer: nn.Module, path: str, dim: int, kept: slice | torch.Tensor) -> dict[str, torch.Tensor]:
     """The tensors of rows or columns of a matrix; one that is no plain `nn.Linear` has a method `cut` for it."""
     linear = layer.get_submodule(path)
     if hasattr(linear, "cut"):

@@ -6,7 +6,10 @@ from typing import Protocol
 
 import torch
 
+from rap_env.llm.architecture import DecoderLayer
 from rap_env.mask import PruningMask, Site
+
+Refit = tuple[torch.Tensor, torch.Tensor | None]  # the kept part of an output matrix [H, K], and its bias [H]
 
 
 class Refits(Protocol):
@@ -14,7 +17,7 @@ class Refits(Protocol):
 
     digest: str  # what they were made from
 
-    def of(self, site: Site) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def of(self, site: Site) -> Refit:
         """That of a site with some of its parts, and its bias."""
 
 
@@ -28,6 +31,12 @@ class Residency(Protocol):
 
     def check_site(self, site: Site) -> None:
         """Refuses a site that has others."""
+
+    def narrowed(self, layer: DecoderLayer, site: Site, refit: Refit | None) -> DecoderLayer:
+        """The layer with a site's parts, whose weights are in memory."""
+
+    def close(self) -> None:
+        """Has all of them in memory."""
 
 
 @dataclass(frozen=True)

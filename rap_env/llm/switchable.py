@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rap_env.errors import InvalidMask
-from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, submodule
+from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, run_steps, submodule
 from rap_env.llm.digest import weights_digest
 from rap_env.llm.formats import WeightFormats, quantise
 from rap_env.llm.lanes import in_lanes
@@ -61,10 +61,10 @@ class SwitchableLLM:
         self.store: Residency | None = None
         self.refits: Refits | None = None
         self.preparation = Preparation()
-        self._granularity = granularity
-        self._architecture = architecture_of(model.config)
+        self._granularity, self._architecture = granularity, architecture_of(model.config)
         self._layers = decoder_layers(model)
         self._use_cache: list[bool | None] | None = None  # upstream's settings while no attention is kept
+        self._narrowed: dict[Site, DecoderLayer] = {}  # of the mask that is applied
 
     @property
     def device(self) -> torch.device:
@@ -90,15 +90,18 @@ class SwitchableLLM:
         return tokenizer_digest(self.tokenizer)
 
     def quantise(self, weights: WeightFormats = "full", kv_cache: str = "full") -> None:
-        """Turns the weights, or the KV cache, into other number formats; takes, and refuses, what `quantise` does."""
+        """Turns weights, or the KV cache, into other number formats; takes, and refuses, what `quantise` does."""
+        self.weights_changed()  # brings back what a store released
         quantise(self.model, weights, kv_cache)
         self.weights_changed()
 
     def weights_changed(self) -> None:
         """Has to be called after weights or refits were changed: what is known of them is forgotten, a store too."""
+        if self.store is not None:
+            self.store.close()
         self.store = None
         self.__dict__.pop("digest", None)
-        self._layers = decoder_layers(self.model)
+        self._layers, self._narrowed = decoder_layers(self.model), {}
         self.shape = ModelShape.from_model(self.model, self._granularity, self.preparation.order)
         self.apply(PruningMask.all_kept(self.shape))
 
@@ -110,17 +113,21 @@ class SwitchableLLM:
     def apply(self, mask: PruningMask) -> None:
         """Makes the model run with the mask's components only, until the next call; raises what `check` raises."""
         self.check(mask)
-        kept_attentions, kept = 0, {index: [] for index in range(len(self._layers))}
+        steps: list[list[tuple[DecoderLayer, Site]]] = [[] for _ in self._layers]
         for site in kept_sites(mask):
-            kept[site.layer].append(site)
-        for layer, sites in zip(self._layers, kept.values(), strict=True):
-            layer.module.__dict__.pop("forward", None)
-            layer.module.self_attn.layer_idx = kept_attentions
-            if len(sites) < len(KINDS) or any(site.parts for site in sites):
-                steps = [(self.layer_of(site), site.kind) for site in sites]
-                layer.module.forward = functools.partial(self._run_steps, steps)
-            kept_attentions += any(site.kind == ATTENTION for site in sites)
+            steps[site.layer].append((self.layer_of(site), site))  # all of them first: one may be refused
+        kept_attentions = 0
+        for layer, own in zip(self._layers, steps, strict=True):
+            for one in (layer, *(step for step, _site in own)):
+                one.module.self_attn.layer_idx = kept_attentions
+            if len(own) < len(KINDS) or any(site.parts for _step, site in own):
+                run = functools.partial(run_steps, [(step, site.kind) for step, site in own])
+                layer.module.forward = run  # at once: another thread runs the layer as it was or as it is to be
+            else:
+                layer.module.__dict__.pop("forward", None)
+            kept_attentions += any(site.kind == ATTENTION for _step, site in own)
         self._allow_cache(kept_attentions > 0)
+        self._narrowed = {site: step for own in steps for step, site in own if site.parts is not None}
         self.mask = mask
 
     def check(self, mask: PruningMask) -> None:
@@ -150,23 +157,16 @@ class SwitchableLLM:
                 config.use_cache = value
             self._use_cache = None
 
-    @staticmethod
-    def _run_steps(steps: list[tuple[DecoderLayer, str]], hidden_states: torch.Tensor, **context) -> torch.Tensor:
-        for layer, kind in steps:
-            hidden_states = layer.run(kind, hidden_states, context)
-        return hidden_states
-
     def layer_of(self, site: Site) -> DecoderLayer:
         """The layer that runs a site, with the weights of the site's parts only; its other site is whole."""
         if self.store is not None:
             self.store.check_site(site)
         layer = self._layers[site.layer]
-        if site.parts is None:
-            return layer
-        if self.refits is None:
-            return layer.narrowed(site.kind, site.parts)
-        weight, bias = self.refits.of(site)
-        refit = weight.to(self.device), None if bias is None else bias.to(self.device)
+        if site.parts is None or site in self._narrowed:
+            return self._narrowed.get(site, layer)
+        refit = None if self.refits is None else self.refits.of(site)
+        if self.store is not None:
+            return self.store.narrowed(layer, site, refit)
         return layer.narrowed(site.kind, site.parts, refit)
 
     @contextlib.contextmanager
@@ -234,7 +234,7 @@ class SwitchableLLM:
 
         def run_part(part: tuple[torch.Tensor, dict]) -> torch.Tensor:
             stream, own_context = part
-            return self._run_steps(steps, stream, **own_context)
+            return run_steps(steps, stream, **own_context)
 
         return join_streams(in_lanes(run_part, cut_stream(hidden, context)), context)
 
@@ -280,7 +280,7 @@ class SwitchableLLM:
             parts: dict[tuple[bool, ...], list[PruningMask]] = {}
             for mask in group:
                 parts.setdefault(mask.kept_parts[end][1], []).append(mask)
-            # The smallest group is run first: then no more than log2 of all can be waiting.
+            # The smallest group runs first: so at most log2 of all wait.
             waiting += [(end, hidden, part) for part in sorted(parts.values(), key=len, reverse=True)]
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

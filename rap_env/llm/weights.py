@@ -1,104 +1,69 @@
-"""Weights in a file that is mapped into memory: parts leave memory and come back while the model stays loaded."""
+"""The weight store: parts of a model leave memory and come back while it stays loaded."""
 
-import json
-import mmap
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from rap_env.errors import UnsupportedArchitecture, WeightsReleased, WeightsUnavailable
-from rap_env.files import write_pieces
+from rap_env.llm.architecture import DecoderLayer
 from rap_env.llm.embedded import cache_folder
-from rap_env.llm.parts import Cut
+from rap_env.llm.host_copies import HostCopies
+from rap_env.llm.mapped_weights import MappedWeights
+from rap_env.llm.prepared import Refit
+from rap_env.llm.stored import Memory, Piece, stored_tensors
 from rap_env.mask import PruningMask, Site
-
-_PAGE = mmap.PAGESIZE
-_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors names them
-_LENGTH_BYTES = 8  # in front of a safetensors header
-
-Span = tuple[int, int]  # first byte in the file, and the one behind the last
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A parameter in the file, beginning with a page.
-
-    Attributes:
-        name: In the model.
-        parameter: Points into the mapping once there is one.
-        by_columns: Whether it lies transposed, so that some of its columns are one piece.
-        cuts: For each component of the site which rows, or columns, are its own.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    by_columns: bool
-    cuts: Sequence[slice]
-
-    @property
-    def laid_out(self) -> torch.Tensor:
-        """The parameter as the file has it, the dimension that is cut first."""
-        values = self.parameter.detach()
-        return (values.T if self.by_columns else values).contiguous()
 
 
 class WeightStore:
-    """Keeps the weights of a model's sites in a safetensors file, and only those of some components in memory.
+    """Keeps the weights of some components of a model in memory, and those of the others out of it.
 
-    The parameters are views of a private mapping of the file: to release a component gives its whole pages back to the
-    operating system, to restore it reads them again, from the page cache or the disk. Neither copies anything nor
-    changes a view, so that a model computes to the last bit what it did before. In the file a site's parts lie in their
-    order, each matrix beginning with a page; of the bytes of SmolLM2's parts, 64 channels or a head each, all are whole
-    pages. Embedding, head, norms and what a site has beside its parts stay in memory.
+    On a CPU they are views of a mapped file, whose pages leave and come back (`MappedWeights`); for a GPU there is a
+    copy in host memory (`HostCopies`). The model computes to the last bit what it did before. Embedding, head, norms
+    and what a site has beside its parts stay in memory.
 
     While there is a store the model refuses to run what is not resident (`SwitchableLLM.check`). A forward that is
-    running when its weights are released is not disturbed: it reads the pages once more. They then stay in memory, and
-    are not counted, until they are released again.
+    running when its weights are released is not disturbed on a CPU: it reads the pages once more. They then stay in
+    memory, and are not counted, until anything is released again.
 
-    Only on a CPU, and for weights in floating point.
+    What leaves where a site keeps some of its parts, on a CPU:
+
+    - The rows of matrices in any format, and output matrices in floating point, lie part by part in the file. Their
+      whole pages leave. In bfloat16 all bytes of SmolLM2's parts are whole pages.
+    - INT8 and INT4 output matrices, and the scales of INT4's inner ones, have the bytes of a part in many small pieces,
+      as torch's kernels want them. The site runs with a copy of the kept ones, side by side, and the tensor itself
+      leaves altogether. So do output matrices of models that have refits, which stand in for them.
+    - Biases and INT8 scales of rows are smaller than a page for each part: those of dropped parts stay, unless the
+      whole site is dropped.
+    - Where the parts that a mask keeps don't lie side by side the site runs with copies of all its tensors. These are
+      not counted.
+
+    `freed_bytes` says how much this is.
 
     Args:
-        llm: Its parameters move into the mapping. Where sites have parts their output matrices are stored by columns,
-            which changes the model's digest unless they were (`prepare_widths`).
-        folder: For the file, which is as large as the weights and is written once for each digest; by default
-            `weights` in the cache folder.
+        llm: On a CPU or a GPU, with weights in any format. Where sites have parts, their output matrices in floating
+            point are stored by columns, which changes the model's digest unless they were (`prepare_widths`).
+        folder: For the file, which is as large as the weights and is written once for each digest and granularity; by
+            default `weights` in the cache folder. Not used for a GPU.
 
     Attributes:
-        path: The file.
-        resident: What is in memory.
+        memory: Where the weights are.
+        resident: The components that can run.
 
     Raises:
-        UnsupportedArchitecture: The weights are quantised, or on another device.
-        OSError: The file can't be written.
+        UnsupportedArchitecture: The model is on another device, or its weights are of a type that no file holds.
+        WeightsUnavailable: The file can't be written; nothing of it stays, and the model goes on without a store.
     """
 
     def __init__(self, llm, folder: Path | None = None) -> None:
-        if llm.device.type != "cpu":
-            raise UnsupportedArchitecture(f"expected a model on the CPU; {llm.name} is on {llm.device}")
-        names = {id(parameter): name for name, parameter in llm.model.named_parameters()}
-        self._stored = {site: list(_stored(llm, site, names)) for site in llm.shape.sites}
-        flat = [one for of_site in self._stored.values() for one in of_site]
-        for one in flat:
-            if one.by_columns and not one.parameter.T.is_contiguous():
-                one.parameter.data = one.parameter.data.T.contiguous().T
-        llm.weights_changed()
-        self.path = (folder or cache_folder() / "weights") / f"{llm.digest}.safetensors"
-        header, self._starts, self._size = _layout(flat)
-        if not self.path.is_file() or self.path.stat().st_size != self._size:
-            write_pieces(self.path, _pieces(header, flat))
-        with self.path.open("rb") as file:
-            writable = mmap.PROT_READ | mmap.PROT_WRITE  # as torch wants tensors; nothing writes
-            self._map = mmap.mmap(file.fileno(), self._size, flags=mmap.MAP_PRIVATE, prot=writable)
-        self._bytes = np.frombuffer(self._map, np.uint8)
-        for one in flat:
-            self._point(one)
+        self.memory = _memory_for(llm, folder or cache_folder() / "weights")
+        llm.weights_changed()  # brings back what another store released
+        self._stored = stored_tensors(llm, self.memory.by_parts)
+        llm.weights_changed()  # output matrices may lie by columns now
+        self.memory.take([one for of_site in self._stored.values() for one in of_site], llm.digest)
         self._lock, self._reader = threading.RLock(), ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._llm, self.resident = llm, PruningMask.all_kept(llm.shape)
         sites = llm.shape.components.sites
@@ -120,14 +85,48 @@ class WeightStore:
         if missing := [positions[part] for part in parts if not self.resident.keep[positions[part]]]:
             raise WeightsReleased([self.resident.components[position].name for position in missing])
 
+    def narrowed(self, layer: DecoderLayer, site: Site, refit: Refit | None) -> DecoderLayer:
+        """The layer of a site that runs with some of its parts; it needs nothing but their weights to be in memory.
+
+        Args:
+            layer: That has the whole site.
+            site: With its parts.
+            refit: What stands in for its output matrix; None for nothing.
+
+        Raises:
+            WeightsReleased: A part is not in memory.
+            WeightsUnavailable: What has to be copied can't be read.
+        """
+        with self._lock:
+            self.check_site(site)
+            whole = Site(site.layer, site.kind)
+            apart = [one for one in self._stored[whole] if one.apart]
+            replaced = None if refit is None else layer.output_path(site.kind)
+            readable = self.memory.readable(layer, apart, [one for one in apart if one.path != replaced])
+            narrow = readable.narrowed(site.kind, site.parts, refit)
+            places = {one.key for one in apart}
+            if replaced is not None:  # its bias too: tensors of a refit keep its file in memory
+                parameters = narrow.module.get_submodule(replaced)._parameters.items()
+                places |= {(replaced, name) for name, tensor in parameters if tensor is not None}
+            for path, name in places:
+                own = narrow.module.get_submodule(path)._parameters
+                own[name] = nn.Parameter(self.memory.copied(own[name].detach()), requires_grad=False)
+            self.memory.release(self._pieces(self.resident, needed=False, of=[whole]))
+            return narrow
+
     def switch(self, mask: PruningMask) -> None:
         """Applies a mask, with exactly its components in memory: what comes is read first, what goes leaves last.
 
         Raises what `restore` and `SwitchableLLM.apply` raise; then the mask that was applied stays, with its weights.
         """
         with self._lock:
+            before = self.resident
             self.restore(mask)
-            self._llm.apply(mask)
+            try:
+                self._llm.apply(mask)
+            except Exception:
+                self.release(before)
+                raise
             self.release(mask)
 
     def release(self, kept: PruningMask) -> None:
@@ -138,62 +137,94 @@ class WeightStore:
 
         Raises:
             WeightsReleased: The mask that is applied needs what would go.
+            WeightsUnavailable: The store is not the model's any more.
         """
         with self._lock:
+            self._check_current()
             bits = tuple(keep and here for keep, here in zip(kept.keep, self.resident.keep, strict=True))
             after = PruningMask(kept.components, bits)
             _refuse_missing(self._llm.mask, after)
-            going = [here and not stays for here, stays in zip(self.resident.keep, bits, strict=True)]
-            self.resident = after  # before the pages go, so that nothing more begins to run on them
-            for start, end in self._spans(going):
-                first, last = -(-start // _PAGE) * _PAGE, end // _PAGE * _PAGE
-                if first < last:
-                    self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+            self.resident = after  # before the weights go, so that nothing more begins to run on them
+            self.memory.release(self._pieces(after, needed=False))
 
     def restore(self, mask: PruningMask) -> None:
         """Reads what a mask keeps and is not in memory.
 
         Raises:
-            WeightsUnavailable: The file is not what was written; what was in memory still is.
+            WeightsUnavailable: It can't be read, or the store is not the model's any more; what was in memory still is.
         """
         with self._lock:
-            self._read(mask)
-            bits = tuple(keep or here for keep, here in zip(mask.keep, self.resident.keep, strict=True))
-            self.resident = PruningMask(mask.components, bits)
+            self._check_current()
+            try:
+                self._read(mask)
+            except WeightsUnavailable:
+                self.memory.release(self._pieces(self.resident, needed=False))
+                raise
+            self.resident = self._with(mask)
 
     def prefetch(self, mask: PruningMask) -> Future:
         """Begins to read what a mask keeps, in a thread of the store; a later `restore` finds it there.
 
         Returns:
-            Done when all of it was read; raises what `restore` raises.
+            Done when all of it was read; raises what `restore` raises. If it fails, `restore` still reads for itself.
+
+        Raises:
+            WeightsUnavailable: The store is not the model's any more.
         """
+        self._check_current()
         return self._reader.submit(self._read, mask)
 
-    def _read(self, mask: PruningMask) -> None:
-        if (size := self._map.size()) != self._size:  # to touch a page that the file lost would end the process
-            raise WeightsUnavailable(f"expected {self._size:,} bytes of weights in {self.path}; it has {size:,}")
-        coming = [keep and not here for keep, here in zip(mask.keep, self.resident.keep, strict=True)]
-        for start, end in self._spans(coming):
-            first = start // _PAGE * _PAGE
-            self._map.madvise(mmap.MADV_WILLNEED, first, end - first)
-            self._bytes[first:end:_PAGE].sum()  # touches each page
+    def close(self) -> None:
+        """Has all weights in memory; raises what `restore` raises. The model does this before it is changed."""
+        self.restore(PruningMask.all_kept(self._llm.shape))
 
-    def _point(self, one: _Stored) -> None:
-        values = one.parameter
-        shape = values.T.shape if one.by_columns else values.shape
-        raw = torch.frombuffer(self._map, dtype=values.dtype, count=values.numel(), offset=self._starts[one.name])
-        values.data = raw.view(shape).T if one.by_columns else raw.view(shape)
+    def freed_bytes(self, kept: PruningMask) -> int:
+        """Bytes that leave memory where exactly some components stay: what the others weigh, but for what can't leave.
 
-    def _spans(self, chosen: Sequence[bool]) -> Iterator[Span]:
-        """Where the chosen components lie, as few pieces as there are."""
-        for site, positions in self._llm.shape.components.sites:
-            own = chosen[positions]
-            if any(own):
+        Args:
+            kept: What stays, and is applied. What a refit has beside its matrix, a bias or scales, is not counted.
+        """
+        freed = sum(map(self.memory.freed_bytes, self._pieces(kept, needed=False)))
+        for site, bits in kept.kept_parts:
+            if any(bits) and not all(bits):
                 for one in self._stored[site]:
-                    row_bytes = one.parameter.nbytes // one.parameter.shape[1 if one.by_columns else 0]
-                    start = self._starts[one.name]
-                    cuts = [cut for cut, wanted in zip(one.cuts, own, strict=True) if wanted]
-                    yield from _joined((start + cut.start * row_bytes, start + cut.stop * row_bytes) for cut in cuts)
+                    if one.apart:  # there is a copy of what is kept
+                        freed -= sum(n_bytes for n_bytes, bit in zip(one.part_bytes, bits, strict=True) if bit)
+        return freed
+
+    def _with(self, mask: PruningMask) -> PruningMask:
+        bits = tuple(keep or here for keep, here in zip(mask.keep, self.resident.keep, strict=True))
+        return PruningMask(mask.components, bits)
+
+    def _read(self, mask: PruningMask) -> None:
+        after, here = self._with(mask), dict(self.resident.kept_parts)
+        changed = [site for site, bits in after.kept_parts if bits != here[site]]
+        self.memory.read(self._pieces(after, needed=True, of=changed))
+
+    def _pieces(self, kept: PruningMask, needed: bool, of: Sequence[Site] | None = None) -> list[Piece]:
+        """What has to be in memory for some components, or what has not; of some sites, or of all."""
+        pieces: list[Piece] = []
+        for site in self._stored if of is None else of:
+            own = self._positions[site.layer, site.kind]
+            bits = kept.keep[own.start : own.stop]
+            for one in self._stored[site]:
+                pieces += ((one, span) for span in (one.needed(bits) if needed else one.not_needed(bits)))
+        return pieces
+
+    def _check_current(self) -> None:
+        if self._llm.store is not self:
+            raise WeightsUnavailable(
+                f"{self._llm.name} was changed, or has another store, since this one was made: make it anew"
+            )
+
+
+def _memory_for(llm, folder: Path) -> Memory:
+    device: torch.device = llm.device
+    if device.type == "cuda":
+        return HostCopies(device)
+    if device.type == "cpu":
+        return MappedWeights(folder)
+    raise UnsupportedArchitecture(f"expected a model on a CPU or a GPU of CUDA; {llm.name} is on {device}")
 
 
 def _refuse_missing(needed: PruningMask, here: PruningMask) -> None:
@@ -201,61 +232,3 @@ def _refuse_missing(needed: PruningMask, here: PruningMask) -> None:
         kept = zip(needed.components, needed.keep, here.keep, strict=True)
         if missing := [component.name for component, wanted, there in kept if wanted and not there]:
             raise WeightsReleased(missing)
-
-
-def _stored(llm, site: Site, names: Mapping[int, str]) -> Iterator[_Stored]:
-    """The parameters of a site that belong to its components; `names` are those of the model's, by identity."""
-    layer = llm.layer_of(site)
-    if llm.shape.has_parts:
-        cuts: list[Cut] = list(layer.cuts(site.kind).values())
-        for path, (dim, _own) in cuts[0].items():
-            linear = layer.module.get_submodule(path)
-            if type(linear) is not nn.Linear:
-                raise UnsupportedArchitecture("expected weights in floating point for a store; got quantised ones")
-            own = [cut[path][1] for cut in cuts]
-            yield _Stored(names[id(linear.weight)], linear.weight, dim == 1, own)
-            if dim == 0 and linear.bias is not None:
-                yield _Stored(names[id(linear.bias)], linear.bias, False, own)
-        return
-    for module in layer.modules_of(site.kind):
-        for parameter in module.parameters():
-            if parameter.dtype not in _TYPES:
-                raise UnsupportedArchitecture("expected weights in floating point for a store; got quantised ones")
-            by_columns = parameter.ndim == 2 and not parameter.is_contiguous()
-            whole = slice(0, parameter.shape[1 if by_columns else 0])
-            yield _Stored(names[id(parameter)], parameter, by_columns, [whole])
-
-
-def _layout(stored: Sequence[_Stored]) -> tuple[bytes, dict[str, int], int]:
-    """A safetensors header that ends with a page, where each parameter begins in the file, and the file's bytes."""
-    entries, starts, offset = {}, {}, 0
-    for number, one in enumerate(stored):
-        shape = list(one.parameter.T.shape if one.by_columns else one.parameter.shape)
-        end = offset + one.parameter.nbytes
-        name = f"{one.name}.T" if one.by_columns else one.name
-        entries[name] = {"dtype": _TYPES[one.parameter.dtype], "shape": shape, "data_offsets": [offset, end]}
-        starts[one.name] = offset
-        offset = -(-end // _PAGE) * _PAGE
-        if offset > end:  # the format allows no holes
-            filled = {"dtype": "U8", "shape": [offset - end], "data_offsets": [end, offset]}
-            entries[f"filled.{number}"] = filled
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(_LENGTH_BYTES + len(text)) % _PAGE)
-    header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    return header, {name: len(header) + start for name, start in starts.items()}, len(header) + offset
-
-
-def _pieces(header: bytes, stored: Iterable[_Stored]) -> Iterator[bytes]:
-    yield header
-    for one in stored:
-        yield one.laid_out.view(-1).view(torch.uint8).numpy().tobytes()
-        yield bytes(-one.parameter.nbytes % _PAGE)
-
-
-def _joined(spans: Iterable[Span]) -> Iterator[Span]:
-    """Spans that touch become one."""
-    spans = list(spans)
-    edges = [0, *(place for place, (left, right) in enumerate(pairwise(spans), 1) if left[1] != right[0]), len(spans)]
-    for first, end in pairwise(edges):
-        if first < end:
-            yield spans[first][0], spans[end - 1][1]

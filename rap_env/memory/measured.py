@@ -52,7 +52,7 @@ def measured_peak(device: str | torch.device = "cpu") -> Iterator[PeakMemory]:
         before = torch.cuda.memory_allocated(device)
         highest = functools.partial(torch.cuda.max_memory_allocated, device)
     else:
-        _call_glibc("malloc_trim", 0)  # a block that took freed memory again would seem to need nothing
+        trim_freed_memory()  # a block that took freed memory again would seem to need nothing
         if _reset_high_water_mark():
             before, highest = _status_bytes("VmHWM"), functools.partial(_status_bytes, "VmHWM")
         else:
@@ -107,6 +107,11 @@ def return_freed_memory() -> bool:
         Whether the C library can do so; only glibc can.
     """
     return _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES) == 1
+
+
+def trim_freed_memory() -> None:
+    """Makes the C library give back now what it keeps of freed blocks; where it is not glibc nothing happens."""
+    _call_glibc("malloc_trim", 0)
 
 
 def _call_glibc(name: str, *arguments: int) -> int | None:

@@ -2,7 +2,7 @@
 
 from rap_env.policies.archive import ArchivePolicy
 from rap_env.policies.base import Policy, load_policy, save_policy
-from rap_env.policies.fixed import DensePolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy
+from rap_env.policies.fixed import DensePolicy, NearestOrderPolicy, OrderPolicy, RandomPolicy, even_order
 from rap_env.policies.learned import OneStepPolicy, SequentialPolicy
 from rap_env.policies.milp import MilpPolicy
 from rap_env.policies.priced import PricedPolicy
@@ -20,6 +20,7 @@ __all__ = [
     "RandomPolicy",
     "SequentialPolicy",
     "WidthPolicy",
+    "even_order",
     "load_policy",
     "save_policy",
 ]

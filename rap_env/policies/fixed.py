@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import PruningMask, full_order
+from rap_env.mask import ATTENTION, PruningMask, full_order
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import Policy, policy_kind
 from rap_env.policies.walk import fit_to_budget
@@ -78,6 +78,20 @@ class OrderPolicy(Policy):
 
     def parameters(self) -> dict[str, Any]:
         return {"order": list(self._order)}
+
+
+def even_order(shape: ModelShape) -> list[str]:
+    """An order that needs no measurement: the last parts of all MLPs first, those before them, then KV heads likewise.
+
+    Every layer loses the same share before any loses more, the last layer first.
+    """
+    places = [
+        (component, place / (own.stop - own.start))
+        for _site, own in shape.components.sites
+        for place, component in enumerate(shape.components[own])
+    ]
+    places.sort(key=lambda each: (each[0].site.kind == ATTENTION, -each[1], -each[0].site.layer))
+    return [component.name for component, _share in places]
 
 
 @policy_kind

@@ -156,17 +156,21 @@ class Controller:
         try:
             n_bytes = float(self._read())
         except Exception:  # whatever it is, it must not end the service
-            _log.exception("the memory could not be read")
+            if not self.failures["reading"]:  # once; it is read at each step
+                _log.exception("the memory could not be read")
             n_bytes = math.nan
         if math.isfinite(n_bytes) and n_bytes >= 0.0:
             return n_bytes
         self.failures["reading"] += 1
         return self._lowest.value if self._lowest else 0.0
 
+    def activation_bytes(self, n_sequences: int) -> int:
+        """What is taken off every budget for activations; without sequences nothing is read."""
+        return self._reading_bytes + 4 * n_sequences * self._shape.vocab_size if n_sequences else 0
+
     def _left(self, n_bytes: float, n_sequences: int) -> int:
-        """Of a budget, what weights and KV cache may take; without sequences nothing is read."""
-        activations = self._reading_bytes + 4 * n_sequences * self._shape.vocab_size if n_sequences else 0
-        return int(n_bytes * (1.0 - self._limits.margin)) - activations
+        """Of a budget, what weights and KV cache may take."""
+        return int(n_bytes * (1.0 - self._limits.margin)) - self.activation_bytes(n_sequences)
 
     def _bytes(self, mask: PruningMask, lengths: Sequence[int]) -> int:
         return self._shape.fixed_bytes + mask.weight_bytes + mask.kv_bytes_per_token * sum(lengths)

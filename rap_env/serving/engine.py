@@ -110,6 +110,7 @@ class Engine:
         self._lock = threading.Lock()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._short_since: float | None = None  # since when nothing can be served
 
     @property
     def mask(self) -> PruningMask:
@@ -175,6 +176,8 @@ class Engine:
         self._let_in(candidates[n_running : decision.n_served])
         if decision.n_served == 0 and self._waiting:
             self._refuse(decision.needed_bytes)
+        else:
+            self._short_since = None
         switched_at = self._clock()
         read_tokens, generated_tokens = self._read()
         return Step(
@@ -209,11 +212,13 @@ class Engine:
             self._waiting.appendleft(sequence)
 
     def _refuse(self, needed_bytes: int) -> None:
-        """Refuses what has waited for too long while nothing could be served."""
+        """Refuses what has waited for too long while nothing could be served; time in flight is no waiting."""
+        now = self._clock()
+        self._short_since = now if self._short_since is None else self._short_since
         with self._lock:
             waiting = list(self._waiting)
         for sequence in waiting:
-            if self._clock() - sequence.arrived_seconds >= self._options.patience_seconds:
+            if now - max(sequence.arrived_seconds, self._short_since) >= self._options.patience_seconds:
                 error = f"not enough memory: at least {needed_bytes:,} bytes are needed to serve one sequence"
                 self._end(sequence, Status.REFUSED, error)
 

@@ -39,6 +39,51 @@ def free_bytes(device: str | torch.device = "cpu", cgroup: Path = _CGROUP) -> in
     return max(0, min(available, int(text) - used + unused_files))
 
 
+class RealMemory:
+    """A budget of what is free and what the model holds already, less a reserve for others.
+
+    Pages of mapped weights count as free on a CPU, for the operating system can have them back at any time; so what the
+    model holds is what it holds beside them. A control group counts some of them as used: then the budget is too
+    small by these, which prunes more than is needed, never less.
+
+    Args:
+        held: Bytes that the model holds, without mapped weights.
+        reserve_bytes: What stays free.
+        device: Where the model is.
+    """
+
+    def __init__(self, held: Callable[[], int], reserve_bytes: int, device: str | torch.device = "cpu") -> None:
+        self._held, self._reserve_bytes, self._device = held, reserve_bytes, device
+
+    def __call__(self) -> int:
+        return max(0, free_bytes(self._device) + self._held() - self._reserve_bytes)
+
+
+class BudgetFile:
+    """A budget that a file holds, as one number; whoever writes another one changes the budget.
+
+    While the file is empty, as for a moment when a shell writes it, the budget stays what it was.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InvalidConfig: There is no such file, or no number in it. If that happens later, reading it raises OSError or
+            ValueError, which a controller takes as it takes all failures.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._last = path, ""
+        try:
+            self()
+        except (OSError, ValueError) as error:
+            raise InvalidConfig(f"expected a file with a number of bytes; {path}: {error}") from error
+
+    def __call__(self) -> float:
+        self._last = self._path.read_text(encoding="ascii").strip() or self._last
+        return float(self._last)
+
+
 class RecordedMemory:
     """A budget that moves as it was recorded: the last value at or before a time, the first one before all.
 

@@ -23,6 +23,7 @@ class Request:
         temperature: Of the distribution that tokens are drawn from; 0 takes the most likely one.
         top_p: Share of the distribution's most likely tokens that are drawn from.
         seed: Of the draws.
+        answer: What it is gone on with, whatever the model would say; what the model thinks of it is measured.
 
     Raises:
         InvalidWorkload: The prompt is empty, nothing is to be generated, or a number is out of its range.
@@ -34,12 +35,17 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    answer: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens:
             raise InvalidWorkload("expected a prompt of at least one token; got none")
         if self.generated_tokens < 1:
             raise InvalidWorkload(f"generated_tokens: expected at least 1; got {self.generated_tokens}")
+        if self.answer is not None and len(self.answer) != self.generated_tokens:
+            raise InvalidWorkload(
+                f"expected an answer of {self.generated_tokens} tokens, as are to be generated; got {len(self.answer)}"
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
             raise InvalidWorkload(f"temperature: expected at least 0; got {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
@@ -74,6 +80,7 @@ class Sequence:
         error: Why it was refused, or failed.
         generated: Tokens so far.
         masks: What each of them was generated with.
+        log_likelihoods: Of the tokens of an answer that was given.
         first_seconds: When its first token came.
         ended_seconds: When it ended.
         cancelled: Whether it is to end with the next step.
@@ -88,6 +95,7 @@ class Sequence:
     error: str = ""
     generated: list[int] = field(default_factory=list)
     masks: list[PruningMask] = field(default_factory=list)
+    log_likelihoods: list[float] = field(default_factory=list)
     first_seconds: float | None = None
     ended_seconds: float | None = None
     cancelled: bool = False
@@ -109,6 +117,10 @@ class Sequence:
     def draw(self, logits: torch.Tensor) -> int:
         """The next token from its logits [V]."""
         request = self.request
+        if request.answer is not None:
+            token = request.answer[len(self.generated)]
+            self.log_likelihoods.append(float(logits.float().log_softmax(-1)[token]))
+            return token
         if request.temperature == 0.0:
             return int(logits.argmax())
         if self._generator is None:

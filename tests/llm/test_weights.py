@@ -3,44 +3,29 @@
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors import safe_open
 
 from rap_env.errors import UnsupportedArchitecture, WeightsReleased, WeightsUnavailable
 from rap_env.llm import parts
-from rap_env.llm.loading import build_random_llm, load_llm
+from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import PruningMask, Site
 from rap_env.widths.prepare import prepare_widths
-from tests.llm.test_parts import GROUP, MEMBERS, TOKENS
-
-WINDOWS = torch.randint(0, 256, (4, 12), generator=torch.Generator().manual_seed(4))
-LARGE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16, "num_attention_heads": 8}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(parts, "GROUP_CHANNELS", GROUP)
-    monkeypatch.setenv("RAP_CACHE", str(tmp_path))
-
-
-def build(member: str = "llama, 2 KV heads", granularity: str = "group") -> SwitchableLLM:
-    whole = build_random_llm(*MEMBERS[member])
-    return SwitchableLLM(whole.model, whole.tokenizer, "stored", granularity)
-
-
-def logits(llm: SwitchableLLM) -> torch.Tensor:
-    with torch.inference_mode():
-        return llm.model(TOKENS).logits
-
-
-def half(llm: SwitchableLLM) -> PruningMask:
-    return PruningMask.from_widths(
-        llm.shape, [(own.stop - own.start) // 2 for _site, own in llm.shape.components.sites]
-    )
+from tests.llm.test_parts import MEMBERS, TOKENS
+from tests.llm.weights_cases import (
+    LARGE,
+    WINDOWS,
+    build,
+    check_memory,
+    check_switching,
+    every_other,
+    half,
+    logits,
+    own_cache,  # noqa: F401
+)
 
 
 @pytest.mark.parametrize("member", MEMBERS)
@@ -49,18 +34,9 @@ def test_a_model_computes_the_same_bits_from_its_store_and_after_each_switch(mem
     llm = build(member, granularity)
     if granularity == "group":
         prepare_widths(llm, WINDOWS)
-    whole, mask, digest = logits(llm), half(llm), llm.digest
-    with llm.pruned(mask):
-        pruned = logits(llm)
-    store = WeightStore(llm)
-    assert llm.digest == digest
-    for _ in range(2):
-        assert torch.equal(logits(llm), whole)
-        store.switch(mask)
-        assert llm.resident == store.resident == mask and torch.equal(logits(llm), pruned)
-        store.switch(PruningMask.all_kept(llm.shape))
+    store = check_switching(llm, half(llm), every_other(llm))
     names = dict(llm.model.named_parameters())
-    with safe_open(store.path, "pt") as file:  # the file is an ordinary one
+    with safe_open(store.memory.path, "pt") as file:  # the file is an ordinary one
         for name in (name for name in file.keys() if not name.startswith("filled")):  # noqa: SIM118
             stored = file.get_tensor(name)
             assert torch.equal(stored.T if name.endswith(".T") else stored, names[name.removesuffix(".T")])
@@ -78,20 +54,7 @@ def test_what_is_released_leaves_the_process_and_comes_back(granularity, monkeyp
     monkeypatch.setattr(parts, "GROUP_CHANNELS", 64)
     whole = build_random_llm("llama", LARGE)
     llm = SwitchableLLM(whole.model, whole.tokenizer, "large", granularity)
-    store, memory = WeightStore(llm), psutil.Process().memory_info
-    mask = PruningMask.from_bits(llm.shape, [number % 2 == 0 for number in range(len(llm.shape.components))])
-    if granularity == "group":
-        mask = half(llm)
-    n_bytes = sum(component.weight_bytes for component in mask.dropped)
-    assert n_bytes > 32e6  # so that the process's own noise is small beside it
-    logits(llm)
-    store.switch(mask)
-    store.switch(PruningMask.all_kept(llm.shape))
-    before = memory().rss
-    store.switch(mask)
-    assert before - memory().rss >= 0.98 * n_bytes
-    store.switch(PruningMask.all_kept(llm.shape))
-    assert abs(before - memory().rss) < 0.02 * n_bytes
+    check_memory(WeightStore(llm), llm, half(llm) if granularity == "group" else every_other(llm))
 
 
 def test_nothing_runs_on_what_is_released():
@@ -121,14 +84,15 @@ def test_a_file_that_lost_something_is_told_and_what_is_in_memory_goes_on():
     store, mask = WeightStore(llm), half(llm)
     store.switch(mask)
     pruned = logits(llm)
-    content = store.path.read_bytes()
-    with store.path.open("r+b") as file:
+    content = store.memory.path.read_bytes()
+    store.memory.path.chmod(0o600)
+    with store.memory.path.open("r+b") as file:
         file.truncate(len(content) - 4096)
     for restoring in (store.restore, store.switch, lambda mask: store.prefetch(mask).result()):
         with pytest.raises(WeightsUnavailable, match=r"expected .* bytes of weights in"):
             restoring(PruningMask.all_kept(llm.shape))
     assert store.resident == llm.mask == mask
-    store.path.write_bytes(content)
+    store.memory.path.write_bytes(content)
     store.switch(PruningMask.all_kept(llm.shape))
     store.switch(mask)
     assert torch.equal(logits(llm), pruned)
@@ -137,7 +101,7 @@ def test_a_file_that_lost_something_is_told_and_what_is_in_memory_goes_on():
 def test_a_file_that_is_gone_is_still_there_for_who_has_it_open():
     llm = build()
     store, whole = WeightStore(llm), logits(llm)
-    store.path.unlink()
+    store.memory.path.unlink()
     store.switch(half(llm))
     store.prefetch(PruningMask.all_kept(llm.shape)).result()
     store.switch(PruningMask.all_kept(llm.shape))
@@ -170,23 +134,11 @@ def test_switching_while_another_thread_generates_disturbs_nothing():
     assert torch.equal(logits(llm), pruned)
 
 
-def test_a_thousand_switches_leak_nothing():
-    llm = build()
-    store, mask, everything = WeightStore(llm), half(llm), PruningMask.all_kept(llm.shape)
-    for _ in range(20):
-        store.switch(mask)
-        store.switch(everything)
-    process = psutil.Process()
-    before = process.memory_info().rss, process.num_fds()
-    for _ in range(500):
-        store.switch(mask)
-        store.switch(everything)
-    assert process.memory_info().rss - before[0] < 4e6 and process.num_fds() == before[1]
-
-
-def test_quantised_weights_are_refused_and_nothing_is_written(tmp_path: Path):
-    llm = load_llm("tiny", granularity="group", weights="int8")
+@pytest.mark.parametrize("granularity", ["group", "block"])
+def test_weights_of_types_that_no_file_holds_are_refused_and_nothing_is_written(granularity, tmp_path: Path):
+    llm = build("llama, 2 KV heads", granularity)
+    llm.layer_of(llm.shape.sites[-1]).output("mlp").double()
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UnsupportedArchitecture, match="expected weights in floating point"):
+    with pytest.raises(UnsupportedArchitecture, match=r"expected weights of the types F32, .*; got .*down_proj"):
         WeightStore(llm)
     assert sorted(tmp_path.rglob("*")) == before and llm.store is None

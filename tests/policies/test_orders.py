@@ -3,9 +3,10 @@
 import pytest
 
 from rap_env.errors import InvalidMask
+from rap_env.llm.loading import load_llm
 from rap_env.memory.footprint import dense_bytes
 from rap_env.memory.workload import Workload
-from rap_env.policies import NearestOrderPolicy
+from rap_env.policies import NearestOrderPolicy, OrderPolicy, even_order
 from tests.policies.cases import ORDER
 
 
@@ -39,3 +40,12 @@ def test_no_order_and_orders_that_miss_components_are_refused(tiny_llm):
         NearestOrderPolicy(tiny_llm.shape, {0: ORDER})
     with pytest.raises(InvalidMask, match="expected an order over each of the 8 components once"):
         NearestOrderPolicy(tiny_llm.shape, {64: ORDER, 128: ORDER[1:]})
+
+
+def test_the_even_order_takes_last_parts_first_evenly_and_heads_after_all_channels():
+    llm = load_llm("tiny", granularity="group", device="cpu")
+    names = even_order(llm.shape)
+    heads = [f"layer{layer}.attention.{head}" for head in (1, 0) for layer in (3, 2, 1, 0)]
+    assert names[-8:] == heads and all(".mlp" in name for name in names[:-8])
+    mask = OrderPolicy(llm.shape, names).decide(Workload(1, 1), llm.shape.weight_bytes - 1)
+    assert [component.name for component in mask.dropped] == [names[0]] and names[0].startswith("layer3.mlp")

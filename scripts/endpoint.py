@@ -1,0 +1,58 @@
+"""Serves a model over HTTP, in OpenAI's protocols, while its memory may be taken away: `python -m scripts.endpoint`.
+
+Options are KEY=VALUE. There is no authentication: whoever reaches the port may ask. docs/serving.md says how to try it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from rap_env.errors import InvalidConfig, RapError
+from rap_env.llm.loading import load_llm
+from rap_env.policies import OrderPolicy, even_order, load_policy
+from rap_env.serving.assembly import assemble
+from rap_env.serving.endpoint import create_app
+from rap_env.serving.engine import Options
+from rap_env.serving.readings import BudgetFile
+from rap_env.serving.switching import RESTORING
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.endpoint", description=__doc__)
+    parser.add_argument("--model.name", dest="name", default="smollm2-135m", help="embedded name, folder or hub name")
+    parser.add_argument("--model.granularity", dest="granularity", default="group", help="group or block")
+    parser.add_argument("--model.dtype", dest="dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    parser.add_argument("--host", default="127.0.0.1", help="there is no authentication: think before you change it")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--policy", type=Path, help="folder of a saved policy; without one, all layers lose alike")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--budget_bytes", type=int, help="for weights, KV cache and activations; else what is free")
+    budget.add_argument("--budget_file", type=Path, help="holds that number, and is read again at each step")
+    parser.add_argument("--reserve_bytes", type=int, default=2**28, help="that stay free where no budget is given")
+    parser.add_argument("--max_batch", type=int, default=16, help="sequences in flight at most")
+    parser.add_argument("--max_waiting", type=int, default=64, help="sequences that may wait beside them")
+    parser.add_argument("--max_body_bytes", type=int, default=2**20, help="of a call")
+    parser.add_argument("--patience_seconds", type=float, default=10.0, help="how long one waits for memory")
+    parser.add_argument("--restoring", choices=RESTORING, default="left out", help="what heads mean that come back")
+    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    read = options.reserve_bytes if options.budget_bytes is None else lambda: options.budget_bytes
+    try:
+        read = BudgetFile(options.budget_file) if options.budget_file else read
+        llm = load_llm(options.name, options.dtype, granularity=options.granularity)
+        deciders = {"even": OrderPolicy(llm.shape, even_order(llm.shape))}
+        if options.policy:
+            if (policy := load_policy(options.policy)).shape != llm.shape:
+                raise InvalidConfig(f"expected a policy for this model and its order of parts; {options.policy} is not")
+            deciders = {"policy": policy, **deciders}
+        how = Options(options.max_batch, restoring=options.restoring, patience_seconds=options.patience_seconds)
+        service, metrics = assemble(llm, deciders, read, how, max_waiting=options.max_waiting)
+    except (RapError, OSError) as error:
+        sys.exit(f"error: {error}")
+    app = create_app(service, llm, metrics, options.max_body_bytes)
+    uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=5)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
