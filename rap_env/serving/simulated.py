@@ -60,6 +60,7 @@ class Simulation:
         self._reading: list[Job] = []
         self.reserved_tokens = self._cached_tokens = self._count = 0
         self._next_arrival = self._next_budget = 0
+        self._short_since = _NEVER  # since when nothing can be served
         self.budget_bytes = 0
         self._catch_up()
 
@@ -123,11 +124,13 @@ class Simulation:
             self._make_room()
             self._let_in()
             if self._generating or self._reading:
-                self._mark_fullest()
+                share = self.needed_bytes(self.level) / max(1, self.budget_bytes)
+                self.counts.fullest = max(self.counts.fullest, share)
                 if self._reading:
                     self._read_step()
                 else:
                     self._generate_until(min(until_seconds, self._next_event_seconds()))
+                self._short_since = _NEVER
             else:
                 self._refuse()
                 # a switch may have taken longer than the time that was to pass
@@ -153,10 +156,9 @@ class Simulation:
         return min(arrival, times[self._next_budget] if self._next_budget < len(times) else _NEVER)
 
     def _patience_ends(self) -> float:
-        """When the first that waits is refused."""
-        if not self.waiting:
-            return _NEVER
-        return min(job.arrived_seconds for job in self.waiting) + self.targets.patience_seconds
+        """When the first that waits is refused; time in flight is no waiting."""
+        first = min((job.arrived_seconds for job in self.waiting), default=_NEVER)
+        return max(first, self._short_since) + self.targets.patience_seconds
 
     def _fitting(self, level: int) -> int | None:
         """The level, or the next smaller one that holds what is in flight or the first that waits, if one does."""
@@ -223,16 +225,13 @@ class Simulation:
 
     def _refuse(self) -> None:
         """Refuses what has waited for too long; nothing is in flight, so nothing that waits could be let in."""
+        self._short_since = min(self._short_since, self.now) if self.waiting else _NEVER
         latest = self.now - self.targets.patience_seconds + _ROUNDING_SECONDS
-        for job in [job for job in self.waiting if job.arrived_seconds <= latest]:
-            self.waiting.remove(job)
-            self.counts.refused += 1
-            self.counts.refused_tokens += job.generated_tokens
-
-    def _mark_fullest(self) -> None:
-        share = self.needed_bytes(self.level) / max(1, self.budget_bytes)
-        if share > self.counts.fullest:
-            self.counts.fullest = share
+        if self._short_since <= latest:
+            for job in [job for job in self.waiting if job.arrived_seconds <= latest]:
+                self.waiting.remove(job)
+                self.counts.refused += 1
+                self.counts.refused_tokens += job.generated_tokens
 
     def _read_step(self) -> None:
         """One step with prompts in it."""

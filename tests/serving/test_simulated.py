@@ -182,3 +182,14 @@ def test_no_memory_at_all_refuses_everything():
     one = simulation((0.0, 10, 3), (1.0, 10, 3), shares=((0.0, 0.0),))
     one.advance(0, 50.0)
     assert one.counts.refused == 2 and one.counts.steps == 0 and one.now == 50.0
+
+
+def test_patience_counts_from_when_nothing_could_be_served():
+    one = simulation((0.0, 10, 8), shares=((0.0, 1.0), (6.0, 0.1)))
+    one.advance(0, 5.0)
+    assert one.n_running == 1
+    short_since = one.counts.steps  # steps of 1.1 s and a little: evicted at the end of the sixth
+    one.advance(1, 16.0)
+    assert one.counts.refused == 0 and len(one.waiting) == 1 and short_since == 5
+    one.advance(1, 18.0)
+    assert one.counts.refused == 1
