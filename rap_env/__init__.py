@@ -66,3 +66,4 @@ gymnasium.register(
     entry_point="rap_env.envs.width:WidthEnv",
     vector_entry_point="rap_env.envs.vector:WidthVectorEnv",
 )
+gymnasium.register("rap/Serving-v0", entry_point="rap_env.envs.serving:ServingEnv")

@@ -154,6 +154,10 @@ class TraceUnreadable(RapError, ValueError):
         return type(self), self._arguments  # so that it crosses process borders
 
 
+class InvalidTable(RapError, ValueError):
+    """A table of what serving costs with a number that can't be, or levels that are no ladder."""
+
+
 class FolderInUse(RapError, OSError):
     """A run's folder that another run is writing into."""
 

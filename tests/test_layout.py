@@ -45,7 +45,10 @@ HOMES = {
     "sklearn": ("rap_env/calibration/clusters.py", "rap_env/evaluation/predictor.py"),
 }
 # Agents that learn through Stable-Baselines3; every other one must not need it.
-LEARNING = ("agents/fastforward.py", "agents/sb3.py", "agents/sb3_policies.py", "agents/vec_env.py")
+LEARNING = (
+    *("agents/fastforward.py", "agents/sb3.py", "agents/sb3_policies.py", "agents/vec_env.py"),
+    "agents/serving_learners.py",
+)
 
 
 def name_of(path: Path) -> str:
