@@ -23,13 +23,13 @@ from experiments.serving.child import Enforcement, run_limited
 from experiments.serving.requests import dense_log_likelihoods, requests_of
 from experiments.serving.summary import summary
 from experiments.serving.systems import System, systems_of
-from rap_env.errors import RecordExists
+from rap_env.errors import InvalidConfig, RecordExists
 from rap_env.evaluation.meter import TokenBudget
 from rap_env.files import write_over
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import activation_bytes, dense_bytes
 from rap_env.memory.workload import Workload
-from rap_env.policies import save_policy
+from rap_env.policies import load_policy, save_policy
 from rap_env.serving.memory_traces import MemoryTrace, memory_trace
 
 _RECORD = "serve.json"
@@ -80,7 +80,19 @@ def _whole_bytes(config: DictConfig, shape) -> int:
 
 
 def _policies(config: DictConfig, parts: Parts, folder: Path) -> dict[str, str]:
-    """Folders of policies by name; the greedy one is measured here."""
+    """Folders of policies by name; the greedy one is measured here.
+
+    Raises:
+        InvalidConfig: One was made for other components.
+        PolicyUnreadable: A folder holds none.
+    """
+    known = {name: str(Path(path).expanduser().resolve()) for name, path in config.policies.items()}
+    names = [component.name for component in parts.search.llm.shape.components]
+    for name, path in known.items():
+        if [component.name for component in load_policy(path).shape.components] != names:
+            raise InvalidConfig(
+                f"policies.{name}: expected a policy over the model's parts in their order here; {path} is not"
+            )
     with phase("ranking") as progress:
         task = Task(
             problem=parts.search.with_budget(TokenBudget(config.token_budget)),
@@ -91,7 +103,6 @@ def _policies(config: DictConfig, parts: Parts, folder: Path) -> dict[str, str]:
             progress=progress,
         )
         greedy = run_search(PricedGsiAgent(), task).policy
-    known = {name: str(Path(path).expanduser().resolve()) for name, path in config.policies.items()}
     return known | {"greedy": str(save_policy(greedy, folder / "policies" / "greedy").resolve())}
 
 
