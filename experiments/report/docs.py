@@ -5,7 +5,8 @@ A table stands between two comments and names the files that it is made from and
     <!-- table: results/policies.jsonl metrics -->
     <!-- end -->
 
-The kinds are those of `table_lines`, `serving` and `serving_memory`, and `benchmark`: what benchmarks printed.
+The kinds are those of `table_lines`; of one record `serving`, `serving_memory`, `serving_learners`; and `benchmark`, what
+benchmarks printed.
 """
 
 import re
@@ -16,10 +17,12 @@ from pathlib import Path
 from experiments.records import read_records
 from experiments.report import benchmark_lines
 from experiments.report.serving import SERVING_TABLES
+from experiments.report.serving_learners import serving_learners_table
 from experiments.report.tables import table_lines
 from rap_env.errors import RapError
 from rap_env.files import write_over
 
+_OF_ONE_RECORD = {**SERVING_TABLES, "serving_learners": serving_learners_table}
 _START, _END = "<!-- table:", "<!-- end -->"
 _MARKED = re.compile(rf"^({_START} *(.+?) *-->)\n(.*?)^{_END}$", re.MULTILINE | re.DOTALL)
 
@@ -42,8 +45,8 @@ def rewritten(text: str, root: Path) -> str:
         if not paths:
             raise ValueError(f"expected files and a kind of table; got {found[1]!r}")
         named = {Path(path).stem: read_records(root / path) for path in paths}
-        if kind in SERVING_TABLES:
-            lines = [line for records in named.values() for line in SERVING_TABLES[kind](records[0]).markdown]
+        if kind in _OF_ONE_RECORD:
+            lines = [line for records in named.values() for line in _OF_ONE_RECORD[kind](records[0]).markdown]
         else:
             lines = _benchmarks(named) if kind == "benchmark" else table_lines(kind, named)
         return "\n".join([found[1], *lines, _END])

@@ -107,11 +107,10 @@ def _steps(lines: Sequence[Mapping[str, Any]], told: Mapping[str, Any], window_s
     columns = {name: [line[name] for line in lines] for name in lines[0]}
     steps = {name: np.array(column) for name, column in columns.items()}
     switched = steps["switched"]
-    turns = _turns(steps["began_seconds"][switched], steps["weight_bytes"][switched])
     busy = float(sum(steps[name].sum() for name in ("decide_seconds", "switch_seconds", "read_seconds")))
     return {
         "switches": int(switched.sum()),
-        "chatter": sum(seconds < window_seconds for seconds in turns),
+        "chatter": sum(bool(seconds < window_seconds) for seconds in _turns(steps)),
         "moved_bytes": int(steps["moved_bytes"].sum()),
         "decide_share": float(steps["decide_seconds"].sum()) / busy,
         "switch_share": float(steps["switch_seconds"].sum()) / busy,
@@ -126,8 +125,8 @@ def _steps(lines: Sequence[Mapping[str, Any]], told: Mapping[str, Any], window_s
     }
 
 
-def _turns(seconds: np.ndarray, weight_bytes: np.ndarray) -> list[float]:
+def _turns(steps: Mapping[str, np.ndarray]) -> list[float]:
     """For each switch that goes back on the one before it, how long after that it came."""
-    grows = np.diff(weight_bytes) > 0  # of each switch but the first
-    pairs = pairwise(zip(seconds[1:], grows, strict=True))
-    return [later[0] - earlier[0] for earlier, later in pairs if earlier[1] != later[1]]
+    changes = np.diff(steps["weight_bytes"], prepend=steps["weight_bytes"][:1])
+    found = [(seconds, change > 0) for seconds, change in zip(steps["began_seconds"], changes, strict=True) if change]
+    return [later[0] - earlier[0] for earlier, later in pairwise(found) if earlier[1] != later[1]]
