@@ -5,7 +5,7 @@ A table stands between two comments and names the files that it is made from and
     <!-- table: results/policies.jsonl metrics -->
     <!-- end -->
 
-The kinds are those of `table_lines`, for one record `serving`, `serving_memory` and `serving_learners`, and `benchmark`:
+The kinds are those of `table_lines`, for one record `serving`, `serving_memory`, `serving_learners`, and `benchmark`:
 what benchmarks printed.
 """
 
