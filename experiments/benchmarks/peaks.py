@@ -1,6 +1,7 @@
 """Part `peaks`: what the memory model predicts against what a live process takes, and how dropping shortens a step."""
 
 import functools
+import gc
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -44,6 +45,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
 def _warm(live: LiveModel, read_tokens: int, levels: list[PruningMask]) -> int:
     """Resident memory of the process that is not the model's, once everything has run that will run."""
     live.warm_up(read_tokens, levels)
+    gc.collect()  # models of other parts
     trim_freed_memory()
     live.warm_up(read_tokens, levels[-1:])
     shape = live.llm.shape
@@ -135,8 +137,8 @@ def _timed_steps(
 def lines(results: Mapping[str, Any]) -> list[str]:
     """What is printed."""
     errors = [_predicted(each) / each["measured_bytes"] - 1 for each in results["peaks"]]
-    masks = len({each["weights_bytes"] for each in results["peaks"]})
     workloads = len({tuple(each["workload"]) for each in results["peaks"]})
+    masks = len(results["peaks"]) // workloads
     measured = [each["measured_bytes"] / 1e6 for each in results["peaks"]]
     printed = [
         f"{masks} masks x {workloads} workloads: predicted over measured peak {min(errors):+.1%} to {max(errors):+.1%},"
