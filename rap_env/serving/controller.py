@@ -58,7 +58,8 @@ class Decision:
     """What to do now.
 
     Attributes:
-        mask: What to run with; None where no decider has a mask that the memory holds, not even without sequences.
+        mask: What to run with; None where no decider has a mask that the memory holds, not even without sequences. Of
+            memory that holds no model at all, the smallest mask is the best that can be done.
         n_served: How many of the sequences, the first ones, may be in memory with it.
         by: Which decider the mask is of; `"held"` where the present one stays.
         needed_bytes: Where none may, the smallest budget that would do for one, margin included.
@@ -169,8 +170,9 @@ class Controller:
         return self._reading_bytes + 4 * n_sequences * self._shape.vocab_size if n_sequences else 0
 
     def _left(self, n_bytes: float, n_sequences: int) -> int:
-        """Of a budget, what weights and KV cache may take."""
-        return int(n_bytes * (1.0 - self._limits.margin)) - self.activation_bytes(n_sequences)
+        """Of a budget, what weights and KV cache may take; without sequences never less than what can't be dropped."""
+        left_bytes = int(n_bytes * (1.0 - self._limits.margin)) - self.activation_bytes(n_sequences)
+        return left_bytes if n_sequences else max(left_bytes, self._shape.fixed_bytes)
 
     def _bytes(self, mask: PruningMask, lengths: Sequence[int]) -> int:
         return self._shape.fixed_bytes + mask.weight_bytes + mask.kv_bytes_per_token * sum(lengths)

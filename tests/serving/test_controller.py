@@ -102,7 +102,8 @@ def test_steady_memory_means_no_switch_but_the_first():
 def test_fewer_are_served_and_what_no_memory_holds_is_refused_with_what_would_do():
     limits = Limits(margin=0.1, slack=0.0, window_seconds=0.0)
     refused = controller(lambda: 0.0, limits).decide(LENGTHS, 0)
-    assert refused.mask is None and refused.n_served == 0
+    assert refused.mask.kept == () and refused.n_served == 0  # as little as there can be
+    assert controller(lambda: 0.0, limits, static=DensePolicy(SHAPE)).decide(LENGTHS, 0).mask is None
     served = controller(lambda: refused.needed_bytes, limits).decide(LENGTHS, 0)
     assert served.n_served >= 1 and served.mask is not None
     one = activation_bytes(SHAPE, PruningMask.all_kept(SHAPE), READ_TOKENS, 1)
@@ -143,7 +144,7 @@ def test_a_reading_that_is_no_number_counts_as_the_lowest_of_the_window(reading)
 
     scene.controller._read = broken
     assert scene.decide(1.0).mask == shrunk and scene.controller.failures == {"reading": 1}
-    assert controller(broken).decide(LENGTHS, 0).mask is None
+    assert controller(broken).decide(LENGTHS, 0).n_served == 0
 
 
 def test_deciders_that_fail_are_passed_over_and_counted():

@@ -52,7 +52,7 @@ class Scene:
         while not self.engine.idle and (steps is None or len(done) < steps):
             self.seconds += 1.0
             done.append(self.engine.step())
-            assert done[-1].needed_bytes <= self.budget_bytes or done[-1].by == "nobody"
+            assert done[-1].needed_bytes <= self.budget_bytes or not done[-1].mask.kept or done[-1].by == "nobody"
         return done
 
 
