@@ -141,7 +141,7 @@ class Engine:
 
     @property
     def _weights_bytes(self) -> int:
-        return self._model.llm.shape.fixed_bytes + self.mask.weight_bytes
+        return self._model.llm.shape.fixed_bytes + self._switching.weight_bytes
 
     def submit(self, request: Request, listener: Callable[[Sequence], None] | None = None) -> Sequence:
         """Lets a request wait for its turn.

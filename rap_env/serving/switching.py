@@ -33,6 +33,11 @@ class Switching:
         self._coming: tuple[PruningMask, Future] | None = None  # weights that are being read
         controller.applied(model.llm.mask)
 
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights of the components take that are in memory, or are being read."""
+        return (self._model.llm.mask if self._coming is None else self._coming[0]).weight_bytes
+
     def follow(self, wanted: PruningMask | None, running: list[Sequence]) -> bool:
         """Comes as near to a mask as it can now; what is missing comes with a later call.
 
@@ -48,14 +53,16 @@ class Switching:
             Whether the model's mask changed.
         """
         before = self._model.llm.mask
+        if self._coming is not None and self._coming[0] != wanted:
+            self._give_up()
         if wanted is None or wanted == before:
-            self._coming = None
             return False
         fewer = PruningMask(wanted.components, tuple(map(operator.and_, before.keep, wanted.keep)))
         if fewer != before:
             self._apply(fewer, running)
             trim_freed_memory()
         if fewer != wanted and self._arrived(wanted, wait_for_it=not running):
+            self._coming = None
             try:
                 self._apply(wanted, running)
             except WeightsUnavailable:
@@ -68,14 +75,20 @@ class Switching:
         store = self._model.llm.store
         if store is None:
             return True
-        if self._coming is None or self._coming[0] != wanted:
+        if self._coming is None:
             self._coming = wanted, store.prefetch(wanted)
         if wait_for_it:
             wait([self._coming[1]])
         return self._coming[1].done()
 
-    def _apply(self, mask: PruningMask, running: Iterable[Sequence]) -> None:
+    def _give_up(self) -> None:
+        """Lets go of what was read ahead for a mask that is not wanted any more."""
+        _mask, future = self._coming
         self._coming = None
+        wait([future])
+        self._model.llm.store.release(self._model.llm.mask)
+
+    def _apply(self, mask: PruningMask, running: Iterable[Sequence]) -> None:
         self._model.switch(mask)
         for sequence in running:
             if self._restoring == "exact" and sequence.cache.lacks(self._model.heads):

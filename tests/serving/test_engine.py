@@ -1,6 +1,7 @@
 """The engine: answers are those of the model alone, whatever else runs, and nothing passes the memory that there is."""
 
 import threading
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -247,3 +248,26 @@ def test_what_cannot_be_served_is_refused_at_once():
         Options(restoring="by magic")
     with pytest.raises(InvalidConfig, match="max_batch"):
         Options(max_batch=0)
+
+
+def test_weights_that_are_being_read_count_as_taken_and_go_when_nobody_wants_them_any_more(tmp_path, monkeypatch):
+    """Otherwise a process that measures itself would take them for something else, and shrink for it."""
+    scene = Scene(store_folder=tmp_path)
+    scene.engine.submit(Request(prompt(10), 40))
+    scene.budget_bytes = scene.holding(50, share=0.5)
+    scene.run(2)
+    small, reading, released = scene.engine.needed_bytes, Future(), []
+    store = scene.llm.store
+    release = store.release
+    monkeypatch.setattr(store, "prefetch", lambda mask: reading)
+    monkeypatch.setattr(store, "release", lambda kept: (released.append(kept), release(kept)))
+    scene.budget_bytes = 10**9
+    scene.run(4)
+    grown = scene.engine.needed_bytes
+    assert (
+        scene.engine.mask != scene.dense and grown == small - scene.engine.mask.weight_bytes + scene.dense.weight_bytes
+    )
+    reading.set_result(None)
+    scene.budget_bytes = scene.holding(50, share=0.5)
+    scene.run(1)
+    assert released and scene.engine.needed_bytes <= small
