@@ -262,7 +262,7 @@ def test_weights_that_are_being_read_count_as_taken_and_go_when_nobody_wants_the
     monkeypatch.setattr(store, "prefetch", lambda mask: reading)
     monkeypatch.setattr(store, "release", lambda kept: (released.append(kept), release(kept)))
     scene.budget_bytes = 10**9
-    scene.run(4)
+    scene.run(6)
     grown = scene.engine.needed_bytes
     assert (
         scene.engine.mask != scene.dense and grown == small - scene.engine.mask.weight_bytes + scene.dense.weight_bytes
