@@ -42,7 +42,8 @@ class AnswerHead:
 class Candidates:
     """The residual streams of the candidates that are still read, in one buffer [1, N, H].
 
-    What all candidates have in front is read once for each layer, in a stream of its own. A layer runs over one chunk
+    What all candidates have in front is read once for each layer, in a stream of its own, and equal documents are read
+    once, so that their scores are equal to the last bit. A layer runs over one chunk
     of candidates after the other, so that what it computes inside is bounded by the chunk; beside it the buffer is in
     memory, and with it the rotary embeddings of its tokens.
 
@@ -55,8 +56,10 @@ class Candidates:
     def __init__(self, llm: SwitchableLLM, prompt: Prompt, chunk_tokens: int | None) -> None:
         window = llm.shape.attention_window
         prefix = SharedPrefix(prompt.prefix, llm.device, window)
-        self._ids = sorted(range(len(prompt.endings)), key=lambda index: len(prompt.endings[index]))
-        trees = [TokenTree(prompt.endings[index]) for index in self._ids]
+        endings = sorted(set(prompt.endings), key=lambda ending: (len(ending), ending))
+        places = {ending: place for place, ending in enumerate(endings)}
+        self._places = {number: places[ending] for number, ending in enumerate(prompt.endings)}  # in the stream
+        trees = [TokenTree(ending) for ending in endings]
         self._llm, self._chunk_tokens = llm, chunk_tokens
         self._prefix, self._prefix_context, _ = llm.open_packed(prefix)
         self._hidden, self._context, _ = llm.open_packed(Packing(trees, llm.device, window, prefix))
@@ -77,15 +80,16 @@ class Candidates:
         """Those of the candidates by their last tokens, in the order of their numbers [n]."""
         starts = self._context["attention_mask"].starts
         last = [start - 1 for start in [*starts[1:], self._hidden.shape[1]]]
-        return head.scores(self._hidden[0, last])[np.argsort(self._ids)]
+        return head.scores(self._hidden[0, last])[list(self._places.values())]
 
     def keep(self, ids: Sequence[int]) -> None:
-        """Cuts everybody else out."""
-        kept = [place for place, own in enumerate(self._ids) if own in set(ids)]
-        if len(kept) < len(self._ids):
+        """Cuts everybody else out; takes numbers of candidates, ascending."""
+        before = set(self._places.values())
+        kept = sorted({self._places[number] for number in ids})
+        self._places = {number: kept.index(self._places[number]) for number in ids}
+        if len(kept) < len(before):
             self._chunks = []  # views of the buffer that goes
             self._hidden, self._context = select_trees(self._hidden, self._context, kept)
-            self._ids = [self._ids[place] for place in kept]
             self._chunk()
 
     def _chunk(self) -> None:
