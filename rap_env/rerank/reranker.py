@@ -15,6 +15,7 @@ from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Site, kept_sites
+from rap_env.memory.measured import trim_freed_memory
 from rap_env.rerank.adapter import merge_adapter
 from rap_env.rerank.candidates import AnswerHead, Candidates
 from rap_env.rerank.prompts import QWEN3, Prompt, Prompts, Template
@@ -87,6 +88,7 @@ class Reranker:
         self._window = LayerWindow(llm, folder) if memory.stream_weights else None
         if memory.embedding_share is not None:
             cache_rows(llm, memory.embedding_share, folder)
+        trim_freed_memory()  # what the weights had that are in files now
         self._lock = threading.Lock()
 
     @classmethod
