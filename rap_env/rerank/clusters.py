@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
+from rap_env.errors import RankingFailed
 from rap_env.rerank.selection import Decision
 
 
@@ -26,12 +27,22 @@ class ClusterRule:
         first_layer: The first layer after which anybody may leave, counted from 0.
         keeps_order: Whether the order inside the top K matters: then clusters are only dropped, and what is left is
             ordered by the scores of the last layer.
+
+    Raises:
+        RankingFailed: The threshold is negative or no number, or there are fewer than 2 clusters.
     """
 
     threshold: float
     max_clusters: int = 4
     first_layer: int = 0
     keeps_order: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0 or self.max_clusters < 2:
+            raise RankingFailed(
+                "expected a threshold of at least 0 and at least 2 clusters;"
+                f" got threshold={self.threshold}, max_clusters={self.max_clusters}"
+            )
 
     def decide(self, layer: int, scores: np.ndarray, n_open: int) -> Decision:
         """See `Decider.decide`."""

@@ -17,6 +17,9 @@ class LayerWindow:
             applied to it. What its mask drops is never read.
         folder: For the weights; see `WeightStore`.
 
+    The file may be removed, and what is written into it is told; where it is cut while it is mapped, the process ends
+    (`MappedWeights`).
+
     Raises what `WeightStore` raises.
     """
 

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from rap_env.errors import RankingFailed
 from rap_env.rerank.clusters import ClusterRule, best_clusters
 from rap_env.rerank.selection import Decision
 
@@ -34,9 +35,7 @@ def test_two_clusters_have_the_least_sum_of_squares_of_all_cuts():
     for _ in range(50):
         scores = np.sort(rng.normal(size=8)) + 1e6  # far from 0, where squares would round
         above, _below = best_clusters(scores, 2)
-        squares = [
-            8 * 0.0 + sum(((part - part.mean()) ** 2).sum() for part in np.split(scores, [cut])) for cut in range(1, 8)
-        ]
+        squares = [sum(((part - part.mean()) ** 2).sum() for part in np.split(scores, [cut])) for cut in range(1, 8)]
         assert len(above) == 8 - (1 + int(np.argmin(squares)))
 
 
@@ -96,3 +95,9 @@ def test_equal_scores_go_on_whatever_the_threshold(scores):
 
 def test_as_many_candidates_as_places_go_on():
     assert parts(ClusterRule(threshold=0).decide(0, np.array([1.0, 2.0]), 2)) == (set(), set(), {0, 1})
+
+
+@pytest.mark.parametrize("options", [{"threshold": -0.1}, {"threshold": np.nan}, {"threshold": 1, "max_clusters": 1}])
+def test_a_rule_that_could_not_decide_is_refused(options):
+    with pytest.raises(RankingFailed, match="expected a threshold of at least 0 and at least 2 clusters"):
+        ClusterRule(**options)
