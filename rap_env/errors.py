@@ -85,6 +85,10 @@ class EvaluationFailed(RapError, ValueError):
     """Tasks that can't be scored: none named, no multiple-choice form, or no such metric."""
 
 
+class RankingFailed(RapError, ValueError):
+    """Documents that can't be ranked: a request or a prompt of another form, or scores that are not finite."""
+
+
 class CompensationFailed(RapError, ValueError):
     """Compensation that can't be computed, or a mask that it does not hold for."""
 

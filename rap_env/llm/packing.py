@@ -1,9 +1,10 @@
 """Token trees laid end to end: many requests in one stream, no padding, contexts shared by branches."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch.nn import functional
@@ -47,7 +48,8 @@ class _Bucket:
 
     tokens: slice  # where they lie in the stream
     trees: int  # B
-    visible: torch.Tensor | None  # which token may attend to which [B, 1, T, T]; None if all are plain sequences
+    # Which token may attend to which [B or 1, 1, T, P + T], first the P of the prefix; None if all are plain sequences.
+    visible: torch.Tensor | None
 
 
 class PackedStream(ABC):
@@ -68,57 +70,131 @@ class Packing(PackedStream):
         trees: What to pack, in order of length.
         device: Where the model is.
         window: Tokens that attention looks back, the own one included; None for all.
+        prefix: Tokens in front of every tree, which are in a stream of their own; None for none.
     """
 
-    def __init__(self, trees: Sequence[TokenTree], device: torch.device, window: int | None = None) -> None:
+    def __init__(
+        self,
+        trees: Sequence[TokenTree],
+        device: torch.device,
+        window: int | None = None,
+        prefix: "SharedPrefix | None" = None,
+    ) -> None:
+        first = 0 if prefix is None else len(prefix.tokens)
         self.tokens = torch.tensor([token for tree in trees for token in tree.tokens], device=device)
-        self.positions = torch.tensor([position for tree in trees for position in tree.positions], device=device)
-        self._trees, self._device, self._window = trees, device, window
+        self.positions = torch.tensor([first + place for tree in trees for place in tree.positions], device=device)
+        self.starts = list(accumulate(map(len, trees), initial=0))[:-1]
+        self._trees, self._device, self._window, self._prefix = trees, device, window, prefix
         self._cuts: dict[int, list[tuple[slice, Packing]]] = {}
-        self.starts, self._buckets, start = [], [], 0
-        for length, group in groupby(trees, key=len):
-            equal = list(group)
-            tokens = slice(start, start := start + length * len(equal))
-            self.starts += range(tokens.start, tokens.stop, length)
-            self._buckets.append(_Bucket(tokens, len(equal), _visible(equal, device, window)))
 
     def cut(self, n_parts: int) -> list[tuple[slice, "Packing"]]:
         """At most so many parts of about equal length, each with the tokens of the stream that it stands for."""
         if n_parts not in self._cuts:
-            bounds = [*self.starts, len(self.tokens)]
-            self._cuts[n_parts] = [
-                (slice(bounds[part.start], bounds[part.stop]), Packing(self._trees[part], self._device, self._window))
-                for part in cut([len(tree) for tree in self._trees], n_parts)
-            ]
+            self._cuts[n_parts] = self._runs(cut([len(tree) for tree in self._trees], n_parts))
         return self._cuts[n_parts]
 
+    def chunks(self, most_tokens: int) -> list[tuple[slice, "Packing"]]:
+        """Parts of at most so many tokens, as `cut` returns them; a longer tree is a part of its own."""
+        bounds, tokens = [0], 0
+        for index, tree in enumerate(self._trees):
+            if tokens and tokens + len(tree) > most_tokens:
+                bounds.append(index)
+                tokens = 0
+            tokens += len(tree)
+        return self._runs([slice(*ends) for ends in pairwise([*bounds, len(self._trees)])])
+
+    def select(self, kept: Sequence[int]) -> tuple["Packing", torch.Tensor]:
+        """What is left when trees leave the stream.
+
+        Args:
+            kept: Positions of the trees that stay, ascending.
+
+        Returns:
+            The packing of these trees, and which tokens of this stream are theirs [N].
+        """
+        bounds = [*self.starts, len(self.tokens)]
+        tokens = [token for tree in kept for token in range(bounds[tree], bounds[tree + 1])]
+        return self._packed([self._trees[tree] for tree in kept]), torch.tensor(tokens, device=self._device)
+
+    def _runs(self, runs: Sequence[slice]) -> list[tuple[slice, "Packing"]]:
+        bounds = [*self.starts, len(self.tokens)]
+        return [(slice(bounds[run.start], bounds[run.stop]), self._packed(self._trees[run])) for run in runs]
+
+    def _packed(self, trees: Sequence[TokenTree]) -> "Packing":
+        return Packing(trees, self._device, self._window, self._prefix)
+
+    @functools.cached_property
+    def _buckets(self) -> list[_Bucket]:
+        buckets, start = [], 0
+        for length, group in groupby(self._trees, key=len):
+            equal = list(group)
+            tokens = slice(start, start := start + length * len(equal))
+            buckets.append(_Bucket(tokens, len(equal), self._visible(equal)))
+        return buckets
+
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Attention within trees; takes and returns what `PackedStream` says."""
+        """Attention within trees, and to the prefix; takes and returns what `PackedStream` says."""
         outputs = []
         for bucket in self._buckets:
             parts = [  # [B, heads, T, size], views of the stream
                 tensor[0, :, bucket.tokens].unflatten(1, (bucket.trees, -1)).transpose(0, 1)
                 for tensor in (query, key, value)
             ]
+            if self._prefix is not None:
+                parts[1:] = self._prefix.in_front_of(*parts[1:])
             attended = functional.scaled_dot_product_attention(
                 *parts, attn_mask=bucket.visible, is_causal=bucket.visible is None, scale=scale, enable_gqa=True
             )
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs)[None]
 
+    def _visible(self, trees: list[TokenTree]) -> torch.Tensor | None:
+        length, window, plain = len(trees[0]), self._window, not any(tree.branches for tree in trees)
+        if plain and self._prefix is None and (window is None or length <= window):
+            return None
+        first = 0 if self._prefix is None else len(self._prefix.tokens)
+        shown = trees[:1] if plain else trees  # plain sequences of one length are alike
+        segments = torch.tensor([tree.segments for tree in shown])
+        positions = torch.tensor([tree.positions for tree in shown])
+        back = positions[:, :, None] - positions[:, None, :]
+        same_or_context = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+        visible = same_or_context & (back >= 0)
+        if first:  # all of it is seen
+            to_prefix = first + positions[:, :, None] - torch.arange(first)
+            back = torch.cat([to_prefix, back], 2)
+            visible = torch.cat([torch.ones_like(to_prefix, dtype=torch.bool), visible], 2)
+        if window is not None:
+            visible &= back < window
+        return visible[:, None].to(self._device)
 
-def _visible(trees: list[TokenTree], device: torch.device, window: int | None) -> torch.Tensor | None:
-    length = len(trees[0])
-    if not any(tree.branches for tree in trees) and (window is None or length <= window):
-        return None
-    segments = torch.tensor([tree.segments for tree in trees])
-    positions = torch.tensor([tree.positions for tree in trees])
-    back = positions[:, :, None] - positions[:, None, :]
-    same_or_context = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
-    visible = same_or_context & (back >= 0)
-    if window is not None:
-        visible &= back < window
-    return visible[:, None].to(device)
+
+class SharedPrefix(Packing):
+    """Tokens that stand in front of all trees of other packings; a layer reads them once, before it reads those.
+
+    Args:
+        tokens: At least one.
+        device: Where the model is.
+        window: As in `Packing`.
+    """
+
+    def __init__(self, tokens: Sequence[int], device: torch.device, window: int | None = None) -> None:
+        super().__init__([TokenTree(tuple(tokens))], device, window)
+        self._read: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values [1, heads, P, size]
+
+    def cut(self, n_parts: int) -> list[tuple[slice, Packing]]:
+        """Itself: one sequence is one part."""
+        return [(slice(0, len(self.tokens)), self)]
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
+        """As `Packing.attend`; remembers the layer's keys and values for the packings behind it."""
+        self._read = key, value
+        return super().attend(query, key, value, scale)
+
+    def in_front_of(self, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values [B, heads, T, size] with its own in front of them, [B, heads, P + T, size]."""
+        assert self._read is not None, "the layer has to read the prefix first"
+        behind = zip(self._read, (key, value), strict=True)
+        return [torch.cat([own.expand(len(other), -1, -1, -1), other], 2) for own, other in behind]
 
 
 def _packed_attention(module, query, key, value, attention_mask: PackedStream, scaling=None, **_context):

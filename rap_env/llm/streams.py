@@ -35,11 +35,31 @@ def join_streams(parts: Sequence[torch.Tensor], context: Mapping[str, Any]) -> t
     return torch.cat(list(parts), dim=1 if isinstance(context.get("attention_mask"), Packing) else 0)
 
 
-def _entries(context: Mapping[str, Any], dim: int, part: slice) -> dict[str, Any]:
+def select_trees(hidden: torch.Tensor, context: Mapping[str, Any], kept: Sequence[int]) -> Stream:
+    """What is left of a packed stream [1, N, H] and its context when trees leave it; nothing is computed anew.
+
+    Args:
+        hidden: The stream in front of any site.
+        context: What belongs to it: rotary embeddings, positions, packing.
+        kept: Positions of the trees that stay, ascending.
+    """
+    packing, tokens = context["attention_mask"].select(kept)
+    return hidden[:, tokens], _entries(context, 1, tokens) | {"attention_mask": packing}
+
+
+def chunks_of(hidden: torch.Tensor, context: Mapping[str, Any], most_tokens: int) -> list[Stream]:
+    """Cuts a packed stream into parts of at most so many tokens (a longer tree goes alone), as views of it."""
+    return [
+        (hidden[:, tokens], _entries(context, 1, tokens) | {"attention_mask": part})
+        for tokens, part in context["attention_mask"].chunks(most_tokens)
+    ]
+
+
+def _entries(context: Mapping[str, Any], dim: int, part: slice | torch.Tensor) -> dict[str, Any]:
     return {name: _of_part(value, dim, part) for name, value in context.items()}
 
 
-def _of_part(value: Any, dim: int, part: slice) -> Any:
+def _of_part(value: Any, dim: int, part: slice | torch.Tensor) -> Any:
     if isinstance(value, tuple):
         return tuple(_of_part(entry, dim, part) for entry in value)
     if not isinstance(value, torch.Tensor) or value.shape[dim] == 1:

@@ -207,20 +207,20 @@ class SwitchableLLM:
             handle.remove()
         raise AssertionError("upstream's forward did not reach its first layer")
 
-    def open_packed(self, trees: Sequence[TokenTree]) -> tuple[torch.Tensor, dict, Packing]:
+    def open_packed(self, trees: Sequence[TokenTree] | Packing) -> tuple[torch.Tensor, dict, Packing]:
         """Embeds token trees, packed into one stream of N tokens without padding.
 
         Args:
-            trees: What to forward, in order of length.
+            trees: What to forward, in order of length; or packed already.
 
         Returns:
             The residual stream [1, N, H], the context that `run` needs with it, and where each tree starts.
         """
-        packing = Packing(trees, self.device, self.shape.attention_window)
+        window = self.shape.attention_window
+        packing = trees if isinstance(trees, Packing) else Packing(trees, self.device, window)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # stops upstream from building one [N, N]
-        hidden, context = self.open_stream(
-            packing.tokens[None], position_ids=packing.positions[None], attention_mask=mask
-        )
+        positions = packing.positions[None]
+        hidden, context = self.open_stream(packing.tokens[None], position_ids=positions, attention_mask=mask)
         return hidden, context | {"attention_mask": packing}, packing
 
     def run(self, sites: Iterable[Site], hidden: torch.Tensor, context: dict) -> torch.Tensor:

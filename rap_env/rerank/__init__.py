@@ -1,0 +1,20 @@
+"""Reranking: which documents answer a query best, by a causal LM that reads only as much as the answer needs."""
+
+from rap_env.rerank.calibration import calibrate
+from rap_env.rerank.clusters import ClusterRule
+from rap_env.rerank.prompts import QWEN3, Template
+from rap_env.rerank.reranker import MemoryBounds, Reranker
+from rap_env.rerank.selection import Decider, Decision, Ranking, replay
+
+__all__ = [
+    "QWEN3",
+    "ClusterRule",
+    "Decider",
+    "Decision",
+    "MemoryBounds",
+    "Ranking",
+    "Reranker",
+    "Template",
+    "calibrate",
+    "replay",
+]
