@@ -12,6 +12,7 @@ import torch
 from rap_env.errors import InvalidConfig, InvalidWorkload, check_known
 from rap_env.llm.live import LiveModel, Reading
 from rap_env.mask import PruningMask
+from rap_env.memory.measured import trim_freed_memory
 from rap_env.serving.controller import Controller
 from rap_env.serving.request import Request, Sequence, Status
 from rap_env.serving.switching import RESTORING, Restoring, Switching
@@ -216,6 +217,7 @@ class Engine:
         self._running.remove(sequence)
         sequence.cache, sequence.status = None, Status.WAITING
         sequence.evictions += 1
+        trim_freed_memory()
         with self._lock:
             self._waiting.appendleft(sequence)
 
