@@ -226,7 +226,7 @@ def _levels(ladder: Ladder, fit: np.ndarray, switch_fit: np.ndarray) -> list[Lev
             "weight_bytes": mask.weight_bytes,
             "kv_bytes_per_token": mask.kv_bytes_per_token,
             "loss_over_dense": float(loss),
-            "base_seconds": float(fit[3 * place]),
+            "base_seconds": max(_SHORTEST_SECONDS, float(fit[3 * place])),
             "prompt_token_seconds": float(fit[3 * place + 1]),
             "sequence_seconds": float(fit[3 * place + 2]),
             "switch_seconds": float(switch_fit[place]),
