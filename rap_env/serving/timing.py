@@ -17,6 +17,8 @@ from rap_env.mask import PruningMask
 from rap_env.memory.footprint import activation_bytes
 from rap_env.serving.tables import Level, ServingTable
 
+_SHORTEST_SECONDS = 1e-6  # of a step: a fit on a busy machine may say none
+
 
 @dataclass(frozen=True)
 class StepCase:
