@@ -10,13 +10,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from agents.base import Task
 from agents.driver import run_search
 from agents.orders import PricedGsiAgent
 from experiments.progress import phase
 from experiments.recipes.build import Parts, build, plain
 from experiments.recipes.folder import claimed
 from experiments.recipes.refusals import refusing_in_one_line
+from experiments.recipes.run import search_task
 from experiments.records import model_provenance, provenance, write_record
 from experiments.report.serving import SERVING_TABLES, serving_picture
 from experiments.serving.child import Enforcement, run_limited
@@ -24,7 +24,6 @@ from experiments.serving.requests import dense_log_likelihoods, requests_of
 from experiments.serving.summary import summary
 from experiments.serving.systems import System, systems_of
 from rap_env.errors import InvalidConfig, RecordExists
-from rap_env.evaluation.meter import TokenBudget
 from rap_env.files import write_over
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import activation_bytes, dense_bytes
@@ -94,15 +93,7 @@ def _policies(config: DictConfig, parts: Parts, folder: Path) -> dict[str, str]:
                 f"policies.{name}: expected a policy over the model's parts in their order here; {path} is not"
             )
     with phase("ranking") as progress:
-        task = Task(
-            problem=parts.search.with_budget(TokenBudget(config.token_budget)),
-            windows=parts.windows,
-            sampler=parts.sampler,
-            scenarios=parts.searched,
-            seed=config.seed,
-            progress=progress,
-        )
-        greedy = run_search(PricedGsiAgent(), task).policy
+        greedy = run_search(PricedGsiAgent(), search_task(config, parts, progress=progress)).policy
     return known | {"greedy": str(save_policy(greedy, folder / "policies" / "greedy").resolve())}
 
 

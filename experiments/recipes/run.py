@@ -1,6 +1,7 @@
 """The one recipe: one agent and seed searches, its policy decides, and one record says what came of it."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 from agents.base import Agent, Task
 from agents.driver import run_search
 from experiments.progress import phase
-from experiments.recipes.build import build, build_tracker, check_values, plain
+from experiments.recipes.build import Parts, build, build_tracker, check_values, plain
 from experiments.recipes.folder import RECORD_NAME, claimed, finished
 from experiments.recipes.measure import measure
 from experiments.records import model_provenance, provenance, write_record
@@ -48,17 +49,7 @@ def _run(config: DictConfig, folder: Path) -> dict:
     parts = build(config, choices.evaluation)
     with build_tracker(config, folder) as tracker, phase(f"{choices.agent} {config.seed}") as progress:
         seed_everything(config.seed)
-        task = Task(
-            problem=parts.search.with_budget(TokenBudget(config.token_budget)),
-            windows=parts.windows,
-            sampler=parts.sampler,
-            scenarios=parts.searched,
-            seed=config.seed,
-            removals=config.calibration.removals,
-            exact=config.calibration.exact,
-            progress=progress,
-            log=tracker.log,
-        )
+        task = search_task(config, parts, progress=progress, log=tracker.log)
         result = run_search(agent, task, config.in_flight)
         results = {"agent": choices.agent, "seed": config.seed} | measure(result, task, parts, config.decisions)
         source = provenance() | model_provenance(parts.search.llm, parts.corpus.digest)
@@ -68,6 +59,26 @@ def _run(config: DictConfig, folder: Path) -> dict:
         _show(record, tracker)
     print(f"record: {path}", flush=True)
     return results
+
+
+def search_task(config: DictConfig, parts: Parts, **reports: Callable) -> Task:
+    """What an agent is given by a config.
+
+    Args:
+        config: The composed config.
+        parts: What was built from it.
+        **reports: `progress` and `log`, as `Task` takes them.
+    """
+    return Task(
+        problem=parts.search.with_budget(TokenBudget(config.token_budget)),
+        windows=parts.windows,
+        sampler=parts.sampler,
+        scenarios=parts.searched,
+        seed=config.seed,
+        removals=config.calibration.removals,
+        exact=config.calibration.exact,
+        **reports,
+    )
 
 
 def _show(record: dict[str, Any], tracker: Tracker) -> None:

@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import torch
 
-from rap_env.llm.live_cache import CacheFormat, ComingBack, SequenceCache
+from rap_env.llm.live_cache import CacheFormat, SequenceCache
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
 from rap_env.llm.switchable import SwitchableLLM
@@ -87,10 +87,6 @@ class LiveModel:
     def new_cache(self, capacity_tokens: int) -> SequenceCache:
         """A cache for a sequence that is read with the present mask."""
         return SequenceCache(self.form, self.heads, capacity_tokens)
-
-    def carry(self, cache: SequenceCache, coming_back: ComingBack) -> None:
-        """Takes a cache over to the present mask."""
-        cache.switch(self.heads, coming_back)
 
     @torch.inference_mode()
     def read(self, readings: Sequence[Reading]) -> torch.Tensor:

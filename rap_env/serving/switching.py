@@ -4,7 +4,7 @@ import logging
 import operator
 from collections.abc import Iterable
 from concurrent.futures import Future, wait
-from typing import Literal
+from typing import Literal, get_args
 
 from rap_env.errors import WeightsUnavailable
 from rap_env.llm.live import LiveModel
@@ -16,7 +16,7 @@ from rap_env.serving.request import Sequence
 _log = logging.getLogger(__name__)
 
 Restoring = Literal["exact", "left out", "from now"]
-RESTORING = ("exact", "left out", "from now")
+RESTORING = get_args(Restoring)
 
 
 class Switching:
