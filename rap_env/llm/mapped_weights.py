@@ -32,6 +32,10 @@ class MappedWeights:
     To release a piece gives its whole pages back to the operating system; to read it brings them in again, from the
     page cache or the disk. Neither copies anything nor changes a view.
 
+    Linux maps what lies around a page that is read too, as far as it is in the page cache: 64 KiB, or up to 2 MiB where
+    the cache has it in one folio, so that many small pieces would bring in several times their bytes. It stops where
+    advice about access differs: what is released is advised as `MADV_RANDOM`, and what is read as `MADV_NORMAL`.
+
     What of the file is checked: when it is opened all of it, against what is in memory, and it is written anew where it
     differs. Before pages are read: that its size and the time of its last change are those of then; where the time is
     another one, all of it once more, against checksums (CRC-32). So a file that was cut or written to is told, but not
@@ -92,6 +96,7 @@ class MappedWeights:
         self._check()
         for one, (start, end) in pieces:
             first, end = (self._starts[one] + start) // _PAGE * _PAGE, self._starts[one] + end
+            self._map.madvise(mmap.MADV_NORMAL, first, end - first)
             failed = _populate(self._bytes[first:end])
             if failed == errno.EINVAL:  # an older kernel: touches each page
                 self._bytes[first:end:_PAGE].sum()
@@ -103,6 +108,7 @@ class MappedWeights:
         for piece in pieces:
             first, end = self._pages(piece)
             if first < end:
+                self._map.madvise(mmap.MADV_RANDOM, first, end - first)
                 self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def freed_bytes(self, piece: Piece) -> int:

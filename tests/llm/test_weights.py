@@ -22,9 +22,11 @@ from tests.llm.weights_cases import (
     check_memory,
     check_switching,
     every_other,
+    everything,
     half,
     logits,
     own_cache,  # noqa: F401
+    resident_bytes,
 )
 
 
@@ -55,6 +57,25 @@ def test_what_is_released_leaves_the_process_and_comes_back(granularity, monkeyp
     whole = build_random_llm("llama", LARGE)
     llm = SwitchableLLM(whole.model, whole.tokenizer, "large", granularity)
     check_memory(WeightStore(llm), llm, half(llm) if granularity == "group" else every_other(llm))
+
+
+def test_reading_parts_brings_nothing_else_into_memory(monkeypatch):
+    """Linux maps what lies around a page too: 64 KiB, or 2 MiB of a large folio."""
+    monkeypatch.setattr(parts, "GROUP_CHANNELS", 64)
+    whole = build_random_llm("llama", LARGE)
+    llm = SwitchableLLM(whole.model, whole.tokenizer, "large", "group")
+    store = WeightStore(llm)
+    widths = [(own.stop - own.start) // 2 for _site, own in llm.shape.components.sites]
+    few, more = (PruningMask.from_widths(llm.shape, [width + more for width in widths]) for more in (0, 1))
+    for _ in range(2):
+        for mask in (everything(llm), few, more):
+            store.switch(mask)
+            logits(llm)
+    store.switch(few)
+    before = resident_bytes()
+    store.prefetch(more).result()
+    expected = more.weight_bytes - few.weight_bytes
+    assert expected > 4e6 and abs(resident_bytes() - before - expected) < 0.1 * expected
 
 
 def test_nothing_runs_on_what_is_released():
