@@ -89,6 +89,7 @@ def with_tensors(layer: nn.Module, tensors: Mapping[tuple[str, str], torch.Tenso
         tensors: By path of the module that has them, and name in it.
     """
     copies = {"": _shallow(layer)}
+    copies[""].__dict__.pop("forward", None)  # what a model runs instead holds the layers of the mask before
     for (path, name), tensor in tensors.items():
         _copied_on_the_way(copies, path)._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     return copies[""]

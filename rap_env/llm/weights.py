@@ -70,6 +70,11 @@ class WeightStore:
         self._positions = {(site.layer, site.kind): range(own.start, own.stop) for site, own in sites}
         llm.store = self
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether sites that keep the first of their parts run with copies of some tensors."""
+        return any(one.apart for of_site in self._stored.values() for one in of_site)
+
     def check(self, mask: PruningMask) -> None:
         """Refuses a mask that keeps what is not in memory.
 

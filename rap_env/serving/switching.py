@@ -2,7 +2,7 @@
 
 import logging
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from typing import Literal, get_args
 
@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 Restoring = Literal["exact", "left out", "from now"]
 RESTORING = get_args(Restoring)
+_SITES_AT_ONCE = 12  # where each has a copy of its own
 
 
 class Switching:
@@ -89,10 +90,22 @@ class Switching:
         self._model.llm.store.release(self._model.llm.mask)
 
     def _apply(self, mask: PruningMask, running: Iterable[Sequence]) -> None:
-        self._model.switch(mask)
+        for part in self._gradually(mask):
+            self._model.switch(part)
         for sequence in running:
             if self._restoring == "exact" and sequence.cache.lacks(self._model.heads):
                 sequence.cache = None  # before the new one takes memory
                 sequence.cache = self._model.new_cache(sequence.request.length)
             else:
                 sequence.cache.switch(self._model.heads, "from now" if self._restoring == "from now" else "left out")
+
+    def _gradually(self, mask: PruningMask) -> Iterator[PruningMask]:
+        """The masks on the way to one: where sites run with copies, the old and the new ones are in memory together."""
+        before, store = self._model.llm.mask, self._model.llm.store
+        keep, sites = list(before.keep), [own for _site, own in mask.components.sites]
+        changed = [own for own in sites if before.keep[own] != mask.keep[own]]
+        n_at_once = _SITES_AT_ONCE if store is not None and store.has_copies else len(changed)
+        for first in range(0, len(changed), max(1, n_at_once)):
+            for own in changed[first : first + n_at_once]:
+                keep[own] = mask.keep[own]
+            yield PruningMask(mask.components, tuple(keep))

@@ -1,5 +1,7 @@
 """The weight store over INT8 and INT4 weights: the same bits after switching, and what of them leaves memory."""
 
+import weakref
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,6 +21,7 @@ from tests.llm.weights_cases import (
     every_other,
     everything,
     half,
+    less,
     own_cache,  # noqa: F401
     switching_leaks_nothing,
 )
@@ -84,6 +87,16 @@ def test_int4_parts_leave_but_for_the_edges_of_pages():
     assert store.freed_bytes(everything(llm)) == 0
 
 
+def test_layers_of_the_mask_before_are_gone_after_a_switch():
+    llm = large("int8", n_layers=2)
+    store = WeightStore(llm)
+    store.switch(half(llm))
+    before = [weakref.ref(layer.module) for layer in llm._narrowed.values()]
+    assert before and all(one() is not None for one in before)
+    store.switch(less(llm))
+    assert all(one() is None for one in before)
+
+
 def test_a_thousand_switches_with_copies_leak_nothing():
     llm = build("llama", "int8")
-    switching_leaks_nothing(WeightStore(llm), half(llm), everything(llm))
+    switching_leaks_nothing(WeightStore(llm), half(llm), less(llm))

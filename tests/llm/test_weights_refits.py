@@ -19,6 +19,7 @@ from tests.llm.weights_cases import (
     every_other,
     everything,
     half,
+    less,
     logits,
     own_cache,  # noqa: F401
     switching_leaks_nothing,
@@ -83,4 +84,4 @@ def test_a_mask_that_refits_refuse_changes_nothing(stored):
 def test_a_thousand_switches_with_refits_leak_nothing():
     llm = build()
     prepare_widths(llm, WINDOWS, WidthRecipe(compensation="bias"))
-    switching_leaks_nothing(WeightStore(llm), half(llm), everything(llm))
+    switching_leaks_nothing(WeightStore(llm), half(llm), less(llm))

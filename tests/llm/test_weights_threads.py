@@ -20,6 +20,7 @@ from tests.llm.weights_cases import (
     build,
     everything,
     half,
+    less,
     logits,
     own_cache,  # noqa: F401
     pruned_logits,
@@ -69,7 +70,7 @@ def test_a_restore_while_the_same_is_prefetched_reads_the_same():
 
 def test_a_thousand_switches_leak_nothing():
     llm = build()
-    switching_leaks_nothing(WeightStore(llm), half(llm), everything(llm))
+    switching_leaks_nothing(WeightStore(llm), half(llm), less(llm))
 
 
 def test_stores_that_are_gone_leave_neither_files_nor_mappings_behind():

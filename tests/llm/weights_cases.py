@@ -49,6 +49,13 @@ def half(llm: SwitchableLLM) -> PruningMask:
     )
 
 
+def less(llm: SwitchableLLM) -> PruningMask:
+    """One part of every site; a mask that follows another one without the whole model in between."""
+    return PruningMask.from_widths(
+        llm.shape, [1 if own.stop - own.start > 1 else 0 for _site, own in llm.shape.components.sites]
+    )
+
+
 def every_other(llm: SwitchableLLM) -> PruningMask:
     """Parts that don't lie side by side."""
     return PruningMask.from_bits(llm.shape, [number % 2 == 1 for number in range(len(llm.shape.components))])
