@@ -78,9 +78,9 @@ class Controller:
     smaller by a margin and by what activations take. If the present mask does not fit any more, or fits too few
     sequences, the deciders are asked in their order, and the first mask that fits is taken; one that raises, or answers
     something else than a mask that fits, is passed over and counted. If none helps, fewer sequences are served, and if
-    not even one fits, it is refused. A mask grows only to what was free during a whole window, so that memory that
-    comes and goes is not chased. A reading that is no number counts as the lowest of the window, and as nothing before
-    there is one.
+    not even one fits, it is refused. A mask grows only to what would have fitted during a whole window, with the
+    sequences of then, and if memory is falling, will fit after another one; so what comes and goes is not chased. A
+    reading that is no number counts as the lowest of the window, and as nothing before there is one.
 
     A decision that holds the mask takes constant time on the mean, whatever the window holds; deciders are asked to
     grow once a window at most.
@@ -120,7 +120,8 @@ class Controller:
         self.switches = 0
         self._shape, self._deciders, self._read, self._clock = shape, dict(deciders), read, clock
         self._limits = limits or Limits()
-        self._lowest = _LowestOf(self._limits.window_seconds)
+        window = self._limits.window_seconds
+        self._budgets, self._counts, self._tokens = _Recent(window), _Recent(window), _Recent(window)
         self._reading_bytes = activation_bytes(shape, self.mask, read_tokens, 0)
         self._least_bytes = self._limits.least_kept * self.mask.weight_bytes
         self._now, self._changed = 0.0, None  # seconds: of this decision; of the last switch, or of asking to grow
@@ -133,7 +134,12 @@ class Controller:
             n_running: How many are in flight.
         """
         self._now, self.budget_bytes = self._clock(), self._reading()
-        self._lowest.add(self._now, self.budget_bytes)
+        for recent, value in (
+            (self._budgets, self.budget_bytes),
+            (self._counts, -len(lengths)),
+            (self._tokens, -sum(lengths)),
+        ):
+            recent.add(self._now, value)
         self._changed = self._now if self._changed is None else self._changed
         if self._now - self._changed >= self._limits.window_seconds:
             self._changed = self._now
@@ -163,7 +169,7 @@ class Controller:
         if math.isfinite(n_bytes) and n_bytes >= 0.0:
             return n_bytes
         self.failures["reading"] += 1
-        return self._lowest.value if self._lowest else 0.0
+        return self._budgets.lowest if self._budgets else 0.0
 
     def activation_bytes(self, n_sequences: int) -> int:
         """What is taken off every budget for activations; without sequences nothing is read."""
@@ -201,11 +207,14 @@ class Controller:
 
     def _larger(self, lengths: Sequence[int], n_running: int) -> Decision | None:
         """A mask that takes more than the present one, for all sequences."""
-        n_served, steady_bytes = len(lengths), self._lowest.value * (1.0 - self._limits.slack)
-        found = self._ask(lengths, self._left(steady_bytes, max(1, n_served)), self._floor(n_served, n_running))
+        falling_bytes = max(0.0, self._budgets.first - self.budget_bytes)
+        steady_bytes = (self._budgets.lowest - falling_bytes) * (1.0 - self._limits.slack)
+        n_most, most_tokens = int(-self._counts.lowest), int(-self._tokens.lowest)
+        most = [math.ceil(most_tokens / n_most)] * n_most if n_most else []
+        found = self._ask(most, self._left(steady_bytes, max(1, n_most)), self._floor(len(lengths), n_running))
         if found is None or self._bytes(found[0], lengths) <= self._bytes(self.mask, lengths):
             return None
-        return self._taken(*found, n_served)
+        return self._taken(*found, len(lengths))
 
     def _taken(self, mask: PruningMask, by: str, n_served: int) -> Decision:
         if mask != self.mask:
@@ -220,25 +229,31 @@ class Controller:
         return math.ceil((self._shape.fixed_bytes - self._left(0.0, 1)) / (1.0 - self._limits.margin))
 
 
-class _LowestOf:
-    """The lowest of the values of a window of time, in constant time on the mean."""
+class _Recent:
+    """The values of a window of time, the first and the lowest of them, in constant time on the mean."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._rising = seconds, deque[tuple[float, float]]()
+        self._seconds = seconds
+        self._all, self._rising = deque[tuple[float, float]](), deque[tuple[float, float]]()
 
     def __bool__(self) -> bool:
-        return bool(self._rising)
+        return bool(self._all)
 
     @property
-    def value(self) -> float:
+    def first(self) -> float:
+        return self._all[0][1]
+
+    @property
+    def lowest(self) -> float:
         return self._rising[0][1]
 
     def add(self, now: float, value: float) -> None:
         while self._rising and self._rising[-1][1] >= value:
             self._rising.pop()
-        self._rising.append((now, value))
-        while len(self._rising) > 1 and self._rising[0][0] <= now - self._seconds:
-            self._rising.popleft()
+        for values in (self._all, self._rising):
+            values.append((now, value))
+            while len(values) > 1 and values[0][0] <= now - self._seconds:
+                values.popleft()
 
 
 def _fewer_and_fewer(n_all: int, n_running: int) -> Iterator[int]:

@@ -13,7 +13,7 @@ from rap_env.memory.footprint import activation_bytes, dense_bytes
 from rap_env.memory.workload import Workload
 from rap_env.policies import DensePolicy, OrderPolicy
 from rap_env.serving import Controller, Limits, RecordedMemory
-from rap_env.serving.controller import _LowestOf
+from rap_env.serving.controller import _Recent
 
 SHAPE = build_tiny_llm().shape
 GREEDY = OrderPolicy(SHAPE, [component.name for component in SHAPE.components])
@@ -58,6 +58,28 @@ def test_it_shrinks_at_once_and_grows_to_what_was_free_for_a_window():
     assert [scene.decide(1.0).mask for _ in range(2)] == [shrunk.mask] * 2
     assert scene.decide(1.0).mask == dense  # the reading of 0.7 is three seconds old
     assert scene.controller.switches == 2
+
+
+def test_it_does_not_grow_while_memory_falls_so_fast_that_it_had_to_shrink_again():
+    scene = Scene(Limits(margin=0.0, slack=0.0, window_seconds=3.0))
+    scene.decide(1.0)
+    shrunk = scene.decide(0.5).mask
+    shares = (1.25, 1.0, 0.75, 0.5)
+    assert [scene.decide(share).mask for share in shares] == [shrunk] * 4
+    steady = [scene.decide(0.7).mask for _ in range(6)]
+    assert steady[-1] != shrunk and needed(steady[-1]) <= scene.read()
+
+
+def test_it_does_not_grow_into_what_the_sequences_of_the_last_window_needed():
+    scene = Scene(Limits(margin=0.0, slack=0.0, window_seconds=3.0))
+    scene.decide(1.0)
+    shrunk = scene.decide(0.6).mask
+    for _ in range(3):  # between two bursts
+        assert scene.decide(0.6, lengths=LENGTHS[:1]).mask == shrunk
+        assert scene.decide(0.6).mask == shrunk
+    for _ in range(4):
+        alone = scene.decide(0.6, lengths=LENGTHS[:1]).mask
+    assert needed(shrunk, LENGTHS[:1]) < needed(alone, LENGTHS[:1]) <= scene.read()
 
 
 def test_between_growing_and_shrinking_there_is_a_gap():
@@ -174,15 +196,15 @@ def test_deciders_that_fail_are_passed_over_and_counted():
     assert scene.decide(1.0).by == "held" and scene.decide(0.7).n_served < len(LENGTHS)  # with the mask that is there
 
 
-def test_the_lowest_of_a_window_is_that_of_all_its_values():
+def test_first_and_lowest_of_a_window_are_those_of_all_its_values():
     generator = np.random.default_rng(1)
     times = np.cumsum(generator.exponential(1.0, 300))
     values = generator.uniform(0.0, 1.0, 300)
-    lowest = _LowestOf(4.0)
+    recent = _Recent(4.0)
     for index, now in enumerate(times):
-        lowest.add(now, values[index])
+        recent.add(now, values[index])
         begun = np.searchsorted(times, now - 4.0, side="right")
-        assert lowest.value == values[begun : index + 1].min()
+        assert recent.lowest == values[begun : index + 1].min() and recent.first == values[begun]
 
 
 def test_what_is_asked_of_it_is_checked():
