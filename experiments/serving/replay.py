@@ -74,7 +74,7 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     processor = time.process_time()
     write({"baseline_bytes": baseline_bytes, "activation_bytes": activation_bytes})
     told = _Told(begun, PruningMask.all_kept(llm.shape).weight_bytes, write)
-    _run(engine, spec["requests"], begun, told)
+    _run(engine, controller, spec["requests"], begun, told)
     write(
         {
             "seconds": time.monotonic() - begun,
@@ -84,7 +84,9 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     )
 
 
-def _run(engine: Engine, requests: list[dict[str, Any]], begun: float, told: "_Told") -> None:
+def _run(
+    engine: Engine, controller: Controller, requests: list[dict[str, Any]], begun: float, told: "_Told"
+) -> None:
     coming, before = iter(requests), engine.mask
     upcoming = next(coming, None)
     while upcoming is not None or not engine.idle:
@@ -95,7 +97,8 @@ def _run(engine: Engine, requests: list[dict[str, Any]], begun: float, told: "_T
         idle = engine.idle
         step = engine.step()
         if not idle or step.switched:
-            told.write({"step": _of_step(step, before, begun)})
+            wanted = {"decisions": controller.switches, "wanted_bytes": controller.mask.weight_bytes}
+            told.write({"step": _of_step(step, before, begun) | wanted})
             before = step.mask
         if idle:
             time.sleep(_IDLE_SECONDS)

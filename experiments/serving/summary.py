@@ -109,7 +109,7 @@ def _steps(lines: Sequence[Mapping[str, Any]], told: Mapping[str, Any], window_s
     switched = steps["switched"]
     busy = float(sum(steps[name].sum() for name in ("decide_seconds", "switch_seconds", "read_seconds")))
     return {
-        "switches": int(switched.sum()),
+        "switches": int(steps["decisions"][-1]),
         "chatter": sum(bool(seconds < window_seconds) for seconds in _turns(steps)),
         "moved_bytes": int(steps["moved_bytes"].sum()),
         "decide_share": float(steps["decide_seconds"].sum()) / busy,
@@ -126,7 +126,10 @@ def _steps(lines: Sequence[Mapping[str, Any]], told: Mapping[str, Any], window_s
 
 
 def _turns(steps: Mapping[str, np.ndarray]) -> list[float]:
-    """For each switch that goes back on the one before it, how long after that it came."""
-    changes = np.diff(steps["weight_bytes"], prepend=steps["weight_bytes"][:1])
+    """For each decision that goes back on the one before it, how long after that it came.
+
+    Decisions, not what was applied: what goes leaves at once, what comes a few steps later, for one and the same mask.
+    """
+    changes = np.diff(steps["wanted_bytes"], prepend=steps["wanted_bytes"][:1])
     found = [(seconds, change > 0) for seconds, change in zip(steps["began_seconds"], changes, strict=True) if change]
     return [later[0] - earlier[0] for earlier, later in pairwise(found) if earlier[1] != later[1]]

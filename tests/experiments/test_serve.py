@@ -62,14 +62,16 @@ def sequence(number: int, status: str = "finished", **changes) -> dict:
     return told | changes
 
 
-def step(seconds: float, weight_bytes: int, switched: bool) -> dict:
+def step(seconds: float, weight_bytes: int, switched: bool, decisions: int = 0, wanted_bytes: int = 90) -> dict:
     told = {"began_seconds": seconds, "decide_seconds": 0.01, "switch_seconds": 0.02, "read_seconds": 0.07}
     told |= {"switched": switched, "needed_bytes": weight_bytes + 5, "budget_bytes": 100, "moved_bytes": 7 * switched}
+    told |= {"decisions": decisions, "wanted_bytes": wanted_bytes}
     return {"step": told | {"weight_bytes": weight_bytes}}
 
 
 def test_a_summary_counts_what_was_told():
-    steps = [step(0, 90, False), step(1, 50, True), step(2, 70, True), step(9, 60, True), step(30, 98, True)]
+    steps = [step(0, 90, False), step(1, 50, True, 1, 60), step(2, 60, True, 1, 60)]  # to 60, by way of what both have
+    steps += [step(9, 70, True, 2, 70), step(10, 60, True, 3, 60), step(30, 98, True, 4, 98)]
     lines = [{"baseline_bytes": 1, "activation_bytes": 10}, *steps, sequence(0), sequence(1, log_likelihood=-4.0)]
     lines += [sequence(2, "refused", first_seconds=None), {"seconds": 10.0, "processor_seconds": 4.0, "failures": {}}]
     samples = [Sample(0.0, 200, 20), Sample(0.05, 200, 80), Sample(1.0, 100, 90)]
@@ -80,9 +82,9 @@ def test_a_summary_counts_what_was_told():
     assert found["loss_over_dense"] == pytest.approx(0.5)  # one token more than dense, and none
     assert found["tokens_per_second"] == 0.8 and found["goodput"] == pytest.approx(0.4 * (math.exp(-1.0) + 1.0))
     assert found["first_token_seconds"]["p50"] == 1.0 and found["token_seconds"]["p99"] == 1.0
-    assert found["switches"] == 4 and found["chatter"] == 1  # 50 to 70 turns back at once; the others do so later
+    assert found["switches"] == 4 and found["chatter"] == 1  # 70 to 60 turns back at once; the others do so later
     assert found["decide_share"] == pytest.approx(0.1) and found["switch_share"] == pytest.approx(0.2)
-    assert found["moved_bytes"] == 28 and found["most_needed_bytes"] == 113 and found["over_budget_steps"] == 1
+    assert found["moved_bytes"] == 35 and found["most_needed_bytes"] == 113 and found["over_budget_steps"] == 1
     assert found["watchdog"]["used_bytes"] == [80, 90]
 
 
