@@ -21,12 +21,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the adapter")
     parser.add_argument("--record", type=Path, required=True, help="where the record goes; it must not be there yet")
     parser.add_argument("--minutes", type=float, default=45, help="that training may take before it stops")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--learning_rate", type=float, default=7e-4)
     parser.add_argument("--first_layer", type=int, default=10, help="layers before it stay as they are")
-    parser.add_argument("--document_tokens", type=int, default=128, help="where documents are cut")
+    parser.add_argument("--document_tokens", type=int, default=64, help="where documents are cut")
     parser.add_argument("--label_share", type=float, default=0.5, help="share of lists from labelled queries")
     parser.add_argument("--candidates", type=int, default=30, help="BM25's best, which are reranked")
+    parser.add_argument("--validation_queries", type=int, default=20, help="for weights of fused scores")
+    parser.add_argument("--report_queries", type=int, default=50, help="that nothing is learned from or chosen on")
     parser.add_argument("--report", choices=("report", "validation"), default="report", help="which queries")
     options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
     training = TrainingSettings(
@@ -36,7 +38,8 @@ def main(arguments: list[str]) -> None:
         max_document_tokens=options.document_tokens,
     )
     lists = ListSettings(label_share=options.label_share)
-    recipe = Recipe(training, lists, candidates=options.candidates, report=options.report)
+    chosen = {name: getattr(options, name) for name in ("validation_queries", "report_queries", "candidates", "report")}
+    recipe = Recipe(training, lists, **chosen)
     try:
         if options.record.exists():
             raise FileExistsError(f"{options.record} exists, and records are written once; name another file")

@@ -1,4 +1,4 @@
-"""What is learned from: a query, a few documents, and how much of the choice each of them should get."""
+"""What is learned from: a query, and one document that it asks for among others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.rerank_training.data import Collection
 from experiments.rerank_training.pseudo import pseudo_queries
-from experiments.rerank_training.rivals import Bm25, SentenceEncoder, fused
+from experiments.rerank_training.rivals import Bm25
 
 
 @dataclass(frozen=True)
@@ -16,40 +16,34 @@ class ListSettings:
 
     Attributes:
         documents: Documents of a list.
-        pool: How many of BM25's best hard negatives come from.
-        random_documents: Of a list with labels, how many come from the whole corpus.
+        random_documents: How many of them come from the whole corpus; the other negatives are among BM25's best.
+        pool: How many of BM25's best these are.
         label_share: Share of the lists whose query is a training query with labels; the others' are made from text.
-        encoder_weight: Of the sentence encoder in the scores that lists without labels are to learn, beside BM25.
-        temperature: That these scores, standardised over the pool, are divided by.
         seed: Of what is drawn.
     """
 
-    documents: int = 6
+    documents: int = 8
+    random_documents: int = 4
     pool: int = 30
-    random_documents: int = 1
     label_share: float = 0.5
-    encoder_weight: float = 0.5
-    temperature: float = 0.5
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class TrainingList:
-    """A query and documents with targets that add up to 1.
+    """A query, and documents of which the first is the one to choose.
 
     Attributes:
         source: `label`, `title` or `sentence`.
         query: Its text.
         names: Of the documents.
         texts: Of the documents.
-        targets: Of the softmax over the documents' scores.
     """
 
     source: str
     query: str
     names: tuple[str, ...]
     texts: tuple[str, ...]
-    targets: tuple[float, ...]
 
 
 class TrainingLists:
@@ -59,26 +53,16 @@ class TrainingLists:
         collection: Documents, and no other queries than those to learn from.
         settings: How lists are drawn.
         bm25: Over these documents.
-        encoder: Over these documents; None where no list is made from text.
 
     Attributes:
         settings: The same.
     """
 
-    def __init__(
-        self, collection: Collection, settings: ListSettings, bm25: Bm25, encoder: SentenceEncoder | None
-    ) -> None:
-        self._collection, self.settings = collection, settings
-        self._texts = {name: document.text for name, document in collection.documents.items()}
-        self._filled = [name for name, text in self._texts.items() if text]
+    def __init__(self, collection: Collection, settings: ListSettings, bm25: Bm25) -> None:
+        self._collection, self.settings, self._bm25 = collection, settings, bm25
+        self._texts = {name: document.text for name, document in collection.documents.items() if document.text}
         self._queries = list(collection.queries)
-        self._pools = [list(bm25.best(text, settings.pool)) for text in collection.queries.values()]
-        self._pseudo, self._pseudo_scores = [], []
-        if encoder is not None:
-            self._pseudo = pseudo_queries(collection.documents, settings.seed)
-            found = [bm25.best(each.text, settings.pool) for each in self._pseudo]
-            cosines = encoder.score([each.text for each in self._pseudo], found)
-            self._pseudo_scores = [fused(*pair, settings.encoder_weight) for pair in zip(found, cosines, strict=True)]
+        self._pseudo = pseudo_queries(collection.documents, settings.seed)
 
     def __getitem__(self, number: int) -> TrainingList:
         """The list of that number."""
@@ -89,44 +73,29 @@ class TrainingLists:
 
     def _with_labels(self, rng: np.random.Generator) -> TrainingList:
         """One relevant document, and others that nobody judged relevant to the query."""
-        index = int(rng.integers(len(self._queries)))
-        query, settings = self._queries[index], self.settings
-        relevant = [name for name, grade in self._collection.grades[query].items() if grade > 0 and self._texts[name]]
-        positive = relevant[rng.integers(len(relevant))]
-        hard = [name for name in self._pools[index] if name not in relevant]
-        n_hard = min(settings.documents - 1 - settings.random_documents, len(hard))
-        negatives = [hard[choice] for choice in rng.permutation(len(hard))[:n_hard]]
-        names = self._filled_up([positive, *negatives], excluded=relevant, rng=rng)
-        targets = (1.0, *(0.0 for _negative in names[1:]))
-        texts = tuple(self._texts[name] for name in names)
-        return TrainingList("label", self._collection.queries[query], tuple(names), texts, targets)
+        name = self._queries[rng.integers(len(self._queries))]
+        query, grades = self._collection.queries[name], self._collection.grades[name]
+        relevant = [document for document, grade in grades.items() if grade > 0 and document in self._texts]
+        chosen = relevant[rng.integers(len(relevant))]
+        names = [chosen, *self._negatives(query, relevant, rng)]
+        return TrainingList("label", query, tuple(names), tuple(self._texts[each] for each in names))
 
     def _without_labels(self, rng: np.random.Generator) -> TrainingList:
-        """A text's own document without that text, and BM25's best others; targets from both rivals' scores."""
-        index = int(rng.integers(len(self._pseudo)))
-        pseudo, scores = self._pseudo[index], self._pseudo_scores[index]
-        others = [name for name in scores if name != pseudo.source]
-        chosen = [others[choice] for choice in rng.permutation(len(others))[: self.settings.documents - 1]]
-        names = self._filled_up([pseudo.source, *chosen], excluded=(), rng=rng)
-        lowest, highest = min(scores.values()), max(scores.values())
-        aims = [scores.get(pseudo.source, highest), *(scores.get(name, lowest) for name in names[1:])]
-        texts = (pseudo.rest, *(self._untitled(pseudo.kind, name) for name in names[1:]))
-        return TrainingList(
-            pseudo.kind, pseudo.text, tuple(names), texts, _softmax(np.array(aims) / self.settings.temperature)
-        )
+        """A text's own document without that text; beside a title's, other documents show no title either."""
+        pseudo = self._pseudo[rng.integers(len(self._pseudo))]
+        negatives = self._negatives(pseudo.text, [pseudo.source], rng)
+        documents = [self._collection.documents[name] for name in negatives]
+        others = [each.body if pseudo.kind == "title" and each.body else each.text for each in documents]
+        return TrainingList(pseudo.kind, pseudo.text, (pseudo.source, *negatives), (pseudo.rest, *others))
 
-    def _untitled(self, kind: str, name: str) -> str:
-        """A document as those beside a title's own document are shown: without its title, as that one is."""
-        document = self._collection.documents[name]
-        return document.body if kind == "title" and document.body else document.text
-
-    def _filled_up(self, names: list[str], excluded: Sequence[str], rng: np.random.Generator) -> list[str]:
-        """Names, then documents from the whole corpus until the list is complete."""
-        left = [name for name in self._filled if name not in names and name not in excluded]
-        missing = self.settings.documents - len(names)
-        return names + [left[choice] for choice in rng.permutation(len(left))[:missing]]
+    def _negatives(self, query: str, excluded: Sequence[str], rng: np.random.Generator) -> list[str]:
+        """Of BM25's best as many as there should be, the rest from the whole corpus."""
+        n_negatives = self.settings.documents - 1
+        best = [name for name in self._bm25.best(query, self.settings.pool) if name not in excluded]
+        hard = _drawn(best, n_negatives - self.settings.random_documents, rng)
+        left = [name for name in self._texts if name not in hard and name not in excluded]
+        return hard + _drawn(left, n_negatives - len(hard), rng)
 
 
-def _softmax(values: np.ndarray) -> tuple[float, ...]:
-    powers = np.exp(values - values.max())
-    return tuple((powers / powers.sum()).tolist())
+def _drawn(names: Sequence[str], n_names: int, rng: np.random.Generator) -> list[str]:
+    return [names[choice] for choice in rng.permutation(len(names))[:n_names]]

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from experiments.records import model_provenance, provenance
 from experiments.rerank_training.data import Collection, load_collection, split_queries
 from experiments.rerank_training.evaluation import best_weight, compared
 from experiments.rerank_training.lists import ListSettings, TrainingLists
-from experiments.rerank_training.rivals import Bm25, Scores, SentenceEncoder, fused
+from experiments.rerank_training.rivals import Bm25, Scores, encoder_scores, fused
 from experiments.rerank_training.scoring import ListScorer
 from experiments.rerank_training.training import Trainer, TrainingSettings, save_adapter, with_adapter
 from rap_env.llm.loading import load_llm
@@ -27,7 +27,7 @@ class Recipe:
 
     Attributes:
         training: How the adapter is learned.
-        lists: What it is learned from; the sentence encoder's weight is chosen on the training queries.
+        lists: What it is learned from.
         model: What `load_llm` takes.
         dtype: Likewise.
         validation_queries: Queries that settings and weights of fused scores are chosen on.
@@ -63,16 +63,13 @@ class Run:
         names = list(self._collection.queries)
         self.split = split_queries(names, recipe.validation_queries, recipe.report_queries, recipe.split_seed)
         self._texts = {name: document.text for name, document in self._collection.documents.items()}
-        self._bm25, self._encoder = Bm25(self._texts), SentenceEncoder(self._texts)
-        weight = self._encoder_weight(recipe)
-        self.recipe = replace(recipe, lists=replace(recipe.lists, encoder_weight=weight))
+        self._bm25, self.recipe = Bm25(self._texts), recipe
         self._llm = load_llm(recipe.model, recipe.dtype)
         self._base_provenance = model_provenance(self._llm, self._digests["corpus.jsonl"])
         self._adapted = with_adapter(self._llm, recipe.training)
         learnable = only_queries(self._collection, self.split.training)
-        encoder = self._encoder if recipe.lists.label_share < 1 else None
-        self._lists = TrainingLists(learnable, self.recipe.lists, self._bm25, encoder)
-        self._trainer = Trainer(self._llm, self._adapted, self._lists, recipe.training)
+        lists = TrainingLists(learnable, recipe.lists, self._bm25)
+        self._trainer = Trainer(self._llm, self._adapted, lists, recipe.training)
 
     def train(self, checkpoint: Path, minutes: float) -> bool:
         """Trains, or goes on, until all steps are done or the time is up; returns whether they are done."""
@@ -122,14 +119,8 @@ class Run:
         return {name: self._bm25.best(self._collection.queries[name], self.recipe.candidates) for name in queries}
 
     def _encoder_scores(self, candidates: Mapping[str, Scores]) -> dict[str, Scores]:
-        texts = [self._collection.queries[name] for name in candidates]
-        return dict(zip(candidates, self._encoder.score(texts, list(candidates.values())), strict=True))
-
-    def _encoder_weight(self, recipe: Recipe) -> float:
-        """The weight beside BM25 that ranks the training queries' pools best."""
-        queries = {name: self._collection.queries[name] for name in self.split.training}
-        pools = {name: self._bm25.best(text, recipe.lists.pool) for name, text in queries.items()}
-        return best_weight(self._collection.grades, pools, self._encoder_scores(pools))
+        queries = {name: self._collection.queries[name] for name in candidates}
+        return encoder_scores(queries, candidates, self._texts)
 
     def _model_scores(self, name: str, candidates: Mapping[str, Scores], tuned: bool = True) -> dict[str, Scores]:
         found = {}

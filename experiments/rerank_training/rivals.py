@@ -34,24 +34,20 @@ def _words(texts: Sequence[str]) -> bm25s.tokenization.Tokenized:
     return bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
 
 
-class SentenceEncoder:
+def encoder_scores(
+    queries: Mapping[str, str], candidates: Mapping[str, Scores], texts: Mapping[str, str]
+) -> dict[str, Scores]:
     """Cosines of the packaged sentence encoder, which reads the first 256 tokens of a text.
 
     Args:
+        queries: Texts by query.
+        candidates: Documents by query.
         texts: By document.
     """
-
-    def __init__(self, texts: Mapping[str, str]) -> None:
-        self._rows = {name: row for row, name in enumerate(texts)}
-        self._vectors = encode_sentences(list(texts.values()))
-
-    def score(self, queries: Sequence[str], candidates: Sequence[Scores]) -> list[dict[str, float]]:
-        """For each query, the cosines of its candidates."""
-        vectors = encode_sentences(queries)
-        return [
-            {name: float(vector @ self._vectors[self._rows[name]]) for name in names}
-            for vector, names in zip(vectors, candidates, strict=True)
-        ]
+    needed = sorted({name for names in candidates.values() for name in names})
+    rows = dict(zip(needed, encode_sentences([texts[name] for name in needed]), strict=True))
+    vectors = dict(zip(queries, encode_sentences(list(queries.values())), strict=True))
+    return {query: {name: float(vectors[query] @ rows[name]) for name in names} for query, names in candidates.items()}
 
 
 def fused(first: Scores, second: Scores, second_weight: float) -> dict[str, float]:
