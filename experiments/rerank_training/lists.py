@@ -22,8 +22,8 @@ class ListSettings:
         seed: Of what is drawn.
     """
 
-    documents: int = 8
-    random_documents: int = 4
+    documents: int = 10
+    random_documents: int = 5
     pool: int = 30
     label_share: float = 0.5
     seed: int = 0

@@ -16,22 +16,25 @@ class ListScorer:
     Args:
         model: A causal LM of transformers, with or without adapters in its layers.
         tokenizer: The model's.
-        max_document_tokens: Where documents are cut.
+        max_document_tokens: Where documents are cut; it may be changed.
+
+    Attributes:
+        tokens: That were read so far, without padding.
     """
 
     def __init__(self, model: nn.Module, tokenizer, max_document_tokens: int) -> None:
         self._decoder, self._tokenizer = model.base_model, tokenizer
-        self._max_document_tokens = max_document_tokens
+        self.max_document_tokens = max_document_tokens
         yes, no = answer_tokens(tokenizer)
         rows = model.get_output_embeddings().weight.detach()
         self._direction = rows[yes].float() - rows[no].float()
-        self.tokens = 0  # read so far, without padding
+        self.tokens = 0
 
     def scores(self, query: str, documents: Sequence[str]) -> torch.Tensor:
         """The documents' scores [N], float32."""
         device = self._direction.device
         prefix = query_tokens(self._tokenizer, query)
-        ends = [document_tokens(self._tokenizer, text, self._max_document_tokens) for text in documents]
+        ends = [document_tokens(self._tokenizer, text, self.max_document_tokens) for text in documents]
         lengths = torch.tensor([len(end) for end in ends], device=device)
         longest = int(lengths.max())
         tokens = torch.tensor([end + [0] * (longest - len(end)) for end in ends], device=device)

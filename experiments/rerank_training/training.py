@@ -29,19 +29,22 @@ class TrainingSettings:
     Attributes:
         steps: Steps of AdamW.
         lists_per_step: Lists that a step's gradient is the mean of.
-        learning_rate: After the first tenth of the steps, over which it rises; from then on it falls linearly to 0.
+        learning_rate: Reached over the first twentieth of the steps; it falls to 0 over the last half.
         rank: Of the LoRA matrices; they are added times 2.
         first_layer: Layers before it stay as they are, so that no gradient has to pass them.
-        max_document_tokens: Where documents are cut.
+        max_document_tokens: Where documents are cut at the end.
+        first_document_tokens: Where they are cut at the start; in between it grows with the steps. Short documents cost
+            little, and whether their words match a query is easy to see, so that the model soon learns to look for it.
         seed: Of the LoRA matrices at the start.
     """
 
-    steps: int = 240
+    steps: int = 400
     lists_per_step: int = 2
     learning_rate: float = 7e-4
     rank: int = 8
     first_layer: int = 10
     max_document_tokens: int = 64
+    first_document_tokens: int = 16
     seed: int = 0
 
 
@@ -144,6 +147,7 @@ class Trainer:
 
     def _take_step(self) -> None:
         n_lists, total, tokens = self._settings.lists_per_step, 0.0, self._scorer.tokens
+        self._scorer.max_document_tokens = self._document_tokens()
         for number in range(self.step * n_lists, (self.step + 1) * n_lists):
             each = self._lists[number]
             loss = list_loss(self._scorer.scores(each.query, each.texts)) / n_lists
@@ -162,9 +166,13 @@ class Trainer:
         self.losses.append(total)
 
     def _learning_rate(self) -> float:
-        steps, rising = self._settings.steps, max(1, self._settings.steps // 10)
-        share = min((self.step + 1) / rising, (steps - self.step) / max(1, steps - rising))
+        steps = self._settings.steps
+        share = min((self.step + 1) / max(1, steps // 20), 2 * (steps - self.step) / steps)
         return self._settings.learning_rate * min(1.0, share)
+
+    def _document_tokens(self) -> int:
+        first, last = self._settings.first_document_tokens, self._settings.max_document_tokens
+        return first + (last - first) * self.step // self._settings.steps
 
     @torch.no_grad()
     def _round(self) -> None:
