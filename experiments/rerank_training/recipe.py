@@ -1,0 +1,143 @@
+"""From a collection to an adapter and a record: what `scripts/train_reranker.py` runs."""
+
+import contextlib
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from experiments.progress import phase
+from experiments.records import model_provenance, provenance
+from experiments.rerank_training.data import Collection, load_collection, split_queries
+from experiments.rerank_training.evaluation import best_weight, compared
+from experiments.rerank_training.lists import ListSettings, TrainingLists
+from experiments.rerank_training.rivals import Bm25, Scores, encoder_scores, fused
+from experiments.rerank_training.scoring import ListScorer
+from experiments.rerank_training.training import Trainer, TrainingSettings, save_adapter, with_adapter
+from rap_env.llm.loading import load_llm
+
+_FILES = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
+_LIBRARIES = ("bm25s", "ir_measures", "peft")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is learned, and what is reported.
+
+    Attributes:
+        training: How the adapter is learned.
+        lists: What it is learned from.
+        model: What `load_llm` takes.
+        dtype: Likewise.
+        validation_queries: Queries that settings and weights of fused scores are chosen on.
+        report_queries: Queries that nothing is chosen on.
+        split_seed: Of the shuffle.
+        candidates: How many of BM25's best documents are reranked.
+        report: `report`, or `validation` to compare settings.
+    """
+
+    training: TrainingSettings
+    lists: ListSettings
+    model: str = "smollm2-135m"
+    dtype: str = "bfloat16"
+    validation_queries: int = 20
+    report_queries: int = 50
+    split_seed: int = 0
+    candidates: int = 50
+    report: str = "report"
+
+
+class Run:
+    """A recipe over a collection.
+
+    Args:
+        recipe: What is learned, and what is reported.
+        data: The collection's folder.
+    """
+
+    def __init__(self, recipe: Recipe, data: Path) -> None:
+        self._collection = load_collection(data)
+        self._digests = {name: hashlib.sha256((data / name).read_bytes()).hexdigest() for name in _FILES}
+        self._data_name = data.resolve().name
+        names = list(self._collection.queries)
+        self.split = split_queries(names, recipe.validation_queries, recipe.report_queries, recipe.split_seed)
+        self._texts = {name: document.text for name, document in self._collection.documents.items()}
+        self._bm25, self.recipe = Bm25(self._texts), recipe
+        self._llm = load_llm(recipe.model, recipe.dtype)
+        self._base_provenance = model_provenance(self._llm, self._digests["corpus.jsonl"])
+        self._adapted = with_adapter(self._llm, recipe.training)
+        learnable = only_queries(self._collection, self.split.training)
+        lists = TrainingLists(learnable, recipe.lists, self._bm25)
+        self._trainer = Trainer(self._llm, self._adapted, lists, recipe.training)
+
+    def train(self, checkpoint: Path, minutes: float) -> bool:
+        """Trains, or goes on, until all steps are done or the time is up; returns whether they are done."""
+        with phase("training") as progress:
+            return self._trainer.train(checkpoint, minutes, every=10, progress=progress)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes what was learned, for `peft`."""
+        save_adapter(self._adapted, folder)
+
+    def results(self) -> dict:
+        """The table, over the queries that the recipe reports, and what training came to."""
+        validation, report = self.split.validation, getattr(self.split, self.recipe.report)
+        runs = {"bm25": self._candidates(report)}
+        runs["sentence_encoder"] = self._encoder_scores(runs["bm25"])
+        runs["untuned"] = self._model_scores("untuned", runs["bm25"], tuned=False)
+        runs["tuned"] = self._model_scores("tuned", runs["bm25"])
+        chosen_on = {"bm25": self._candidates(validation)}
+        chosen_on["tuned"] = self._model_scores("validation", chosen_on["bm25"])
+        chosen_on["sentence_encoder"] = self._encoder_scores(chosen_on["bm25"])
+        weights = {}
+        for first, second in (("bm25", "tuned"), ("bm25", "sentence_encoder"), ("sentence_encoder", "tuned")):
+            name = f"{first} + {second}"
+            weights[name] = best_weight(self._collection.grades, chosen_on[first], chosen_on[second])
+            runs[name] = {query: fused(runs[first][query], runs[second][query], weights[name]) for query in runs[first]}
+        return {
+            "systems": compared(self._collection.grades, runs, "bm25"),
+            "weights_of_the_second": weights,
+            "reported": self.recipe.report,
+            "split": asdict(self.split),
+            "training": {
+                "steps": self._trainer.step,
+                "seconds": self._trainer.seconds,
+                "tokens": self._trainer.tokens,
+                "losses": self._trainer.losses,
+            },
+        }
+
+    def record(self, results: Mapping) -> dict:
+        """The record of these results."""
+        found = provenance() | self._base_provenance
+        found["versions"] = found["versions"] | {name: version(name) for name in _LIBRARIES}
+        config = asdict(self.recipe) | {"data": self._data_name, "data_digests": self._digests}
+        return {"config": config, "provenance": found, "results": dict(results)}
+
+    def _candidates(self, queries: Sequence[str]) -> dict[str, Scores]:
+        return {name: self._bm25.best(self._collection.queries[name], self.recipe.candidates) for name in queries}
+
+    def _encoder_scores(self, candidates: Mapping[str, Scores]) -> dict[str, Scores]:
+        queries = {name: self._collection.queries[name] for name in candidates}
+        return encoder_scores(queries, candidates, self._texts)
+
+    def _model_scores(self, name: str, candidates: Mapping[str, Scores], tuned: bool = True) -> dict[str, Scores]:
+        found = {}
+        with contextlib.nullcontext() if tuned else self._adapted.disable_adapter(), phase(name) as progress:
+            scorer = ListScorer(self._llm.model, self._llm.tokenizer, self.recipe.training.max_document_tokens)
+            for number, (query, documents) in enumerate(candidates.items(), 1):
+                texts = [self._texts[document] for document in documents]
+                scores = scorer.rank(self._collection.queries[query], texts)
+                found[query] = dict(zip(documents, scores, strict=True))
+                progress(number, len(candidates))
+        return found
+
+
+def only_queries(collection: Collection, queries: Sequence[str]) -> Collection:
+    """The collection as if it had no other queries, so that nothing can be learned from them."""
+    return Collection(
+        collection.documents,
+        {name: collection.queries[name] for name in queries},
+        {name: collection.grades[name] for name in queries},
+    )

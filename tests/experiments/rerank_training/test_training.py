@@ -1,0 +1,199 @@
+"""The prompt, the scores, the loss, and a training run that may be stopped at any step."""
+
+import warnings
+from dataclasses import replace
+from math import exp, log
+
+import peft
+import pytest
+import torch
+
+from experiments.records import read_record
+from experiments.rerank_training import recipe
+from experiments.rerank_training.lists import ListSettings, TrainingLists
+from experiments.rerank_training.rivals import Bm25
+from experiments.rerank_training.scoring import ListScorer
+from experiments.rerank_training.template import answer_tokens, document_tokens, prompt_tokens
+from experiments.rerank_training.training import Trainer, TrainingSettings, list_loss, save_adapter, with_adapter
+from rap_env.llm.loading import build_tiny_llm
+from scripts import train_reranker
+from tests.experiments.rerank_training.conftest import shared_words
+
+SETTINGS = TrainingSettings(
+    steps=5,
+    lists_per_step=2,
+    learning_rate=0.01,
+    rank=2,
+    first_layer=0,
+    max_document_tokens=12,
+    first_document_tokens=6,
+)
+
+
+def trainer_of(collection, dtype="float32", settings=SETTINGS):
+    llm = build_tiny_llm(dtype=dtype)
+    adapted = with_adapter(llm, settings)
+    texts = {name: document.text for name, document in collection.documents.items()}
+    lists = TrainingLists(collection, ListSettings(documents=3, random_documents=1), Bm25(texts))
+    return Trainer(llm, adapted, lists, settings), llm, adapted
+
+
+def learned(adapted) -> dict[str, torch.Tensor]:
+    return {name: each.detach().clone() for name, each in adapted.named_parameters() if each.requires_grad}
+
+
+def ignore_progress(done: int, total: int) -> None:
+    pass
+
+
+def test_a_prompt_is_instruction_query_document_and_the_start_of_the_answer():
+    tokenizer = build_tiny_llm().tokenizer
+    text = tokenizer.decode(prompt_tokens(tokenizer, "what  lifts", "a wing\n does", max_document_tokens=100))
+    assert text.endswith("<Query>: what lifts\n<Document>: a wing does<|im_end|>\n<|im_start|>assistant\n")
+    assert text.startswith("<|im_start|>system\nJudge whether")
+
+
+def test_only_the_document_is_cut():
+    tokenizer = build_tiny_llm().tokenizer  # one token for each byte
+    whole, cut = (prompt_tokens(tokenizer, "what lifts", "wings", length) for length in (100, 3))
+    assert tokenizer.decode(cut).endswith("<Document>: wi<|im_end|>\n<|im_start|>assistant\n")
+    assert len(whole) - len(cut) == 3
+    assert document_tokens(tokenizer, "wings", 0) == document_tokens(tokenizer, "other", 0)
+
+
+def test_scores_are_those_of_a_plain_pass_over_each_prompt():
+    llm = build_tiny_llm()
+    documents = ["a wing", "a much longer text about a nozzle", ""]
+    yes, no = answer_tokens(llm.tokenizer)
+    expected = []
+    for document in documents:
+        logits = llm.model(torch.tensor([prompt_tokens(llm.tokenizer, "what lifts", document, 20)])).logits[0, -1]
+        expected.append((logits[yes] - logits[no]).item())
+    scorer = ListScorer(llm.model, llm.tokenizer, 20)
+    with torch.no_grad():
+        assert scorer.scores("what lifts", documents).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_ranking_in_batches_keeps_the_order_of_the_documents():
+    llm = build_tiny_llm()
+    documents = [f"{'word ' * (number * 7 % 13)}{number}" for number in range(23)]
+    scorer = ListScorer(llm.model, llm.tokenizer, 40)
+    with torch.no_grad():
+        one_by_one = [scorer.scores("what", [document]).item() for document in documents]
+    assert scorer.rank("what", documents) == pytest.approx(one_by_one, abs=1e-5)
+
+
+def test_tokens_are_counted_without_padding_and_the_query_once():
+    llm = build_tiny_llm()
+    scorer = ListScorer(llm.model, llm.tokenizer, 20)
+    scorer.rank("what", ["a", "longer"])
+    prompts = [prompt_tokens(llm.tokenizer, "what", document, 20) for document in ("a", "longer")]
+    query = len(prompts[0]) - len(document_tokens(llm.tokenizer, "a", 20))
+    assert scorer.tokens == sum(map(len, prompts)) - query
+
+
+def test_the_loss_is_the_softmax_s_negative_logarithm_at_the_first_document():
+    total = exp(2) + 1 + exp(1)
+    assert list_loss(torch.tensor([2.0, 0.0, 1.0])).item() == pytest.approx(log(total) - 2)
+    assert list_loss(torch.tensor([1.0, 0.0, 2.0])).item() == pytest.approx(log(total) - 1)
+
+
+def test_an_untrained_adapter_changes_nothing():
+    plain, adapted = build_tiny_llm(), build_tiny_llm()
+    with_adapter(adapted, SETTINGS)
+    tokens = torch.arange(20)[None]
+    assert torch.equal(plain.model(tokens).logits, adapted.model(tokens).logits)
+
+
+def test_layers_before_the_first_have_no_matrices():
+    adapted = with_adapter(build_tiny_llm(), TrainingSettings(first_layer=3))
+    assert {name.split("layers.")[1][0] for name in learned(adapted)} == {"3"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stops", [[1], [2, 3]])
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(collection, tmp_path, dtype, stops):
+    whole, _llm, expected = trainer_of(collection, dtype)
+    assert whole.train(tmp_path / "whole.pt", minutes=5, every=100, progress=ignore_progress)
+    for stop in stops:
+        part, _llm, _adapted = trainer_of(collection, dtype)
+
+        def interrupt(done, total, stop=stop):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            part.train(tmp_path / "parts.pt", minutes=5, every=1, progress=interrupt)
+    last, _llm, adapted = trainer_of(collection, dtype)
+    assert last.train(tmp_path / "parts.pt", minutes=5, every=1, progress=ignore_progress)
+    assert (last.step, last.tokens, last.losses) == (whole.step, whole.tokens, whole.losses)
+    assert learned(adapted).keys() == learned(expected).keys()
+    for name, value in learned(expected).items():
+        assert torch.equal(learned(adapted)[name], value), name
+
+
+def test_documents_grow_and_the_learning_rate_rises_and_falls(collection):
+    trainer, _llm, _adapted = trainer_of(collection, settings=replace(SETTINGS, steps=40, learning_rate=1.0))
+    rates, cuts = [], []
+    for trainer.step in range(40):
+        rates.append(trainer._learning_rate())
+        cuts.append(trainer._document_tokens())
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[20:22] == [1.0, 0.95] and rates[-1] == pytest.approx(0.05)
+    assert (cuts[0], cuts[20], cuts[-1]) == (6, 9, 11)
+
+
+def test_training_stops_when_its_time_is_up_and_goes_on_later(collection, tmp_path):
+    trainer, _llm, _adapted = trainer_of(collection)
+    assert not trainer.train(tmp_path / "c.pt", minutes=0, every=1, progress=ignore_progress)
+    assert trainer.step == 0
+    assert trainer.train(tmp_path / "c.pt", minutes=5, every=1, progress=ignore_progress)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(collection, tmp_path):
+    trainer_of(collection)[0].train(tmp_path / "c.pt", minutes=0, every=1, progress=ignore_progress)
+    other, _llm, _adapted = trainer_of(collection, settings=replace(SETTINGS, steps=6))
+    with pytest.raises(ValueError, match=r"c\.pt is of other settings: .*'steps': 5"):
+        other.train(tmp_path / "c.pt", minutes=0, every=1, progress=ignore_progress)
+
+
+def test_the_loss_on_one_list_falls(collection, tmp_path):
+    settings = replace(SETTINGS, steps=30, lists_per_step=1, learning_rate=0.02, rank=4)
+    trainer, _llm, _adapted = trainer_of(collection, settings=settings)
+    trainer._lists = type("One", (), {"settings": trainer._lists.settings, "__getitem__": lambda self, _: one})()
+    one = trainer_of(collection)[0]._lists[0]
+    trainer.train(tmp_path / "c.pt", minutes=5, every=100, progress=ignore_progress)
+    assert trainer.losses[-1] < 0.7 * trainer.losses[0]
+
+
+def test_a_saved_adapter_computes_the_same_and_names_the_model_not_a_folder(collection, tmp_path):
+    trainer, llm, adapted = trainer_of(collection)
+    trainer.train(tmp_path / "c.pt", minutes=5, every=100, progress=ignore_progress)
+    save_adapter(adapted, tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert f'"base_model_name_or_path": "{llm.name}"' in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for what that calls by another name now
+        loaded = peft.PeftModel.from_pretrained(build_tiny_llm().model, tmp_path / "adapter")
+    tokens = torch.arange(20)[None]
+    assert torch.allclose(loaded(tokens).logits, llm.model(tokens).logits, atol=1e-6)
+    assert not torch.allclose(build_tiny_llm().model(tokens).logits, llm.model(tokens).logits, atol=1e-3)
+
+
+def test_the_script_trains_saves_and_records(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "encoder_scores", shared_words)
+    monkeypatch.setattr(recipe, "load_llm", lambda _name, _dtype: build_tiny_llm())
+    options = [f"data={folder}", f"out={tmp_path / 'out'}", f"record={tmp_path / 'record.json'}", "steps=2"]
+    options += ["document_tokens=16", "first_layer=2", "candidates=5", "validation_queries=4", "report_queries=6"]
+    with pytest.raises(SystemExit, match="the time is up"):
+        train_reranker.main([*options, "minutes=0"])
+    train_reranker.main(options)
+    assert "bm25 + tuned" in capsys.readouterr().out
+    record = read_record(tmp_path / "record.json")
+    assert record["config"]["data"] == "toy" and str(tmp_path) not in str(record)
+    assert len(record["results"]["systems"]["tuned"]["by_query"]) == 6
+    assert record["results"]["training"]["steps"] == 2
+    with pytest.raises(SystemExit, match="records are written once"):
+        train_reranker.main(options)
