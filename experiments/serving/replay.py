@@ -84,9 +84,7 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     )
 
 
-def _run(
-    engine: Engine, controller: Controller, requests: list[dict[str, Any]], begun: float, told: "_Told"
-) -> None:
+def _run(engine: Engine, controller: Controller, requests: list[dict[str, Any]], begun: float, told: "_Told") -> None:
     coming, before = iter(requests), engine.mask
     upcoming = next(coming, None)
     while upcoming is not None or not engine.idle:

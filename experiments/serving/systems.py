@@ -52,12 +52,14 @@ SYSTEMS = {
 
 
 def systems_of(names: Sequence[str], policies: Mapping[str, str]) -> dict[str, System]:
-    """Looks systems up by name; a policy that is given as a folder is a system of its name, with greedy behind it.
+    """Looks systems up by name; a policy that is given as a folder is a system of its name, with greedy behind it, and
+    `NAME_int8` the same over INT8.
 
     Raises:
         UnknownName: There is no such system.
     """
     known = SYSTEMS | {name: System(name) for name in policies}
+    known |= {f"{name}_int8": System(name, weights="int8", kv_cache="int8") for name in policies}
     return {name: known[check_known("system", name, known)] for name in names}
 
 

@@ -111,6 +111,7 @@ def test_systems_decide_as_they_say(tmp_path):
     assert {row.site.kind for row in mask("kv_only").dropped} == {"attention"}
     with pytest.raises(InfeasibleBudget):
         OnlyKind(PricedPolicy(SHAPE, costs), ATTENTION).decide(work, int(0.4 * dense_bytes(SHAPE, work)))
-    assert systems_of(["mine"], {"mine": "folder"}) == {"mine": System("mine")}
+    mine = {"mine": System("mine"), "mine_int8": System("mine", weights="int8", kv_cache="int8")}
+    assert systems_of(["mine", "mine_int8"], {"mine": "folder"}) == mine
     with pytest.raises(UnknownName, match="unknown system 'denes'; did you mean dense"):
         systems_of(["denes"], {})
