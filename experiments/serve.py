@@ -13,13 +13,14 @@ from omegaconf import DictConfig
 from agents.driver import run_search
 from agents.orders import PricedGsiAgent
 from experiments.progress import phase
-from experiments.recipes.build import Parts, build, plain
+from experiments.recipes.build import Parts, build, check_values, plain
 from experiments.recipes.folder import claimed
 from experiments.recipes.refusals import refusing_in_one_line
 from experiments.recipes.run import search_task
 from experiments.records import model_provenance, provenance, write_record
 from experiments.report.serving import SERVING_TABLES, serving_picture
 from experiments.serving.child import Enforcement, run_limited
+from experiments.serving.finished import keep, kept
 from experiments.serving.requests import dense_log_likelihoods, requests_of
 from experiments.serving.summary import summary
 from experiments.serving.systems import System, systems_of
@@ -37,10 +38,13 @@ _RECORD = "serve.json"
 def run(config: DictConfig) -> None:
     """Ranks components, lets each system serve, and writes one record, a table and a picture.
 
+    A run that was killed is run again in its folder: systems that have served, by the same commit, don't serve again.
+
     Raises:
         RecordExists, FolderInUse: The folder holds a record, or another run works in it.
         RapError: Bad input.
     """
+    check_values(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
     systems = systems_of(config.systems, config.policies)
     with claimed(folder):
@@ -50,6 +54,8 @@ def run(config: DictConfig) -> None:
         llm, memory = parts.search.llm, memory_trace(config.memory.kind, **config.memory.settings)
         requests = requests_of(config, llm)
         spec = _spec(config, parts, memory, requests, _policies(config, parts, folder))
+        source = provenance() | model_provenance(llm, parts.corpus.digest)
+        spec["commit"] = source["git"]
         dense = dense_log_likelihoods(llm, requests)
         found = {name: _serve(name, system, spec, config, folder) for name, system in systems.items()}
         results = {
@@ -63,7 +69,6 @@ def run(config: DictConfig) -> None:
                 for name, each in found.items()
             },
         }
-        source = provenance() | model_provenance(llm, parts.corpus.digest)
         record = {"config": plain(config), "provenance": source, "results": results}
         path = write_record(folder / _RECORD, record)
         tables = [line for table in SERVING_TABLES.values() for line in ("", *table(record).markdown)]
@@ -121,22 +126,32 @@ def _spec(config, parts: Parts, memory: MemoryTrace, requests, policies: Mapping
 
 def _serve(name: str, system: System, spec: Mapping[str, Any], config: DictConfig, folder: Path) -> dict[str, Any]:
     """What a system's process wrote, and what its watchdog saw."""
-    spec_path, result_path = folder / f"{name}.spec.json", folder / f"{name}.jsonl"
-    write_over(spec_path, json.dumps({**spec, "system": system.as_dict()}))
-    memory = MemoryTrace(tuple(spec["memory"]["seconds"]), tuple(spec["memory"]["n_bytes"]))
-    enforcement = Enforcement(
+    spec = {**spec, "system": system.as_dict()}
+    spec_path, result_path, outcome_path = (folder / f"{name}.{end}" for end in ("spec.json", "jsonl", "outcome.json"))
+    outcome = kept(outcome_path, spec)
+    if outcome is None:
+        write_over(spec_path, json.dumps(spec))
+        print(f"{name}: {len(spec['requests'])} requests over {spec['requests'][-1]['seconds']:.0f} s", flush=True)
+        command = [sys.executable, "-m", "experiments.serving.replay", str(spec_path), str(result_path)]
+        outcome = run_limited(command, _limit(spec).limit(1), _enforcement(spec, config))
+        keep(outcome_path, spec, outcome)
+    print(f"{name}: {outcome.kill or f'ended with {outcome.exit_code}'}", flush=True)
+    lines = [json.loads(line) for line in result_path.read_text(encoding="utf-8").splitlines()]
+    return {"lines": lines, "outcome": outcome}
+
+
+def _limit(spec: Mapping[str, Any]) -> MemoryTrace:
+    return MemoryTrace(tuple(spec["memory"]["seconds"]), tuple(spec["memory"]["n_bytes"]))
+
+
+def _enforcement(spec: Mapping[str, Any], config: DictConfig) -> Enforcement:
+    return Enforcement(
         highest_bytes=max(spec["memory"]["n_bytes"]),
         grace_seconds=config.memory.grace_seconds,
         ready_seconds=300.0,
         longest_seconds=config.longest_seconds,
         mapped_bytes=spec["mapped_bytes"],
     )
-    print(f"{name}: {len(spec['requests'])} requests over {spec['requests'][-1]['seconds']:.0f} s", flush=True)
-    command = [sys.executable, "-m", "experiments.serving.replay", str(spec_path), str(result_path)]
-    outcome = run_limited(command, memory.limit(1), enforcement)
-    lines = [json.loads(line) for line in result_path.read_text(encoding="utf-8").splitlines()]
-    print(f"{name}: {outcome.kill or f'ended with {outcome.exit_code}'}", flush=True)
-    return {"lines": lines, "outcome": outcome}
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="serve")

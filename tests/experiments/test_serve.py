@@ -35,8 +35,8 @@ SHAPE = build_tiny_llm().shape
 @pytest.mark.timeout(300)
 def test_systems_serve_in_processes_of_their_own_and_who_passes_the_limit_is_killed(tmp_path):
     """The model has 0.6 MB, less than a process's memory wavers by: so the limit is far away, or far below."""
-    found = {}
-    for name, share in (("far", 1000), ("near", 0.01)):
+
+    def run(name: str, share: float) -> dict:
         folder = tmp_path / name
         arguments = [*TINY, "systems=[greedy,dense_int8]", f"hydra.run.dir={folder}"]
         memory = ["memory.kind=constant", "~memory.settings", f"+memory.settings={{share: {share}}}"]
@@ -44,8 +44,10 @@ def test_systems_serve_in_processes_of_their_own_and_who_passes_the_limit_is_kil
         command = [sys.executable, "-m", "experiments.serve", *arguments, *memory]
         ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
         assert ran.returncode == 0, ran.stderr[-2000:]
-        found[name] = json.loads((folder / "serve.json").read_text())
         assert (folder / "serve.png").stat().st_size > 10_000
+        return json.loads((folder / "serve.json").read_text())
+
+    found = {"far": run("far", 1000), "near": run("near", 0.01)}
     served = found["far"]["results"]["systems"]["greedy"]
     assert (served["served"], served["lost"], served["killed"], served["exit_code"]) == (5, 0, None, 0)
     assert served["loss_over_dense"] == pytest.approx(0.0, abs=1e-3) and served["kept_ratio"] == 1.0
@@ -54,6 +56,11 @@ def test_systems_serve_in_processes_of_their_own_and_who_passes_the_limit_is_kil
     assert "over the limit" in killed["killed"] and killed["served"] == 0
     for record in found.values():
         assert [row[0] for row in serving_table(record).rows] == [row[0] for row in serving_memory_table(record).rows]
+    for gone in ("serve.json", "greedy.outcome.json"):  # as if it had been killed while the second one served
+        (tmp_path / "far" / gone).unlink()
+    again = run("far", 1000)["results"]["systems"]
+    assert again["dense_int8"] == found["far"]["results"]["systems"]["dense_int8"]
+    assert again["greedy"]["seconds"] != served["seconds"] and again["greedy"]["served"] == 5
 
 
 def sequence(number: int, status: str = "finished", **changes) -> dict:

@@ -1,0 +1,27 @@
+"""What became of systems that have served is kept beside their lines, so that a replay that was killed goes on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experiments.serving.child import Kill, Outcome, Sample
+from rap_env.files import write_over
+
+
+def keep(path: Path, spec: Mapping[str, Any], outcome: Outcome) -> None:
+    """Writes what a system's watchdog saw, with what the system was asked to do."""
+    write_over(path, json.dumps({"spec": spec, "outcome": asdict(outcome)}))
+
+
+def kept(path: Path, spec: Mapping[str, Any]) -> Outcome | None:
+    """What was kept, if a system was asked to do exactly this; else None."""
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["spec"] != json.loads(json.dumps(spec)):  # as it was written: tuples are lists then
+        return None
+    told = found["outcome"]
+    kill = None if told["kill"] is None else Kill(**told["kill"])
+    return Outcome(**{**told, "kill": kill, "samples": [Sample(*each) for each in told["samples"]]})
