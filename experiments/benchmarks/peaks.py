@@ -17,7 +17,7 @@ from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import MLP, PruningMask
 from rap_env.memory.footprint import activation_bytes
-from rap_env.memory.measured import measured_peak, trim_freed_memory
+from rap_env.memory.measured import measured_peak
 from rap_env.policies import DensePolicy
 from rap_env.serving.coarse import CoarseWidths
 
@@ -44,10 +44,8 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
 
 def _warm(live: LiveModel, read_tokens: int, levels: list[PruningMask]) -> int:
     """Resident memory of the process that is not the model's, once everything has run that will run."""
-    live.warm_up(read_tokens, levels)
     gc.collect()  # models of other parts
-    trim_freed_memory()
-    live.warm_up(read_tokens, levels[-1:])
+    live.warm_up(read_tokens, levels)
     shape = live.llm.shape
     return psutil.Process().memory_info().rss - shape.fixed_bytes - live.llm.mask.weight_bytes
 

@@ -20,7 +20,6 @@ from experiments.serving.systems import System, deciders_of
 from rap_env.llm.live import LiveModel
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import PruningMask
-from rap_env.memory.measured import trim_freed_memory
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
 from rap_env.policies import DensePolicy
@@ -61,8 +60,6 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     )
     levels = CoarseWidths(DensePolicy(llm.shape), llm.shape, spec["coarse_step"]).levels()
     model.warm_up(options.read_tokens, levels)
-    trim_freed_memory()
-    model.warm_up(options.read_tokens, levels[-1:])  # what activations leave behind in the C library is there already
     if system.decides == "static":
         model.switch(deciders["static"].decide(scenario.workload, scenario.budget_bytes))
     engine = Engine(model, controller, options)

@@ -1,6 +1,6 @@
 """A model that reads ragged batches with whatever mask is applied: prompts and next tokens of sequences in one pass."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -10,6 +10,7 @@ from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, PruningMask, kept_sites
+from rap_env.memory.measured import trim_freed_memory
 
 _FEW_ROWS, _ROWS = (1, 4, 16), 64  # see `padded`
 
@@ -122,8 +123,11 @@ class LiveModel:
             : len(last)
         ]
 
-    def warm_up(self, read_tokens: int, masks: Iterable[PruningMask]) -> None:
+    def warm_up(self, read_tokens: int, masks: Sequence[PruningMask]) -> None:
         """Reads once in every number of rows that will come, so that libraries have made their programs.
+
+        What reading leaves behind in the C library's allocator is given back, and then left behind once more: it is
+        there whatever is measured afterwards.
 
         Args:
             read_tokens: Tokens that are read at once at most.
@@ -131,10 +135,14 @@ class LiveModel:
         """
         before = self.llm.mask
         for mask in masks:
-            self.switch(mask)
-            for n_tokens in sorted({padded(n, self._few_rows) for n in range(1, read_tokens + 1)}):
-                cache = self.new_cache(n_tokens)
-                self.read([(cache, [0] * n_tokens)])
+            self._read_all_rows(mask, read_tokens)
+        trim_freed_memory()
+        self._read_all_rows(masks[-1] if masks else before, read_tokens)
         self.switch(before)
         for n_sequences in self._few_rows:
             self.read([(self.new_cache(1), [0]) for _ in range(n_sequences)])
+
+    def _read_all_rows(self, mask: PruningMask, read_tokens: int) -> None:
+        self.switch(mask)
+        for n_tokens in sorted({padded(n, self._few_rows) for n in range(1, read_tokens + 1)}):
+            self.read([(self.new_cache(n_tokens), [0] * n_tokens)])

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from rap_env.llm.live import LiveModel
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
-from rap_env.memory.measured import trim_freed_memory
 from rap_env.serving.coarse import CoarseWidths
 from rap_env.serving.controller import Controller, Decider, Limits
 from rap_env.serving.engine import Engine, Options
@@ -46,8 +45,7 @@ def assemble(
         WeightStore(llm)
     shape, mapped, model = llm.shape, llm.store is not None, LiveModel(llm)
     coarse = {name: CoarseWidths(decider, shape) for name, decider in deciders.items()}
-    model.warm_up(options.read_tokens, next(iter(coarse.values())).levels() if coarse else ())
-    trim_freed_memory()
+    model.warm_up(options.read_tokens, next(iter(coarse.values())).levels() if coarse else [])
 
     def held() -> int:
         return (shape.fixed_bytes if mapped else shape.weight_bytes) + service.cache_bytes
