@@ -27,9 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="there is no authentication: think before you change it")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--policy", type=Path, help="folder of a saved policy; without one, all layers lose alike")
-    parser.add_argument(
-        "--run", type=Path, help="a run's folder instead: its model and its policy"
-    )
+    parser.add_argument("--run", type=Path, help="a run's folder instead: its model and its policy")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget_bytes", type=int, help="for weights, KV cache and activations; else what is free")
     budget.add_argument("--budget_file", type=Path, help="holds that number, and is read again at each step")

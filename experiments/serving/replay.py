@@ -61,7 +61,7 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
         llm.shape, deciders, lambda: memory(), time.monotonic, options.read_tokens, Limits(**spec["limits"])
     )
     levels = CoarseWidths(DensePolicy(llm.shape), llm.shape, spec["coarse_step"]).levels()
-    model.warm_up(options.read_tokens, levels)
+    model.warm_up(options.read_tokens, levels, max(len(one["prompt"]) + len(one["answer"]) for one in spec["requests"]))
     if system.decides == "static":
         model.switch(deciders["static"].decide(scenario.workload, scenario.budget_bytes))
     engine = Engine(model, controller, options)
