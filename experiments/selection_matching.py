@@ -117,20 +117,19 @@ def matched_difference(own: Outcomes, rule: Outcomes, n_resamples: int = _RESAMP
     """
     rng = np.random.default_rng(0)
     n_seeds, n_queries = own.agreement.shape
-
-    def compared(seeds: np.ndarray, queries: np.ndarray) -> tuple[float, float]:
-        grid = np.ix_(seeds, queries)
-        of_rule = (values[:, queries].mean(axis=1) for values in (rule.agreement, rule.compute))
-        return float(own.compute[grid].mean()), compute_at(*of_rule, float(own.agreement[grid].mean()))
-
-    own_compute, rule_compute = compared(np.arange(n_seeds), np.arange(n_queries))
-    drawn = np.empty(n_resamples)
-    for place in range(n_resamples):
-        of_own, of_rule = compared(rng.integers(n_seeds, size=n_seeds), rng.integers(n_queries, size=n_queries))
-        drawn[place] = of_own - of_rule
+    seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n_resamples) / n_seeds
+    queries = rng.multinomial(n_queries, np.full(n_queries, 1 / n_queries), size=n_resamples) / n_queries
+    of_own = [np.einsum("rs,sq,rq->r", seeds, values, queries) for values in (own.agreement, own.compute)]
+    of_rule = [queries @ values.T for values in (rule.agreement, rule.compute)]
+    drawn = [
+        compute - compute_at(agreements, computes, agreement)
+        for agreement, compute, agreements, computes in zip(*of_own, *of_rule, strict=True)
+    ]
     low, high = np.percentile(drawn, [2.5, 97.5])
+    means = rule.agreement.mean(axis=1), rule.compute.mean(axis=1)
+    rule_compute = compute_at(*means, float(own.agreement.mean()))
     return {
-        "mean": own_compute - rule_compute,
+        "mean": float(own.compute.mean()) - rule_compute,
         "low": float(low),
         "high": float(high),
         "rule_compute": rule_compute,

@@ -147,7 +147,7 @@ def test_bad_arguments_options_and_actions_are_refused():
         env.step(0)
     with pytest.raises(UnknownName, match="option 'querry'"):
         env.reset(options={"querry": 1})
-    with pytest.raises(InvalidConfig, match="expected a query from 0 to 11 .* got query=12, top_k=1"):
+    with pytest.raises(InvalidConfig, match=r"expected a query from 0 to 11 .* got query=12, top_k=1"):
         env.reset(options={"query": 12, "top_k": 1})
     env.reset(seed=0)
     for action in (-1, len(CUTS), 0.5, None):

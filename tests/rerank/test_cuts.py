@@ -60,9 +60,7 @@ def test_features_by_hand():
     features.narrow(Decision((1,), (0, 5), (3, 2, 4)))  # 3 is the best of 2, 3 and 4; now it is the last
     second = features.observe(1, np.array([4.0, 3.0, 3.5]), 1)
     changes = np.array([1.0, -1.0, 0.6])
-    np.testing.assert_allclose(
-        second[-6:], [1.0, 0, 4 / 3 / 3, changes.std() / 4, (6 + 3) / 32, 3 * 2 / 32], rtol=1e-6
-    )
+    np.testing.assert_allclose(second[-6:], [1.0, 0, 4 / 3 / 3, changes.std() / 4, (6 + 3) / 32, 3 * 2 / 32], rtol=1e-6)
     features.narrow(Decision((), (), (0, 1, 2)))
     assert features.observe(2, np.array([9.0, 3.0, 3.5]), 1)[-5] == 0.25, "the best did not change in one of 4 layers"
 

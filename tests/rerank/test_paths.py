@@ -1,5 +1,6 @@
 """Score paths are recorded, written and read again as they are, and other files are refused in one line."""
 
+import contextlib
 import io
 import json
 
@@ -94,14 +95,12 @@ def test_files_that_are_cut_or_changed_anywhere_are_refused_or_read_as_they_were
         file.write_bytes(content)
         with pytest.raises(PathsUnreadable, match=r"expected an \.npz file of score paths in .*paths\.npz"):
             ScorePaths.load(file)
-    for _ in range(300):
+    for _ in range(150):
         damaged = bytearray(whole)
         damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         file.write_bytes(damaged)
-        try:
+        with contextlib.suppress(PathsUnreadable):
             assert ScorePaths.load(file).queries == by_hand().queries
-        except PathsUnreadable:
-            pass
     with pytest.raises(FileNotFoundError):
         ScorePaths.load(tmp_path / "none.npz")
 
@@ -131,6 +130,8 @@ def test_ranks_of_synthetic_paths_settle_gradually_and_are_drawn_from_the_seed()
     np.testing.assert_array_equal(paths.scores[3], synthetic_paths(100).scores[3])
     shares = []
     for layer in (0, 6, 12, 18, 22):
-        best = [set(replay(path[[layer, layer]], None, 5).ids) & set(replay(path, None, 5).ids) for path in paths.scores]
+        best = [
+            set(replay(path[[layer, layer]], None, 5).ids) & set(replay(path, None, 5).ids) for path in paths.scores
+        ]
         shares.append(np.mean([len(one) / 5 for one in best]))
     assert shares == sorted(shares) and shares[0] < 0.4 and shares[-1] > 0.95
