@@ -69,3 +69,4 @@ gymnasium.register(
     vector_entry_point="rap_env.envs.vector:WidthVectorEnv",
 )
 gymnasium.register("rap/Serving-v0", entry_point="rap_env.envs.serving:ServingEnv")
+gymnasium.register("rap/Selection-v0", entry_point="rap_env.envs.selection:SelectionEnv")

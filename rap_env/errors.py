@@ -89,6 +89,10 @@ class RankingFailed(RapError, ValueError):
     """Documents that can't be ranked: a request or a prompt of another form, or scores that are not finite."""
 
 
+class PathsUnreadable(RapError, ValueError):
+    """Recorded score paths that are damaged, of another form, or do not fit together."""
+
+
 class CompensationFailed(RapError, ValueError):
     """Compensation that can't be computed, or a mask that it does not hold for."""
 

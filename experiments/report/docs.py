@@ -5,8 +5,8 @@ A table stands between two comments and names the files that it is made from and
     <!-- table: results/policies.jsonl metrics -->
     <!-- end -->
 
-The kinds are those of `table_lines`, for one record `serving`, `serving_memory`, `serving_learners` and
-`serving_validation`, and `benchmark`: what benchmarks printed.
+The kinds are those of `table_lines`, for one record `serving`, `serving_memory`, `serving_learners`,
+`serving_validation` and `selection_learners`, and `benchmark`: what benchmarks printed.
 """
 
 import re
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from experiments.records import read_records
 from experiments.report import benchmark_lines
+from experiments.report.selection_learners import selection_learners_table
 from experiments.report.serving import SERVING_TABLES
 from experiments.report.serving_learners import serving_learners_table
 from experiments.report.serving_validation import serving_validation_table
@@ -27,6 +28,7 @@ _OF_ONE_RECORD = {
     **SERVING_TABLES,
     "serving_learners": serving_learners_table,
     "serving_validation": serving_validation_table,
+    "selection_learners": selection_learners_table,
 }
 _START, _END = "<!-- table:", "<!-- end -->"
 _MARKED = re.compile(rf"^({_START} *(.+?) *-->)\n(.*?)^{_END}$", re.MULTILINE | re.DOTALL)

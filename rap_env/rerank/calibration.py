@@ -8,6 +8,7 @@ import numpy as np
 
 from rap_env.errors import RankingFailed
 from rap_env.rerank.clusters import ClusterRule
+from rap_env.rerank.outcomes import agreement
 from rap_env.rerank.selection import replay
 
 _GAIN = 2.0
@@ -21,8 +22,7 @@ def precision(path: np.ndarray, rule: ClusterRule, top_k: int) -> float:
         rule: That decides.
         top_k: K.
     """
-    full = replay(path, None, top_k).ids
-    return len(set(full) & set(replay(path, rule, top_k).ids)) / len(full)
+    return agreement(replay(path, rule, top_k).ids, replay(path, None, top_k).ids)
 
 
 def adjusted(threshold: float, precision_observed: float, target: float) -> float:

@@ -181,6 +181,15 @@ class Reranker:
         with self._lock, contextlib.closing(self._read(prompt)) as reading:
             return np.stack([candidates.scores(self._head) for _layer, candidates in reading])
 
+    def token_counts(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """Tokens that are read for each document alone [n]: its own, and those behind it.
+
+        Raises:
+            RankingFailed: As `rank`.
+        """
+        _check(query, documents, None)
+        return np.array([len(ending) for ending in self._prompts.of(query, documents).endings], int)
+
     def _read(self, prompt: Prompt) -> Iterator[tuple[int, Candidates]]:
         """The candidates after each layer."""
         candidates = Candidates(self.llm, prompt, self._chunk_tokens)

@@ -73,6 +73,11 @@ class Selection:
         self._n_layers, self._chosen = n_layers, []
         self._scores, self._layers = np.zeros(n_candidates), np.zeros(n_candidates, int)
 
+    @property
+    def n_open(self) -> int:
+        """Places that are open."""
+        return self._k - len(self._chosen)
+
     def needs_scores(self, layer: int) -> bool:
         """Whether `after` wants scores for a layer, or None."""
         return self._decider is not None or layer == self._n_layers - 1
@@ -95,7 +100,7 @@ class Selection:
             wrong = active[~np.isfinite(scores)].tolist()
             raise RankingFailed(f"after layer {layer} the scores of the documents {wrong} are not finite numbers")
         self._scores[active] = scores
-        n_open = self._k - len(self._chosen)
+        n_open = self.n_open
         if layer == self._n_layers - 1:
             decision = Decision(selected=tuple(_by_score(scores)[:n_open]))
         else:

@@ -26,8 +26,8 @@ from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.problem import PruningProblem
 from tests.envs.conftest import WORK
 
-SERVING = "rap/Serving-v0"  # runs without a model; see test_serving.py
-IDS = sorted(name for name in gymnasium.registry if name.startswith("rap/") and name != SERVING)
+SERVING, SELECTION = "rap/Serving-v0", "rap/Selection-v0"  # run without a model, and have tests of their own
+IDS = sorted(name for name in gymnasium.registry if name.startswith("rap/") and name not in (SERVING, SELECTION))
 RANKED = [name for name in IDS if name != "rap/Width-v0"]
 HEADINGS = (
     "Description, Action Space, Observation Space, Rewards, Starting State, Episode End, Information, Arguments,"
@@ -52,8 +52,8 @@ def arguments_of(cls: type) -> list[str]:
     raise AssertionError(f"{cls} never names its arguments")
 
 
-def test_there_are_three_environments_beside_the_simulated_service():
-    assert SERVING in gymnasium.registry
+def test_there_are_three_environments_beside_those_without_a_model():
+    assert {SERVING, SELECTION} <= set(gymnasium.registry)
     assert IDS == ["rap/Pruning-v0", "rap/SequentialPruning-v0", "rap/Width-v0"]
 
 

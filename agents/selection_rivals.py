@@ -1,0 +1,93 @@
+"""Rules that choose in `rap/Selection-v0` without learning, and the settings that each is tuned over."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from rap_env.rerank.clusters import ClusterRule
+from rap_env.rerank.cuts import CUTS, GO_ON, STOP, Cut
+from rap_env.rerank.selection import Decider, Decision
+
+PUBLISHED = "published rule"
+_THRESHOLDS = (*np.geomspace(0.02, 200.0, 25).round(4).tolist(), 1e9)  # of |std / mean|; the last never prunes
+_N_FIRST_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class FixedCut:
+    """One and the same cut after each layer from some layer on.
+
+    Attributes:
+        cut: Which.
+        first_layer: The first layer after which it is made, counted from 0.
+        spreads: The unit of each layer [layers].
+    """
+
+    cut: Cut
+    first_layer: int
+    spreads: np.ndarray
+
+    def decide(self, layer: int, scores: np.ndarray, n_open: int) -> Decision:
+        """See `Decider.decide`."""
+        cut = self.cut if layer >= self.first_layer else GO_ON
+        return cut.decision(scores, n_open, self.spreads[layer])
+
+
+class Unchanged:
+    """Ends the request when the best K have been the same candidates for some layers.
+
+    A plain form of an exit by similarity. SEE (SIGIR 2025) compares the embeddings of query and documents, best before
+    the first layer; recorded scores have no embeddings, so here successive rankings are compared instead.
+
+    Args:
+        n_layers: How many layers in a row have to agree with the one before.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self._n_layers, self._best, self._n_equal = n_layers, frozenset(), 0
+
+    def decide(self, layer: int, scores: np.ndarray, n_open: int) -> Decision:
+        """See `Decider.decide`; layer 0 begins a new request."""
+        best = frozenset(np.argsort(-scores, kind="stable")[:n_open].tolist())
+        self._n_equal = self._n_equal + 1 if layer > 0 and best == self._best else 0
+        self._best = best
+        return (STOP if self._n_equal >= self._n_layers else GO_ON).decision(scores, n_open, 1.0)
+
+
+class Setting(NamedTuple):
+    """One setting of a rule.
+
+    Attributes:
+        values: What is set, by name.
+        decider: The rule with it.
+    """
+
+    values: Mapping[str, float]
+    decider: Decider
+
+
+def rivals(spreads: np.ndarray) -> dict[str, list[Setting]]:
+    """All settings of each rule, by its name.
+
+    Args:
+        spreads: The usual spread of scores after each layer [layers].
+    """
+    n_layers = len(spreads)
+    first_layers = sorted({n_layers * part // _N_FIRST_LAYERS for part in range(_N_FIRST_LAYERS)})
+    return {
+        PUBLISHED: [Setting({"threshold": threshold}, ClusterRule(threshold)) for threshold in _THRESHOLDS],
+        "published rule from a layer on": [
+            Setting({"threshold": threshold, "first_layer": layer}, ClusterRule(threshold, first_layer=layer))
+            for threshold in _THRESHOLDS[::4]
+            for layer in first_layers
+        ],
+        "fixed cut from a layer on": [
+            Setting({"cut": number, "first_layer": layer}, FixedCut(cut, layer, spreads))
+            for number, cut in enumerate(CUTS)
+            for layer in first_layers
+            if cut != GO_ON
+        ],
+        "best K unchanged": [Setting({"layers": number}, Unchanged(number)) for number in range(1, n_layers - 1)],
+    }

@@ -1,0 +1,154 @@
+"""Score paths: what a reranker's scores were after every layer, recorded once, to decide on again without the model."""
+
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rap_env.errors import PathsUnreadable
+from rap_env.files import write_once
+
+_FORM = 1
+_DTYPES = {
+    "form": "int64",
+    "counts": "int64",
+    "scores": "float64",
+    "tokens": "int64",
+    "grades": "float64",
+    "names": "uint8",
+    "provenance": "uint8",
+}
+
+
+@dataclass(frozen=True)
+class ScorePaths:
+    """Of many queries, by the same model.
+
+    Attributes:
+        queries: A name for each query.
+        scores: Of all candidates of each query after every layer, each [layers, n].
+        tokens: Of each candidate with what follows it in the prompt, without what all share in front, each [n].
+        grades: Relevance of each candidate, higher is better, NaN where it is not known, each [n].
+        provenance: Where they come from: JSON values.
+
+    Raises:
+        PathsUnreadable: Something has another shape, a name comes twice, or a score is not a finite number.
+    """
+
+    queries: tuple[str, ...]
+    scores: tuple[np.ndarray, ...]
+    tokens: tuple[np.ndarray, ...]
+    grades: tuple[np.ndarray, ...]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.queries or len(set(self.queries)) < len(self.queries):
+            raise PathsUnreadable("queries: expected at least one, and a name of its own for each")
+        if not len(self.queries) == len(self.scores) == len(self.tokens) == len(self.grades):
+            raise PathsUnreadable("expected scores, tokens and grades for each query")
+        for name, scores, tokens, grades in zip(self.queries, self.scores, self.tokens, self.grades, strict=True):
+            if scores.ndim != 2 or len(scores) != len(self.scores[0]) or len(scores) < 2 or not scores.shape[1]:
+                raise PathsUnreadable(
+                    f"query {name!r}: expected scores [layers, n] of candidates after as many layers as others have,"
+                    f" at least two; got {list(scores.shape)}"
+                )
+            if tokens.shape != grades.shape or tokens.shape != scores.shape[1:]:
+                raise PathsUnreadable(f"query {name!r}: expected tokens and grades for each candidate")
+            if not np.isfinite(scores).all() or not (tokens > 0).all():
+                raise PathsUnreadable(f"query {name!r}: expected finite scores, and at least one token each")
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.scores[0])
+
+    def part(self, queries: Sequence[str]) -> "ScorePaths":
+        """The paths of some queries, in their order."""
+        places = [self.queries.index(name) for name in queries]
+        columns = (tuple(column[place] for place in places) for column in (self.scores, self.tokens, self.grades))
+        return ScorePaths(tuple(queries), *columns, self.provenance)
+
+    def spreads(self) -> np.ndarray:
+        """The usual spread of scores after each layer [layers]: the median over queries of the standard deviation.
+
+        Where scores do not differ at all it is 1.
+        """
+        usual = np.median([scores.std(axis=1) for scores in self.scores], axis=0)
+        return np.where(usual > 0, usual, 1.0)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes an .npz file of numeric arrays, which must not exist yet; it is returned.
+
+        Raises:
+            FileExistsError: There is a file already.
+        """
+        arrays = {
+            "form": np.array(_FORM),
+            "counts": np.array([scores.shape[1] for scores in self.scores]),
+            "scores": np.concatenate(self.scores, axis=1),
+            "tokens": np.concatenate(self.tokens),
+            "grades": np.concatenate(self.grades),
+            "names": _encoded(list(self.queries)),
+            "provenance": _encoded(dict(self.provenance)),
+        }
+        file = io.BytesIO()
+        np.savez_compressed(file, **{name: array.astype(_DTYPES[name]) for name, array in arrays.items()})
+        return write_once(Path(path), file.getvalue())
+
+    @staticmethod
+    def load(path: str | Path) -> "ScorePaths":
+        """Reads such a file; nothing in it is run.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            PathsUnreadable: The file is damaged, or holds something else.
+        """
+        arrays = _arrays(Path(path))
+        try:
+            if arrays["form"] != _FORM:
+                raise PathsUnreadable(f"expected form {_FORM}; got {arrays['form']}")
+            counts = arrays["counts"].tolist()
+            n_candidates = arrays["scores"].shape[-1]
+            if min(counts, default=0) < 1 or sum(counts) != n_candidates:
+                raise PathsUnreadable(f"expected scores of {sum(counts)} candidates; got {n_candidates}")
+            ends = list(pairwise(accumulate(counts, initial=0)))
+            columns = [
+                tuple(arrays[name][..., first:end] for first, end in ends) for name in ("scores", "tokens", "grades")
+            ]
+            return ScorePaths(tuple(_decoded(arrays["names"])), *columns, _decoded(arrays["provenance"]))
+        except (ValueError, TypeError, IndexError) as error:  # our own among them
+            raise PathsUnreadable(f"{path}: {error}") from error
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    content = path.read_bytes()
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in _DTYPES}
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise _unreadable(path, error) from error
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, SyntaxError) as error:
+        raise _unreadable(path, error) from error
+    for name, dtype in _DTYPES.items():
+        if arrays[name].dtype != dtype:
+            raise PathsUnreadable(f"{path}: expected {name} of type {dtype}; got {arrays[name].dtype}")
+    return arrays
+
+
+def _unreadable(path: Path, error: Exception) -> PathsUnreadable:
+    reason = " ".join(str(error).split())[:200]
+    return PathsUnreadable(f"expected an .npz file of score paths in {path}; it can't be read: {reason}")
+
+
+def _encoded(value: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(value, ensure_ascii=False, allow_nan=False).encode(), np.uint8)
+
+
+def _decoded(array: np.ndarray) -> Any:
+    return json.loads(array.tobytes().decode())
