@@ -9,9 +9,8 @@ from pathlib import Path
 
 import uvicorn
 
-from rap_env.errors import InvalidConfig, RapError
-from rap_env.llm.loading import load_llm
-from rap_env.policies import OrderPolicy, even_order, load_policy
+from experiments.recipes.served import model_and_deciders
+from rap_env.errors import RapError
 from rap_env.serving.assembly import assemble
 from rap_env.serving.endpoint import create_app
 from rap_env.serving.engine import Options
@@ -38,23 +37,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--patience_seconds", type=float, default=10.0, help="how long one waits for memory")
     parser.add_argument("--restoring", choices=RESTORING, default="left out", help="what heads mean that come back")
     options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
-    if options.run and options.policy:
-        parser.error("run says which policy: leave policy out")
     read = options.reserve_bytes if options.budget_bytes is None else lambda: options.budget_bytes
     try:
         read = BudgetFile(options.budget_file) if options.budget_file else read
-        if options.run:
-            from experiments.recipes.recorded import recorded_policy  # here, for only runs need Hydra
-
-            llm, policy = recorded_policy(options.run)
-        else:
-            llm = load_llm(options.name, options.dtype, granularity=options.granularity)
-            policy = load_policy(options.policy) if options.policy else None
-        deciders = {"even": OrderPolicy(llm.shape, even_order(llm.shape))}
-        if policy is not None:
-            if policy.shape != llm.shape:
-                raise InvalidConfig(f"expected a policy for this model and its order of parts; {options.policy} is not")
-            deciders = {"policy": policy, **deciders}
+        of_model = options.name, options.dtype, options.granularity
+        llm, deciders = model_and_deciders(options.run, options.policy, *of_model)
         how = Options(options.max_batch, restoring=options.restoring, patience_seconds=options.patience_seconds)
         service, metrics = assemble(llm, deciders, read, how, max_waiting=options.max_waiting)
     except (RapError, OSError) as error:

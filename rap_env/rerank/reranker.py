@@ -104,8 +104,8 @@ class Reranker:
 
         Args:
             name: A name or folder, as `load_llm` takes it.
-            adapter: Folder with a LoRA adapter of peft, which is merged into the model; None for none, but for the
-                embedded model its own, with the template that this was trained with.
+            adapter: Folder with a LoRA adapter of peft, which is merged into the model; None for none, or the embedded
+                model's own. That model is asked with the template that its adapter was trained with.
             dtype: As in `load_llm`.
             device: As in `load_llm`.
             **options: As in `Reranker`.
@@ -113,8 +113,8 @@ class Reranker:
         Raises what `load_llm`, `merge_adapter` and `Reranker` raise.
         """
         llm = load_llm(name, dtype, device)
-        if adapter is None and name == EMBEDDED_NAME:
-            adapter, options = EMBEDDED_ADAPTER, {"template": SMOLLM2, **options}
+        if name == EMBEDDED_NAME:
+            adapter, options = adapter or EMBEDDED_ADAPTER, {"template": SMOLLM2, **options}
         if adapter is not None:
             merge_adapter(llm, adapter)
         return cls(llm, **options)
