@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,7 @@ from rap_env.rerank import ClusterRule
 
 _RECORD = "rerank.json"
 _CONFIG = "config.json"
+_WEIGHTS = "weights"
 _LOADED = (
     *("model_name", "dtype", "adapter", "template", "max_document_tokens", "rule", "bounds"),
     *("batch_size", "kept_channels", "n_heads"),
@@ -100,6 +102,10 @@ class Comparison:
             found.append({"candidates": candidates, "ndcg_at_10": mean(ndcg(self._collection.grades, run).values())})
         return found
 
+    def remove_weights(self) -> None:
+        """Removes the files that systems read their weights from; each has a copy of the model."""
+        shutil.rmtree(self._folder / _WEIGHTS, ignore_errors=True)
+
     @property
     def digest(self) -> str:
         """Of all requests."""
@@ -145,7 +151,7 @@ class Comparison:
         loaded = {key: self._config[key] for key in _LOADED}
         examples = [self._example(self._requests[number]) for number in self._training]
         own = {"system": system.as_dict(), "requests": requests, "examples": examples}
-        return {**loaded, **own, "folder": str(self._folder / "weights")}
+        return {**loaded, **own, "folder": str(self._folder / _WEIGHTS)}
 
     def _example(self, request: Request) -> dict[str, Any]:
         """A calibration query with the fewest candidates that are asked for, as the heads are chosen on it."""
@@ -200,6 +206,7 @@ def run(config: DictConfig) -> None:
         source = provenance() | model_provenance(load_llm(config.model_name, config.dtype, "cpu"), comparison.digest)
         record = {"config": plain(config), "provenance": source, "results": results}
         path = write_record(folder / _RECORD, record)
+        comparison.remove_weights()
         pictures = [trade_off_picture(record, folder / "rerank.png"), gamma_picture(record, folder / "gamma.png")]
         tables = [line for table in RERANKING_TABLES.values() for line in ("", *table(record).markdown)]
         failed = [f"{name} is left out: {why}" for name, why in results["left_out"].items()]
