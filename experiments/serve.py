@@ -22,6 +22,7 @@ from experiments.report.serving import SERVING_TABLES, serving_picture
 from experiments.serving.child import Enforcement, run_limited
 from experiments.serving.finished import keep, kept
 from experiments.serving.requests import dense_log_likelihoods, requests_of
+from experiments.serving.scores import scores_at_masks
 from experiments.serving.summary import summary
 from experiments.serving.systems import System, systems_of
 from rap_env.errors import InvalidConfig, RecordExists
@@ -58,13 +59,17 @@ def run(config: DictConfig) -> None:
         spec["commit"] = source["git"]
         dense = dense_log_likelihoods(llm, requests)
         found = {name: _serve(name, system, spec, config, folder) for name, system in systems.items()}
+        reports = dict(list(parts.reports.items())[1:])
+        whole = [PruningMask.all_kept(llm.shape)]
         results = {
+            "dense_scores": {name: each.meter.evaluate(whole)[0].score for name, each in reports.items()},
             "whole_bytes": spec["whole_bytes"],
             "memory": spec["memory"],
             "systems": {
                 name: {
                     "system": systems[name].as_dict(),
                     **summary(each, requests, dense, config.limits.window_seconds),
+                    "scores": scores_at_masks(each["lines"], reports),
                 }
                 for name, each in found.items()
             },

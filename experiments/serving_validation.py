@@ -136,7 +136,8 @@ def validate(name: str, seeds: Sequence[int], repeats: int, progress: Callable[[
     WeightStore(llm)
     model, ladder = LiveModel(llm), even_ladder(llm, **STAND_INS)
     env = ServingEnv(measure_table(model, ladder, repeats=repeats))
-    model.warm_up(env.table.read_tokens, ladder.masks)
+    setting = env.setting
+    model.warm_up(env.table.read_tokens, ladder.masks, setting.longest_prompt_tokens + setting.longest_generated_tokens)
     episodes = []
     for number, seed in enumerate(seeds):
         progress(number, len(seeds))

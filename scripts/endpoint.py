@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="there is no authentication: think before you change it")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--policy", type=Path, help="folder of a saved policy; without one, all layers lose alike")
+    parser.add_argument("--run", type=Path, help="a run's folder instead: its model and its policy")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--budget_bytes", type=int, help="for weights, KV cache and activations; else what is free")
     budget.add_argument("--budget_file", type=Path, help="holds that number, and is read again at each step")
@@ -37,13 +38,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--patience_seconds", type=float, default=10.0, help="how long one waits for memory")
     parser.add_argument("--restoring", choices=RESTORING, default="left out", help="what heads mean that come back")
     options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    if options.run and options.policy:
+        parser.error("run says which policy: leave policy out")
     read = options.reserve_bytes if options.budget_bytes is None else lambda: options.budget_bytes
     try:
         read = BudgetFile(options.budget_file) if options.budget_file else read
-        llm = load_llm(options.name, options.dtype, granularity=options.granularity)
+        if options.run:
+            from experiments.recipes.recorded import recorded_policy  # here, for only runs need Hydra
+
+            llm, policy = recorded_policy(options.run)
+        else:
+            llm = load_llm(options.name, options.dtype, granularity=options.granularity)
+            policy = load_policy(options.policy) if options.policy else None
         deciders = {"even": OrderPolicy(llm.shape, even_order(llm.shape))}
-        if options.policy:
-            if (policy := load_policy(options.policy)).shape != llm.shape:
+        if policy is not None:
+            if policy.shape != llm.shape:
                 raise InvalidConfig(f"expected a policy for this model and its order of parts; {options.policy} is not")
             deciders = {"policy": policy, **deciders}
         how = Options(options.max_batch, restoring=options.restoring, patience_seconds=options.patience_seconds)

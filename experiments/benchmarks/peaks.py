@@ -29,7 +29,8 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     WeightStore(llm)
     live, coarse = LiveModel(llm), CoarseWidths(DensePolicy(llm.shape), llm.shape)
     step = counted(progress, options["masks"] * len(options["workloads"]) + 1)
-    baseline_bytes = _warm(live, options["read_tokens"], coarse.levels())
+    longest_tokens = max(prompt + generated for _batch, prompt, generated in options["workloads"])
+    baseline_bytes = _warm(live, options["read_tokens"], coarse.levels(), longest_tokens)
     generator = np.random.default_rng(options["seed"])
     peaks = []
     for _ in range(options["masks"]):
@@ -42,10 +43,10 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     return {"baseline_bytes": baseline_bytes, "peaks": peaks, "latency": step(_latency(live, options))}
 
 
-def _warm(live: LiveModel, read_tokens: int, levels: list[PruningMask]) -> int:
+def _warm(live: LiveModel, read_tokens: int, levels: list[PruningMask], longest_tokens: int) -> int:
     """Resident memory of the process that is not the model's, once everything has run that will run."""
     gc.collect()  # models of other parts
-    live.warm_up(read_tokens, levels)
+    live.warm_up(read_tokens, levels, longest_tokens)
     shape = live.llm.shape
     return psutil.Process().memory_info().rss - shape.fixed_bytes - live.llm.mask.weight_bytes
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from experiments.recipes.build import build_llm
@@ -15,6 +15,7 @@ from rap_env.errors import RapError, RunUnreadable
 from rap_env.export.save import read_mask
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
+from rap_env.policies import Policy, load_policy
 
 _FORMATS = ("weights", "kv_cache")
 
@@ -35,16 +36,34 @@ def recorded_model(
         InvalidMask: The file holds no mask over the model's components.
         RapError: Whatever the config names is not to be had.
     """
+    path, record = _record(folder)
+    dropped = None if mask else _dropped(record["results"], scenario, path)
+    llm = _built(record, path, quantised=False)
+    return llm, read_mask(llm, mask) if mask else PruningMask.all_kept(llm.shape).drop(*dropped)
+
+
+def recorded_policy(folder: Path) -> tuple[SwitchableLLM, Policy]:
+    """The model as a run had it, and the policy that it ended with.
+
+    Args:
+        folder: The run's.
+
+    Raises:
+        RunUnreadable: As `recorded_model`, but that the model may be quantised.
+        PolicyUnreadable: There is no policy beside the record.
+        RapError: Whatever the config names is not to be had.
+    """
+    path, record = _record(folder)
+    policy = load_policy(path.parent / "policy")
+    return _built(record, path, quantised=True), policy
+
+
+def _record(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = folder.expanduser() / RECORD_NAME
     try:
-        record = read_record(path)
+        return path, read_record(path)
     except (OSError, ValueError) as error:
         raise RunUnreadable(f"expected the folder of a finished run; can't read {path}: {error}") from error
-    config = OmegaConf.create(record["config"])
-    OmegaConf.set_struct(config, True)  # what is missing is an error
-    dropped = None if mask else _dropped(record["results"], scenario, path)
-    llm = _built(config, record["provenance"], path)
-    return llm, read_mask(llm, mask) if mask else PruningMask.all_kept(llm.shape).drop(*dropped)
 
 
 def _dropped(results: Mapping[str, Any], scenario: int | None, path: Path) -> list[str]:
@@ -68,10 +87,12 @@ def _line(number: int, row: Mapping[str, Any], dense: Mapping[str, float]) -> st
     return f"  scenario={number}: {workload} in {budget}, {len(row['dropped'])} dropped; score {', '.join(scores)}"
 
 
-def _built(config: DictConfig, then: Mapping[str, Any], path: Path) -> SwitchableLLM:
+def _built(record: Mapping[str, Any], path: Path, quantised: bool) -> SwitchableLLM:
+    config, then = OmegaConf.create(record["config"]), record["provenance"]
+    OmegaConf.set_struct(config, True)  # what is missing is an error
     try:
         for name in _FORMATS:
-            if config.model[name] != "full":
+            if not quantised and config.model[name] != "full":
                 raise RunUnreadable(
                     f"expected a run with the weights and KV cache of its checkpoint, which exports hold; {path} is of"
                     f" model.{name}={config.model[name]}: run it again with model.{name}=full"

@@ -15,10 +15,15 @@ _COLOURS = {"limit": "#b3261e", "predicted": "#e0a030", "measured": "#27566b"}
 
 
 def serving_table(record: Mapping[str, Any]) -> Table:
-    """Who was served, how well and how fast; a row for each system, the best goodput first."""
+    """Who was served, how well and how fast; a row for each system, the best goodput first.
+
+    Scores of further evaluations are those of the masks that were used, by the tokens that each generated.
+    """
+    dense = record["results"].get("dense_scores", {})
     columns = [
         *("system", "served", "refused", "lost", "killed", "loss over dense", "weights kept", "tokens/s", "goodput"),
         *("first token s p50", "p95", "p99", "ms a token p50", "p95", "p99"),
+        *(f"{name} (dense {score:.3f})" for name, score in dense.items()),
     ]
     rows = []
     for name, each in _best_first(record):
@@ -32,6 +37,7 @@ def serving_table(record: Mapping[str, Any]) -> Table:
                 *(f"{each[key]:.1f}" for key in ("tokens_per_second", "goodput")),
                 *(_or_dash(first and first[p], "{:.2f}") for p in ("p50", "p95", "p99")),
                 *(_or_dash(later and 1000 * later[p], "{:.0f}") for p in ("p50", "p95", "p99")),
+                *(_or_dash(each["scores"].get(evaluation), "{:.3f}") for evaluation in dense),
             ]
         )
     return Table(columns, rows)

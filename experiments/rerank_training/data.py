@@ -48,8 +48,8 @@ class Split:
 def load_collection(folder: str | Path) -> Collection:
     """Reads `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and `qrels.tsv` (with a header).
 
-    Texts that begin with their title are cut there. Queries without a relevant document are left out, as measures
-    have no value for them.
+    Texts that begin with their title are cut there, and white space is one space. Queries without a relevant document
+    are left out, as measures have no value for them.
 
     Raises:
         FileNotFoundError: One of the files is missing.
@@ -57,7 +57,7 @@ def load_collection(folder: str | Path) -> Collection:
     """
     folder = Path(folder)
     documents = {row["_id"]: _document(row) for row in _rows(folder / "corpus.jsonl", "_id", "title", "text")}
-    queries = {row["_id"]: row["text"] for row in _rows(folder / "queries.jsonl", "_id", "text")}
+    queries = {row["_id"]: _one_line(row["text"]) for row in _rows(folder / "queries.jsonl", "_id", "text")}
     grades: dict[str, dict[str, int]] = {}
     for number, line in enumerate((folder / "qrels.tsv").read_text(encoding="utf-8").splitlines()[1:], 2):
         try:
@@ -72,8 +72,12 @@ def load_collection(folder: str | Path) -> Collection:
 
 
 def _document(row: dict[str, str]) -> Document:
-    title, text = row["title"].strip(), row["text"].strip()
+    title, text = _one_line(row["title"]), _one_line(row["text"])
     return Document(title, text.removeprefix(title).strip())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _rows(path: Path, *keys: str) -> list[dict[str, str]]:

@@ -22,10 +22,10 @@ class ListSettings:
         seed: Of what is drawn.
     """
 
-    documents: int = 10
-    random_documents: int = 5
+    documents: int = 8
+    random_documents: int = 3
     pool: int = 30
-    label_share: float = 0.5
+    label_share: float = 0.4
     seed: int = 0
 
 

@@ -16,6 +16,7 @@ from experiments.rerank_training.rivals import Bm25, Scores, encoder_scores, fus
 from experiments.rerank_training.scoring import ListScorer
 from experiments.rerank_training.training import Trainer, TrainingSettings, save_adapter, with_adapter
 from rap_env.llm.loading import load_llm
+from rap_env.rerank.prompts import SMOLLM2
 
 _FILES = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
 _LIBRARIES = ("bm25s", "ir_measures", "peft")
@@ -34,6 +35,7 @@ class Recipe:
         report_queries: Queries that nothing is chosen on.
         split_seed: Of the shuffle.
         candidates: How many of BM25's best documents are reranked.
+        scored_tokens: Where documents are cut that are reranked.
         report: `report`, or `validation` to compare settings.
     """
 
@@ -45,6 +47,7 @@ class Recipe:
     report_queries: int = 50
     split_seed: int = 0
     candidates: int = 50
+    scored_tokens: int = 256
     report: str = "report"
 
 
@@ -86,6 +89,7 @@ class Run:
         runs = {"bm25": self._candidates(report)}
         runs["sentence_encoder"] = self._encoder_scores(runs["bm25"])
         runs["untuned"] = self._model_scores("untuned", runs["bm25"], tuned=False)
+        runs["likelihood"] = self._model_scores("likelihood", runs["bm25"], tuned=False)
         runs["tuned"] = self._model_scores("tuned", runs["bm25"])
         chosen_on = {"bm25": self._candidates(validation)}
         chosen_on["tuned"] = self._model_scores("validation", chosen_on["bm25"])
@@ -125,10 +129,10 @@ class Run:
     def _model_scores(self, name: str, candidates: Mapping[str, Scores], tuned: bool = True) -> dict[str, Scores]:
         found = {}
         with contextlib.nullcontext() if tuned else self._adapted.disable_adapter(), phase(name) as progress:
-            scorer = ListScorer(self._llm.model, self._llm.tokenizer, self.recipe.training.max_document_tokens)
+            scorer = ListScorer(self._llm.model, self._llm.tokenizer, SMOLLM2, self.recipe.scored_tokens)
             for number, (query, documents) in enumerate(candidates.items(), 1):
                 texts = [self._texts[document] for document in documents]
-                scores = scorer.rank(self._collection.queries[query], texts)
+                scores = scorer.rank(self._collection.queries[query], texts, by_likelihood=name == "likelihood")
                 found[query] = dict(zip(documents, scores, strict=True))
                 progress(number, len(candidates))
         return found

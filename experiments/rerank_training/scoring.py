@@ -1,43 +1,82 @@
-"""Scores of a query's documents: the query is read once, and its keys and values serve all of them."""
+"""Scores of a query's documents: by the answer, and by how likely the query is after each of them."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from experiments.rerank_training.template import answer_tokens, document_tokens, query_tokens
+from rap_env.rerank.prompts import Prompts, Template
 
 _BATCH = 10  # documents that are scored together where nothing is learned
 
 
 class ListScorer:
-    """Scores documents by logit(yes) - logit(no); gradients reach whatever in the model takes part in learning.
+    """Scores documents; gradients reach whatever in the model takes part in learning.
+
+    What all documents have in front is read once, and its keys and values serve all of them.
 
     Args:
         model: A causal LM of transformers, with or without adapters in its layers.
         tokenizer: The model's.
+        template: How it is asked; for `likelihoods` the query stands behind the document, once.
         max_document_tokens: Where documents are cut; it may be changed.
 
     Attributes:
         tokens: That were read so far, without padding.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, max_document_tokens: int) -> None:
-        self._decoder, self._tokenizer = model.base_model, tokenizer
+    def __init__(self, model: nn.Module, tokenizer, template: Template, max_document_tokens: int) -> None:
+        self._decoder, self._tokenizer, self._template = model.base_model, tokenizer, template
+        self._context_tokens = model.config.max_position_embeddings
         self.max_document_tokens = max_document_tokens
-        yes, no = answer_tokens(tokenizer)
-        rows = model.get_output_embeddings().weight.detach()
-        self._direction = rows[yes].float() - rows[no].float()
+        self._head = model.get_output_embeddings().weight.detach()
+        prompts = self._prompts()
+        self._direction = self._head[prompts.yes].float() - self._head[prompts.no].float()
         self.tokens = 0
 
     def scores(self, query: str, documents: Sequence[str]) -> torch.Tensor:
-        """The documents' scores [N], float32."""
-        device = self._direction.device
-        prefix = query_tokens(self._tokenizer, query)
-        ends = [document_tokens(self._tokenizer, text, self.max_document_tokens) for text in documents]
+        """logit(yes) - logit(no) of the documents [N], float32."""
+        hidden, lengths, _tokens = self._read(query, documents)
+        return hidden[torch.arange(len(lengths)), lengths - 1].float() @ self._direction
+
+    @torch.no_grad()
+    def likelihoods(self, query: str, documents: Sequence[str]) -> torch.Tensor:
+        """Mean log-likelihood of the query's tokens after each document [N], float32, in nats (arXiv 2204.07496)."""
+        _front, ending = self._template.text.split("{document}")
+        before, behind = ending.split("{query}")
+        behind = behind.format(instruction=self._template.instruction)
+        n_before, n_all, n_behind = (self._n_tokens(text) for text in (before, before + query + behind, behind))
+        hidden, lengths, tokens = self._read(query, documents)
+        places = lengths[:, None] - n_all + torch.arange(n_before, n_all - n_behind, device=lengths.device)
+        rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+        logits = (hidden[rows, places - 1] @ self._head.T).float()
+        return -nn.functional.cross_entropy(logits.transpose(1, 2), tokens[rows, places], reduction="none").mean(1)
+
+    @torch.no_grad()
+    def rank(self, query: str, documents: Sequence[str], by_likelihood: bool = False) -> list[float]:
+        """The documents' scores, in their order; documents of about the same length are read together."""
+        scores = [0.0] * len(documents)
+        order = sorted(range(len(documents)), key=lambda index: len(documents[index]))
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            score = self.likelihoods if by_likelihood else self.scores
+            for index, found in zip(batch, score(query, [documents[index] for index in batch]).tolist(), strict=True):
+                scores[index] = found
+        return scores
+
+    def _prompts(self) -> Prompts:
+        return Prompts(self._tokenizer, self._template, self.max_document_tokens, self._context_tokens)
+
+    def _n_tokens(self, text: str) -> int:
+        return len(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _read(self, query: str, documents: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Final hidden states [N, T, H] of what each document has of its own, its number of tokens [N], and these."""
+        device, prompt = self._direction.device, self._prompts().of(query, documents)
+        prefix, ends = prompt.prefix, prompt.endings
         lengths = torch.tensor([len(end) for end in ends], device=device)
         longest = int(lengths.max())
-        tokens = torch.tensor([end + [0] * (longest - len(end)) for end in ends], device=device)
+        tokens = torch.tensor([[*end, *[0] * (longest - len(end))] for end in ends], device=device)
         visible = torch.arange(longest, device=device) < lengths[:, None]
         visible = torch.cat([visible.new_ones(len(ends), len(prefix)), visible], 1)
         cache = self._decoder(torch.tensor([prefix], device=device), use_cache=True).past_key_values
@@ -46,16 +85,4 @@ class ListScorer:
             tokens, attention_mask=visible.long(), past_key_values=cache, use_cache=True
         ).last_hidden_state
         self.tokens += len(prefix) + int(lengths.sum())
-        return hidden[torch.arange(len(ends)), lengths - 1].float() @ self._direction
-
-    @torch.no_grad()
-    def rank(self, query: str, documents: Sequence[str]) -> list[float]:
-        """The documents' scores, in their order; documents of about the same length are read together."""
-        scores = [0.0] * len(documents)
-        order = sorted(range(len(documents)), key=lambda index: len(documents[index]))
-        for start in range(0, len(order), _BATCH):
-            batch = order[start : start + _BATCH]
-            found = self.scores(query, [documents[index] for index in batch])
-            for index, score in zip(batch, found.tolist(), strict=True):
-                scores[index] = score
-        return scores
+        return hidden, lengths, tokens

@@ -16,6 +16,7 @@ from experiments.rerank_training.lists import TrainingLists
 from experiments.rerank_training.scoring import ListScorer
 from rap_env.files import write_over
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.rerank.prompts import SMOLLM2
 from rap_env.rng import isolated_rng
 
 _MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -35,22 +36,42 @@ class TrainingSettings:
         max_document_tokens: Where documents are cut at the end.
         first_document_tokens: Where they are cut at the start; in between it grows with the steps. Short documents cost
             little, and whether their words match a query is easy to see, so that the model soon learns to look for it.
+        likelihood_weight: Of the likelihoods in what is learned, see `wanted_shares`.
+        first_weight: Of the first document in it.
         seed: Of the LoRA matrices at the start.
     """
 
     steps: int = 400
     lists_per_step: int = 2
-    learning_rate: float = 7e-4
-    rank: int = 8
+    learning_rate: float = 5e-4
+    rank: int = 16
     first_layer: int = 10
-    max_document_tokens: int = 64
-    first_document_tokens: int = 16
+    max_document_tokens: int = 128
+    first_document_tokens: int = 32
+    likelihood_weight: float = 2.0
+    first_weight: float = 2.0
     seed: int = 0
 
 
-def list_loss(scores: torch.Tensor) -> torch.Tensor:
-    """How unlikely the first of the documents is under the softmax of their scores [N]: minus its logarithm."""
-    return -torch.log_softmax(scores, 0)[0]
+def wanted_shares(likelihoods: torch.Tensor, settings: TrainingSettings) -> torch.Tensor:
+    """What the softmax of a list's scores is to be [N]: by the query's likelihood after each document, and the label.
+
+    The plain model knows by these likelihoods what it can't say yet with yes and no: so it learns from itself.
+
+    Args:
+        likelihoods: Of the query, by the model without what is learned [N].
+        settings: `likelihood_weight` is that of the standardised likelihoods, `first_weight` is added to the first
+            document, which is the one to choose.
+    """
+    centred = likelihoods - likelihoods.mean()
+    logits = settings.likelihood_weight * centred / centred.std(correction=0).clamp_min(1e-6)
+    logits[0] += settings.first_weight
+    return logits.softmax(0)
+
+
+def list_loss(scores: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence from the shares that are wanted [N] to the softmax of the scores [N]."""
+    return nn.functional.kl_div(torch.log_softmax(scores, 0), shares, reduction="sum")
 
 
 def with_adapter(llm: SwitchableLLM, settings: TrainingSettings) -> nn.Module:
@@ -101,18 +122,18 @@ class Trainer:
     Attributes:
         step: Steps done.
         seconds: That they took, in earlier runs too.
-        tokens: That were read, likewise.
+        tokens: That were read, likewise; each document of a list is read twice.
         losses: Mean loss of each step.
     """
 
     def __init__(
         self, llm: SwitchableLLM, adapted: nn.Module, lists: TrainingLists, settings: TrainingSettings
     ) -> None:
-        self._model, self._lists, self._settings = llm.model, lists, settings
+        self._model, self._lists, self._settings, self._adapted = llm.model, lists, settings, adapted
         self._learned = {name: each for name, each in adapted.named_parameters() if each.requires_grad}
         self._exact = [each.detach().float().clone() for each in self._learned.values()]
         self._optimizer = torch.optim.AdamW(self._exact, weight_decay=0.0)
-        self._scorer = ListScorer(llm.model, llm.tokenizer, settings.max_document_tokens)
+        self._scorer = ListScorer(llm.model, llm.tokenizer, SMOLLM2, settings.max_document_tokens)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.losses: list[float] = []
 
@@ -150,7 +171,10 @@ class Trainer:
         self._scorer.max_document_tokens = self._document_tokens()
         for number in range(self.step * n_lists, (self.step + 1) * n_lists):
             each = self._lists[number]
-            loss = list_loss(self._scorer.scores(each.query, each.texts)) / n_lists
+            with self._adapted.disable_adapter():
+                likelihoods = self._scorer.likelihoods(each.query, each.texts)
+            shares = wanted_shares(likelihoods, self._settings)
+            loss = list_loss(self._scorer.scores(each.query, each.texts), shares) / n_lists
             loss.backward()
             total += loss.item()
         for exact, learned in zip(self._exact, self._learned.values(), strict=True):

@@ -12,13 +12,14 @@ from experiments.reranking.padded import PaddedBatches, offload
 from experiments.reranking.systems import CROSS_ENCODER, HEADS, OFFLOADED, RERANKER, System
 from rap_env.calibration.corpus import packaged_corpus
 from rap_env.calibration.sampling import random_windows
+from rap_env.llm.embedded import EMBEDDED_NAME
 from rap_env.llm.formats import quantise
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import MLP, PruningMask
-from rap_env.rerank import QWEN3, ClusterRule, MemoryBounds, Reranker, Template
-from rap_env.rerank.adapter import merge_adapter
+from rap_env.rerank import QWEN3, SMOLLM2, ClusterRule, MemoryBounds, Reranker, Template
+from rap_env.rerank.adapter import EMBEDDED_ADAPTER, merge_adapter
 from rap_env.rerank.prompts import Prompts
 from rap_env.widths.prepare import prepare_widths
 
@@ -57,7 +58,7 @@ class Ranker:
 
     def __init__(self, system: System, spec: Mapping[str, Any]) -> None:
         self.system, self._spec = system, spec
-        template = QWEN3 if spec["template"] is None else Template(**spec["template"])
+        template = _template(spec)
         llm = self._load()
         self.prompts = Prompts(llm.tokenizer, template, spec["max_document_tokens"], llm.shape.context_tokens)
         self._n_layers = 1 + max(site.layer for site in llm.shape.sites)
@@ -96,8 +97,8 @@ class Ranker:
     def _load(self) -> SwitchableLLM:
         spec, system = self._spec, self.system
         llm = load_llm(spec["model_name"], spec["dtype"], "cpu", granularity="group" if system.masks else "block")
-        if spec["adapter"] is not None:
-            merge_adapter(llm, spec["adapter"])
+        if adapter := _adapter(spec):
+            merge_adapter(llm, adapter)
         if system.masks:
             mask_channels(llm, spec["kept_channels"], Path(spec["folder"]))
         if system.weights != "full":
@@ -150,6 +151,18 @@ def mask_channels(llm: SwitchableLLM, kept_share: float, folder: Path) -> None:
         n_parts = positions.stop - positions.start
         widths.append(max(1, round(kept_share * n_parts)) if site.kind == MLP else n_parts)
     WeightStore(llm, folder).switch(PruningMask.from_widths(llm.shape, widths))
+
+
+def _adapter(spec: Mapping[str, Any]) -> str | Path | None:
+    """As `Reranker.load` has it: the embedded model has an adapter of its own, unless it is switched off."""
+    own = EMBEDDED_ADAPTER if spec["model_name"] == EMBEDDED_NAME else None
+    return own if spec["adapter"] is None else spec["adapter"] or None
+
+
+def _template(spec: Mapping[str, Any]) -> Template:
+    if spec["template"] is not None:
+        return Template(**spec["template"])
+    return SMOLLM2 if spec["model_name"] == EMBEDDED_NAME else QWEN3
 
 
 def _layer_bytes(llm: SwitchableLLM) -> list[int]:

@@ -6,6 +6,7 @@ It runs under a memory limit that its parent enforces (`experiments.serving.chil
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from rap_env.serving import Controller, Engine, LimitedProcess, Limits, Options,
 from rap_env.serving.coarse import CoarseWidths
 
 _IDLE_SECONDS = 0.02  # between two steps while nothing is asked
+_MASKS = 24  # that are told, those with the most tokens
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
         llm.shape, deciders, lambda: memory(), time.monotonic, options.read_tokens, Limits(**spec["limits"])
     )
     levels = CoarseWidths(DensePolicy(llm.shape), llm.shape, spec["coarse_step"]).levels()
-    model.warm_up(options.read_tokens, levels)
+    model.warm_up(options.read_tokens, levels, max(len(one["prompt"]) + len(one["answer"]) for one in spec["requests"]))
     if system.decides == "static":
         model.switch(deciders["static"].decide(scenario.workload, scenario.budget_bytes))
     engine = Engine(model, controller, options)
@@ -70,13 +72,14 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     announce_ready(baseline_bytes)
     processor = time.process_time()
     write({"baseline_bytes": baseline_bytes, "activation_bytes": activation_bytes})
-    told = _Told(begun, PruningMask.all_kept(llm.shape).weight_bytes, write)
+    told = _Told(begun, PruningMask.all_kept(llm.shape).weight_bytes, write, Counter())
     _run(engine, controller, spec["requests"], begun, told)
     write(
         {
             "seconds": time.monotonic() - begun,
             "processor_seconds": time.process_time() - processor,
             "failures": dict(controller.failures),
+            "masks": [[mask.widths, n_tokens] for mask, n_tokens in told.masks.most_common(_MASKS)],
         }
     )
 
@@ -107,15 +110,18 @@ class _Told:
         begun: Second 0, by the engine's clock.
         all_bytes: Weight bytes of all components.
         write: Takes the line.
+        masks: Tokens that each mask generated.
     """
 
     begun: float
     all_bytes: int
     write: Callable[[dict[str, Any]], None]
+    masks: Counter[PruningMask]
 
     def __call__(self, sequence: Sequence) -> None:
         if sequence.ended_seconds is None:
             return
+        self.masks.update(sequence.masks)
         kept = [mask.weight_bytes / self.all_bytes for mask in sequence.masks]
         self.write(
             {

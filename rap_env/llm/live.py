@@ -123,7 +123,7 @@ class LiveModel:
             : len(last)
         ]
 
-    def warm_up(self, read_tokens: int, masks: Sequence[PruningMask]) -> None:
+    def warm_up(self, read_tokens: int, masks: Sequence[PruningMask], longest_tokens: int) -> None:
         """Reads once in every number of rows that will come, so that libraries have made their programs.
 
         What reading leaves behind in the C library's allocator is given back, and then left behind once more: it is
@@ -132,17 +132,21 @@ class LiveModel:
         Args:
             read_tokens: Tokens that are read at once at most.
             masks: With all widths of sites that will be run; the mask that is applied stays.
+            longest_tokens: Of a sequence; attention over many tokens leaves more behind.
         """
         before = self.llm.mask
         for mask in masks:
-            self._read_all_rows(mask, read_tokens)
+            self._read_all_rows(mask, read_tokens, longest_tokens)
         trim_freed_memory()
-        self._read_all_rows(masks[-1] if masks else before, read_tokens)
+        self._read_all_rows(masks[-1] if masks else before, read_tokens, longest_tokens)
         self.switch(before)
         for n_sequences in self._few_rows:
             self.read([(self.new_cache(1), [0]) for _ in range(n_sequences)])
 
-    def _read_all_rows(self, mask: PruningMask, read_tokens: int) -> None:
+    def _read_all_rows(self, mask: PruningMask, read_tokens: int, longest_tokens: int) -> None:
         self.switch(mask)
         for n_tokens in sorted({padded(n, self._few_rows) for n in range(1, read_tokens + 1)}):
             self.read([(self.new_cache(n_tokens), [0] * n_tokens)])
+        cache, n_tokens = self.new_cache(longest_tokens), min(read_tokens, longest_tokens)
+        cache.length = longest_tokens - n_tokens  # as if so many had been read
+        self.read([(cache, [0] * n_tokens)])

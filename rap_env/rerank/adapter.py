@@ -9,6 +9,7 @@ import torch
 from rap_env.errors import ModelUnavailable
 from rap_env.llm.switchable import SwitchableLLM
 
+EMBEDDED_ADAPTER = Path(__file__).parent / "adapters" / "smollm2-135m"  # made by scripts/train_reranker.py
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 

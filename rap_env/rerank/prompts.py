@@ -59,6 +59,14 @@ QWEN3 = Template(
 )
 
 
+# Of the embedded model's adapter. The query stands behind the document, so that how likely its words are after the
+# document is there to be seen.
+SMOLLM2 = Template(
+    "<|im_start|>user\n<Document>: {document}\n<Query>: {query}\n{instruction}<|im_end|>\n<|im_start|>assistant\n",
+    "Does the document answer the query? Answer yes or no.",
+)
+
+
 @dataclass(frozen=True)
 class Prompt:
     """The tokens of one request.

@@ -13,10 +13,10 @@ from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Site, kept_sites
 from rap_env.memory.measured import trim_freed_memory
-from rap_env.rerank.adapter import merge_adapter
+from rap_env.rerank.adapter import EMBEDDED_ADAPTER, merge_adapter
 from rap_env.rerank.candidates import AnswerHead, Candidates
 from rap_env.rerank.layerwise import LayerwiseReranker
-from rap_env.rerank.prompts import QWEN3, Prompts, Template
+from rap_env.rerank.prompts import QWEN3, SMOLLM2, Prompts, Template
 from rap_env.rerank.rows import cache_rows
 from rap_env.rerank.selection import Decider
 from rap_env.rerank.window import LayerWindow
@@ -102,7 +102,8 @@ class Reranker(LayerwiseReranker):
 
         Args:
             name: A name or folder, as `load_llm` takes it.
-            adapter: Folder with a LoRA adapter of peft, which is merged into the model; None for none.
+            adapter: Folder with a LoRA adapter of peft, which is merged into the model; None for none, but for the
+                embedded model its own, with the template that this was trained with.
             dtype: As in `load_llm`.
             device: As in `load_llm`.
             **options: As in `Reranker`.
@@ -110,6 +111,8 @@ class Reranker(LayerwiseReranker):
         Raises what `load_llm`, `merge_adapter` and `Reranker` raise.
         """
         llm = load_llm(name, dtype, device)
+        if adapter is None and name == EMBEDDED_NAME:
+            adapter, options = EMBEDDED_ADAPTER, {"template": SMOLLM2, **options}
         if adapter is not None:
             merge_adapter(llm, adapter)
         return cls(llm, **options)

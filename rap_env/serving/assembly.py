@@ -13,6 +13,8 @@ from rap_env.serving.metrics import Metrics
 from rap_env.serving.readings import RealMemory
 from rap_env.serving.service import Service
 
+_LONG_TOKENS = 2048  # of the sequence that is read beforehand; a longer one would take memory for nothing
+
 
 def assemble(
     llm: SwitchableLLM,
@@ -45,7 +47,8 @@ def assemble(
         WeightStore(llm)
     shape, mapped, model = llm.shape, llm.store is not None, LiveModel(llm)
     coarse = {name: CoarseWidths(decider, shape) for name, decider in deciders.items()}
-    model.warm_up(options.read_tokens, next(iter(coarse.values())).levels() if coarse else [])
+    levels = next(iter(coarse.values())).levels() if coarse else []
+    model.warm_up(options.read_tokens, levels, min(shape.context_tokens, _LONG_TOKENS))
 
     def held() -> int:
         return (shape.fixed_bytes if mapped else shape.weight_bytes) + service.cache_bytes

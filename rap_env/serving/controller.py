@@ -94,6 +94,7 @@ class Controller:
         limits: Against switching to and fro.
 
     Attributes:
+        read_tokens: The same.
         mask: What the model runs with, as far as the controller knows.
         budget_bytes: What the memory last told, margin and activations not taken off.
         failures: How often each decider, and `"reading"`, failed.
@@ -114,7 +115,7 @@ class Controller:
     ) -> None:
         if not deciders:
             raise InvalidConfig("expected at least one decider, such as a policy; got none")
-        self.mask = PruningMask.all_kept(shape)
+        self.read_tokens, self.mask = read_tokens, PruningMask.all_kept(shape)
         self.budget_bytes = 0.0
         self.failures: Counter[str] = Counter()
         self.switches = 0

@@ -97,6 +97,9 @@ class Engine:
         controller: Decides; it must know the same `read_tokens`.
         options: How to serve.
         clock: Tells the time in seconds.
+
+    Raises:
+        InvalidConfig: It does not.
     """
 
     def __init__(
@@ -107,6 +110,9 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model, self._controller, self._options = model, controller, options or Options()
+        if controller.read_tokens != self._options.read_tokens:
+            told = f"{controller.read_tokens} and {self._options.read_tokens}"
+            raise InvalidConfig(f"read_tokens: expected the same of controller and options; got {told}")
         self._clock, self._switching = clock, Switching(model, controller, self._options.restoring)
         self._lock = threading.Lock()
         self._waiting: deque[Sequence] = deque()
@@ -244,7 +250,7 @@ class Engine:
             (self._running if sequence.status is Status.RUNNING else self._waiting).remove(sequence)
         sequence.cache = None
         sequence.status, sequence.error, sequence.ended_seconds = status, error, self._clock()
-        _notify(sequence)
+        sequence.notify()
 
     def _plan(self) -> list[tuple[Sequence, list[int]]]:
         """Which tokens are read next: that of each sequence that generates, then prompts in order."""
@@ -288,12 +294,4 @@ class Engine:
         if stopped or len(sequence.generated) == sequence.request.generated_tokens:
             self._end(sequence, Status.FINISHED)
         else:
-            _notify(sequence)
-
-
-def _notify(sequence: Sequence) -> None:
-    if sequence.listener is not None:
-        try:
-            sequence.listener(sequence)
-        except Exception:  # somebody else's code must not end the service
-            _log.exception("a listener raised")
+            sequence.notify()

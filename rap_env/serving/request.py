@@ -1,6 +1,7 @@
 """What is asked of a live model, and what becomes of it."""
 
 import enum
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ import torch
 from rap_env.errors import InvalidWorkload
 from rap_env.llm.live_cache import SequenceCache
 from rap_env.mask import PruningMask
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,14 @@ class Sequence:
         """Tokens that the cache does not have; 1 while it generates."""
         read = 0 if self.cache is None else self.cache.length
         return len(self.request.tokens) + len(self.generated) - read
+
+    def notify(self) -> None:
+        """Calls the listener; what it raises is logged, for somebody else's code must not end the service."""
+        if self.listener is not None:
+            try:
+                self.listener(self)
+            except Exception:
+                _log.exception("a listener raised")
 
     def draw(self, logits: torch.Tensor) -> int:
         """The next token from its logits [V]."""

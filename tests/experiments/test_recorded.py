@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
+from fastapi.testclient import TestClient
 from hydra import compose, initialize_config_dir
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from experiments.recipes.build import build
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask, kept_sites
+from scripts.endpoint import main as serve
 from scripts.export import main
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -189,3 +192,14 @@ def test_a_model_that_is_not_what_it_was_is_refused_with_what_changed(groups, fo
 def test_options_that_do_not_go_together_are_refused(options, message, refused, capsys):
     refused(*options)
     assert message in capsys.readouterr().err
+
+
+def test_a_run_is_served_with_its_parts_in_its_order_and_its_policy(groups, folder, monkeypatch):
+    given = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **_options: given.append(app))
+    serve([f"run={folder / 'groups'}", "budget_bytes=100_000_000"])
+    with TestClient(given[0]) as client:
+        body = {"model": "random-llama", "prompt": "Hello", "max_tokens": 3}
+        assert client.post("/v1/completions", json=body).status_code == 200
+    with pytest.raises(SystemExit, match="expected the folder of a finished run"):
+        serve([f"run={folder / 'nothing'}"])

@@ -39,6 +39,7 @@ def test_systems_serve_in_processes_of_their_own_and_who_passes_the_limit_is_kil
     def run(name: str, share: float) -> dict:
         folder = tmp_path / name
         arguments = [*TINY, "systems=[greedy,dense_int8]", f"hydra.run.dir={folder}"]
+        arguments += ["+evaluation@report.tasks=embedded", "report.tasks.limit=4"]
         memory = ["memory.kind=constant", "~memory.settings", f"+memory.settings={{share: {share}}}"]
         environment = os.environ | {"RAP_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "experiments.serve", *arguments, *memory]
@@ -52,7 +53,10 @@ def test_systems_serve_in_processes_of_their_own_and_who_passes_the_limit_is_kil
     assert (served["served"], served["lost"], served["killed"], served["exit_code"]) == (5, 0, None, 0)
     assert served["loss_over_dense"] == pytest.approx(0.0, abs=1e-3) and served["kept_ratio"] == 1.0
     assert found["far"]["results"]["systems"]["dense_int8"]["loss_over_dense"] != 0.0
+    dense_scores = found["far"]["results"]["dense_scores"]
+    assert served["scores"] == dense_scores and 0.0 <= dense_scores["tasks"] <= 1.0  # nothing was dropped
     killed = found["near"]["results"]["systems"]["greedy"]
+    assert killed["scores"] == {}
     assert "over the limit" in killed["killed"] and killed["served"] == 0
     for record in found.values():
         assert [row[0] for row in serving_table(record).rows] == [row[0] for row in serving_memory_table(record).rows]

@@ -247,6 +247,8 @@ def test_what_cannot_be_served_is_refused_at_once():
             Request(**{"tokens": (1,), "generated_tokens": 1} | wrong)
     with pytest.raises(UnknownName, match="way of restoring"):
         Options(restoring="by magic")
+    with pytest.raises(InvalidConfig, match="the same of controller and options; got 16 and 512"):
+        Engine(scene.model, scene.controller)
     with pytest.raises(InvalidConfig, match="max_batch"):
         Options(max_batch=0)
 

@@ -13,9 +13,16 @@ from experiments.rerank_training import recipe
 from experiments.rerank_training.lists import ListSettings, TrainingLists
 from experiments.rerank_training.rivals import Bm25
 from experiments.rerank_training.scoring import ListScorer
-from experiments.rerank_training.template import answer_tokens, document_tokens, prompt_tokens
-from experiments.rerank_training.training import Trainer, TrainingSettings, list_loss, save_adapter, with_adapter
+from experiments.rerank_training.training import (
+    Trainer,
+    TrainingSettings,
+    list_loss,
+    save_adapter,
+    wanted_shares,
+    with_adapter,
+)
 from rap_env.llm.loading import build_tiny_llm
+from rap_env.rerank.prompts import SMOLLM2, Prompts
 from scripts import train_reranker
 from tests.experiments.rerank_training.conftest import shared_words
 
@@ -46,56 +53,71 @@ def ignore_progress(done: int, total: int) -> None:
     pass
 
 
-def test_a_prompt_is_instruction_query_document_and_the_start_of_the_answer():
-    tokenizer = build_tiny_llm().tokenizer
-    text = tokenizer.decode(prompt_tokens(tokenizer, "what  lifts", "a wing\n does", max_document_tokens=100))
-    assert text.endswith("<Query>: what lifts\n<Document>: a wing does<|im_end|>\n<|im_start|>assistant\n")
-    assert text.startswith("<|im_start|>system\nJudge whether")
-
-
-def test_only_the_document_is_cut():
-    tokenizer = build_tiny_llm().tokenizer  # one token for each byte
-    whole, cut = (prompt_tokens(tokenizer, "what lifts", "wings", length) for length in (100, 3))
-    assert tokenizer.decode(cut).endswith("<Document>: wi<|im_end|>\n<|im_start|>assistant\n")
-    assert len(whole) - len(cut) == 3
-    assert document_tokens(tokenizer, "wings", 0) == document_tokens(tokenizer, "other", 0)
+def prompts_of(tokenizer, max_document_tokens: int) -> Prompts:
+    return Prompts(tokenizer, SMOLLM2, max_document_tokens, context_tokens=2048)
 
 
 def test_scores_are_those_of_a_plain_pass_over_each_prompt():
     llm = build_tiny_llm()
     documents = ["a wing", "a much longer text about a nozzle", ""]
-    yes, no = answer_tokens(llm.tokenizer)
-    expected = []
-    for document in documents:
-        logits = llm.model(torch.tensor([prompt_tokens(llm.tokenizer, "what lifts", document, 20)])).logits[0, -1]
-        expected.append((logits[yes] - logits[no]).item())
-    scorer = ListScorer(llm.model, llm.tokenizer, 20)
+    prompts = prompts_of(llm.tokenizer, 20)
+    prompt, expected = prompts.of("what lifts", documents), []
+    for ending in prompt.endings:
+        logits = llm.model(torch.tensor([[*prompt.prefix, *ending]])).logits[0, -1]
+        expected.append((logits[prompts.yes] - logits[prompts.no]).item())
+    scorer = ListScorer(llm.model, llm.tokenizer, SMOLLM2, 20)
     with torch.no_grad():
         assert scorer.scores("what lifts", documents).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_likelihoods_are_those_of_the_query_s_tokens_in_a_plain_pass():
+    llm = build_tiny_llm()  # one token for each byte
+    documents = ["a wing", "a much longer text about a nozzle", ""]
+    prompt, query = prompts_of(llm.tokenizer, 20).of("what lifts", documents), "what lifts"
+    expected = []
+    for ending in prompt.endings:
+        tokens = [*prompt.prefix, *ending]
+        start = llm.tokenizer.decode(tokens).index(query)  # its first byte is the token at this place
+        places = range(start, start + len(query))
+        assert llm.tokenizer.decode([tokens[place] for place in places]) == query
+        logits = llm.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        expected.append(sum(logits[place - 1, tokens[place]].item() for place in places) / len(query))
+    scorer = ListScorer(llm.model, llm.tokenizer, SMOLLM2, 20)
+    assert scorer.likelihoods(query, documents).tolist() == pytest.approx(expected, abs=1e-4)
+    assert scorer.rank(query, documents, by_likelihood=True) == pytest.approx(expected, abs=1e-4)
 
 
 def test_ranking_in_batches_keeps_the_order_of_the_documents():
     llm = build_tiny_llm()
     documents = [f"{'word ' * (number * 7 % 13)}{number}" for number in range(23)]
-    scorer = ListScorer(llm.model, llm.tokenizer, 40)
+    scorer = ListScorer(llm.model, llm.tokenizer, SMOLLM2, 40)
     with torch.no_grad():
         one_by_one = [scorer.scores("what", [document]).item() for document in documents]
     assert scorer.rank("what", documents) == pytest.approx(one_by_one, abs=1e-5)
 
 
-def test_tokens_are_counted_without_padding_and_the_query_once():
+def test_tokens_are_counted_without_padding_and_what_all_share_once():
     llm = build_tiny_llm()
-    scorer = ListScorer(llm.model, llm.tokenizer, 20)
+    scorer = ListScorer(llm.model, llm.tokenizer, SMOLLM2, 20)
     scorer.rank("what", ["a", "longer"])
-    prompts = [prompt_tokens(llm.tokenizer, "what", document, 20) for document in ("a", "longer")]
-    query = len(prompts[0]) - len(document_tokens(llm.tokenizer, "a", 20))
-    assert scorer.tokens == sum(map(len, prompts)) - query
+    prompt = prompts_of(llm.tokenizer, 20).of("what", ["a", "longer"])
+    assert scorer.tokens == len(prompt.prefix) + sum(map(len, prompt.endings))
 
 
-def test_the_loss_is_the_softmax_s_negative_logarithm_at_the_first_document():
+def test_what_is_wanted_goes_by_likelihoods_and_the_first_document_is_worth_more():
+    likelihoods = torch.tensor([-2.0, -1.0, -3.0])  # standardised: 0, 1.22, -1.22
+    shares = wanted_shares(likelihoods, replace(SETTINGS, likelihood_weight=2.0, first_weight=1.0))
+    weights = [exp(1.0), exp(6.0**0.5), exp(-(6.0**0.5))]
+    assert shares.tolist() == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-4)
+    alike = wanted_shares(torch.tensor([-1.0, -1.0]), replace(SETTINGS, first_weight=0.0))
+    assert alike.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_the_loss_is_how_far_the_softmax_is_from_what_is_wanted():
+    scores = torch.tensor([2.0, 0.0, 1.0])
+    assert list_loss(scores, scores.softmax(0)).item() == pytest.approx(0.0, abs=1e-6)
     total = exp(2) + 1 + exp(1)
-    assert list_loss(torch.tensor([2.0, 0.0, 1.0])).item() == pytest.approx(log(total) - 2)
-    assert list_loss(torch.tensor([1.0, 0.0, 2.0])).item() == pytest.approx(log(total) - 1)
+    assert list_loss(scores, torch.tensor([1.0, 0.0, 0.0])).item() == pytest.approx(log(total) - 2)
 
 
 def test_an_untrained_adapter_changes_nothing():
@@ -157,7 +179,8 @@ def test_a_checkpoint_of_other_settings_is_refused(collection, tmp_path):
 
 
 def test_the_loss_on_one_list_falls(collection, tmp_path):
-    settings = replace(SETTINGS, steps=30, lists_per_step=1, learning_rate=0.02, rank=4)
+    settings = replace(SETTINGS, steps=30, lists_per_step=1, learning_rate=0.02, rank=4, first_document_tokens=40)
+    settings = replace(settings, max_document_tokens=40)
     trainer, _llm, _adapted = trainer_of(collection, settings=settings)
     trainer._lists = type("One", (), {"settings": trainer._lists.settings, "__getitem__": lambda self, _: one})()
     one = trainer_of(collection)[0]._lists[0]
