@@ -2,6 +2,7 @@
 # make train ARGS="agent=dqn"       the same with Hydra overrides
 # make compare                      a small comparison of policies from nothing, with its page
 # make serve                        a request trace served by several systems while memory is taken away and given back
+# make rerank                       rerankers compared by seconds, memory and what they find
 # make test                         linters and the fast test suite
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train compare serve test model clean
+.PHONY: train compare serve rerank test model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
@@ -20,6 +21,9 @@ compare: model
 
 serve: model
 	$(BIN)/python -m experiments.serve $(ARGS)
+
+rerank: model
+	$(BIN)/python -m experiments.rerank $(ARGS)
 
 test: model
 	$(BIN)/ruff check .

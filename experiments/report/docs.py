@@ -6,7 +6,7 @@ A table stands between two comments and names the files that it is made from and
     <!-- end -->
 
 The kinds are those of `table_lines`, for one record `serving`, `serving_memory`, `serving_learners`,
-`serving_validation` and `selection_learners`, and `benchmark`: what benchmarks printed.
+`serving_validation`, `selection_learners`, `reranking` and `reranking_found`, and `benchmark`: what benchmarks printed.
 """
 
 import re
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from experiments.records import read_records
 from experiments.report import benchmark_lines
+from experiments.report.reranking import RERANKING_TABLES
 from experiments.report.selection_learners import selection_learners_table
 from experiments.report.serving import SERVING_TABLES
 from experiments.report.serving_learners import serving_learners_table
@@ -26,6 +27,7 @@ from rap_env.files import write_over
 
 _OF_ONE_RECORD = {
     **SERVING_TABLES,
+    **RERANKING_TABLES,
     "serving_learners": serving_learners_table,
     "serving_validation": serving_validation_table,
     "selection_learners": selection_learners_table,

@@ -1,7 +1,8 @@
-"""Reranking: which documents answer a query best, by a causal LM that reads only as much as the answer needs."""
+"""Reranking: which documents answer a query best, by a model that reads only as much as the answer needs."""
 
 from rap_env.rerank.calibration import calibrate
 from rap_env.rerank.clusters import ClusterRule
+from rap_env.rerank.encoder import EncoderReranker
 from rap_env.rerank.prompts import QWEN3, SMOLLM2, Template
 from rap_env.rerank.reranker import MemoryBounds, Reranker
 from rap_env.rerank.selection import Decider, Decision, Ranking, replay
@@ -12,6 +13,7 @@ __all__ = [
     "ClusterRule",
     "Decider",
     "Decision",
+    "EncoderReranker",
     "MemoryBounds",
     "Ranking",
     "Reranker",

@@ -1,14 +1,11 @@
 """The reranker: asks a causal LM of every document whether it answers the query, layer by layer over all of them."""
 
-import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rap_env.errors import RankingFailed
 from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
@@ -18,9 +15,10 @@ from rap_env.mask import Site, kept_sites
 from rap_env.memory.measured import trim_freed_memory
 from rap_env.rerank.adapter import EMBEDDED_ADAPTER, merge_adapter
 from rap_env.rerank.candidates import AnswerHead, Candidates
-from rap_env.rerank.prompts import QWEN3, SMOLLM2, Prompt, Prompts, Template
+from rap_env.rerank.layerwise import LayerwiseReranker, check_request
+from rap_env.rerank.prompts import QWEN3, SMOLLM2, Prompts, Template
 from rap_env.rerank.rows import cache_rows
-from rap_env.rerank.selection import Decider, Ranking, Selection
+from rap_env.rerank.selection import Decider
 from rap_env.rerank.window import LayerWindow
 
 
@@ -48,7 +46,7 @@ class MemoryBounds:
             raise RankingFailed(f"expected a share of the embedding above 0 and at most 1; got {self.embedding_share}")
 
 
-class Reranker:
+class Reranker(LayerwiseReranker):
     """Ranks documents by logit(yes) - logit(no) of a causal LM that is asked of each whether it answers a query.
 
     All documents of a request are read together, layer by layer. With a decider some of them leave early: selected or
@@ -77,7 +75,8 @@ class Reranker:
         max_document_tokens: int = 512,
         memory: MemoryBounds = MemoryBounds(),
     ) -> None:
-        self.llm, self.decider = llm, decider
+        super().__init__(decider)
+        self.llm = llm
         self._prompts = Prompts(llm.tokenizer, template, max_document_tokens, llm.shape.context_tokens)
         self._head = AnswerHead(llm, self._prompts.yes, self._prompts.no)
         self._sites: list[list[Site]] = [[] for _ in range(1 + max(site.layer for site in llm.shape.sites))]
@@ -89,7 +88,6 @@ class Reranker:
         if memory.embedding_share is not None:
             cache_rows(llm, memory.embedding_share, folder)
         trim_freed_memory()  # what the weights had that are in files now
-        self._lock = threading.Lock()
 
     @classmethod
     def load(
@@ -123,76 +121,17 @@ class Reranker:
     def n_layers(self) -> int:
         return len(self._sites)
 
-    def rank(
-        self, query: str, documents: Sequence[str], top_k: int | None = None, return_documents: bool = False
-    ) -> list[dict[str, Any]]:
-        """Ranks documents, in the form of `sentence_transformers.CrossEncoder.rank`.
-
-        Args:
-            query: What is asked for.
-            documents: Any number, empty ones too.
-            top_k: How many are returned; None for all.
-            return_documents: Whether the documents are returned as well.
-
-        Returns:
-            For each of the best documents, the best first, `corpus_id` (its place in `documents`), `score` and, if
-            asked for, `text`. Equal scores keep the order of the documents. Where a decider selects documents early,
-            the order is that of selection first, and scores are those of the layer that a document has left after.
-
-        Raises:
-            RankingFailed: The request has another form, the query has no room in the model's context, or a score is
-                not a finite number. Later requests are answered.
-            WeightsUnavailable: Weights that are not in memory can't be read; requests are answered again once they can.
-        """
-        ranking = self.ranking(query, documents, top_k)
-        return [
-            {"corpus_id": index, "score": ranking.scores[index]}
-            | ({"text": documents[index]} if return_documents else {})
-            for index in ranking.ids
-        ]
-
-    @torch.inference_mode()
-    def ranking(self, query: str, documents: Sequence[str], top_k: int | None = None) -> Ranking:
-        """As `rank`, with the scores of all documents and how many layers read each of them."""
-        _check(query, documents, top_k)
-        if not documents:
-            return Ranking((), (), ())
-        prompt = self._prompts.of(query, documents)
-        selection = Selection(len(documents), top_k, self.n_layers, self.decider)
-        with self._lock, contextlib.closing(self._read(prompt)) as reading:
-            for layer, candidates in reading:
-                selection.after(layer, candidates.scores(self._head) if selection.needs_scores(layer) else None)
-                if not selection.active:
-                    break
-                candidates.keep(selection.active)
-        return selection.ranking
-
-    @torch.inference_mode()
-    def score_path(self, query: str, documents: Sequence[str]) -> np.ndarray:
-        """Scores of all documents after every layer [layers, n], of which `replay` makes rankings without the model.
-
-        Raises:
-            RankingFailed: As `rank`; also without documents.
-        """
-        _check(query, documents, None)
-        if not documents:
-            raise RankingFailed("expected at least 1 document; got none")
-        prompt = self._prompts.of(query, documents)
-        with self._lock, contextlib.closing(self._read(prompt)) as reading:
-            return np.stack([candidates.scores(self._head) for _layer, candidates in reading])
-
     def token_counts(self, query: str, documents: Sequence[str]) -> np.ndarray:
         """Tokens that are read for each document alone [n]: its own, and those behind it.
 
         Raises:
             RankingFailed: As `rank`.
         """
-        _check(query, documents, None)
+        check_request(query, documents, None)
         return np.array([len(ending) for ending in self._prompts.of(query, documents).endings], int)
 
-    def _read(self, prompt: Prompt) -> Iterator[tuple[int, Candidates]]:
-        """The candidates after each layer."""
-        candidates = Candidates(self.llm, prompt, self._chunk_tokens)
+    def _read(self, query: str, documents: Sequence[str]) -> Iterator[tuple[int, Candidates]]:
+        candidates = Candidates(self.llm, self._prompts.of(query, documents), self._chunk_tokens)
         layers = iter(range(self.n_layers)) if self._window is None else self._window.walk()
         try:
             for layer in layers:
@@ -202,11 +141,5 @@ class Reranker:
             if self._window is not None:
                 layers.close()
 
-
-def _check(query: str, documents: Sequence[str], top_k: int | None) -> None:
-    if not isinstance(query, str):
-        raise RankingFailed(f"expected a query of type str; got {type(query).__name__}")
-    if isinstance(documents, str) or not all(isinstance(document, str) for document in documents):
-        raise RankingFailed("expected a list of documents of type str")
-    if top_k is not None and top_k < 1:
-        raise RankingFailed(f"expected top_k of at least 1, or None; got {top_k}")
+    def _scores(self, reading: Candidates) -> np.ndarray:
+        return reading.scores(self._head)

@@ -125,7 +125,7 @@ def test_scenarios_of_a_workload_agree_in_their_generated_tokens(composed):
 def test_no_yaml_is_unused(path):
     defaults = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml").defaults)
     groups = {key.removeprefix("optional ") for entry in defaults if isinstance(entry, dict) for key in entry}
-    mains = [CONF / f"{name}.yaml" for name in ("config", "benchmark", "serve")]
+    mains = [CONF / f"{name}.yaml" for name in ("config", "benchmark", "serve", "rerank")]
     assert path in mains or (path.parent.parent == CONF and path.parent.name in groups)
 
 

@@ -104,9 +104,9 @@ def test_resident_memory_is_that_of_two_layers_and_the_cached_rows(tmp_path):
     # The C library may keep some of what other tests had; the files are counted to the page below.
     assert whole - resident_bytes() > 0.6 * (16 * layer_bytes + 0.9 * embedding_bytes)
     assert len(resident_of(tmp_path)) == 2 and sum(resident_of(tmp_path).values()) < 1e5
-    at_rest, prompt, above, mapped = resident_bytes(), reranker._prompts.of(QUERY, documents), [], []
+    at_rest, above, mapped = resident_bytes(), [], []
     with torch.inference_mode():
-        for _layer, _candidates in reranker._read(prompt):
+        for _layer, _candidates in reranker._read(QUERY, documents):
             above.append(resident_bytes() - at_rest)
             mapped.append(sum(resident_of(tmp_path).values()))
     assert layer_bytes <= min(mapped) and max(mapped) < 2 * layer_bytes + 1e5

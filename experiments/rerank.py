@@ -1,0 +1,223 @@
+"""Rerankers compared by seconds, memory and what they find: `python -m experiments.rerank`; see conf/rerank.yaml."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import hydra
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from experiments.progress import phase
+from experiments.recipes.build import plain
+from experiments.recipes.folder import claimed
+from experiments.recipes.refusals import refusing_in_one_line
+from experiments.records import model_provenance, provenance, write_record
+from experiments.report.gamma import gamma_by_layer
+from experiments.report.reranking import RERANKING_TABLES, gamma_picture, trade_off_picture
+from experiments.rerank_training.data import Collection, load_collection, split_queries
+from experiments.rerank_training.evaluation import ndcg
+from experiments.reranking.answers import Plan, ask_all
+from experiments.reranking.paths import paths_of
+from experiments.reranking.process import Process
+from experiments.reranking.requests import Request, packaged_collection, requests_of
+from experiments.reranking.summary import Judges, summary
+from experiments.reranking.systems import System, systems_of
+from experiments.reranking.thresholds import lowest_threshold
+from rap_env.errors import InvalidConfig, RecordExists
+from rap_env.files import write_over
+from rap_env.llm.loading import load_llm
+from rap_env.rerank import ClusterRule
+
+_RECORD = "rerank.json"
+_CONFIG = "config.json"
+_WEIGHTS = "weights"
+_LOADED = (
+    *("model_name", "dtype", "adapter", "template", "max_document_tokens", "rule", "bounds"),
+    *("batch_size", "kept_channels", "n_heads"),
+)
+
+
+class Comparison:
+    """One comparison in its folder.
+
+    Args:
+        config: As plain values.
+        folder: For answers, record, tables and pictures; what an earlier run of the same config left is used.
+
+    Raises:
+        InvalidConfig: There are too few queries or documents, or an earlier run in the folder had another config.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
+        self._config, self._folder = config, folder
+        systems = systems_of(config["systems"])
+        self.left_out = {name: each.missing_package for name, each in systems.items() if each.missing_package}
+        self._systems = {name: each for name, each in systems.items() if name not in self.left_out}
+        self._collection = _collection(config)
+        training, report = _split(config, self._collection)
+        self._requests = requests_of(self._collection, [*training, *report], max(config["candidates"]))
+        self._training = range(len(training))
+        self._report = range(len(training), len(self._requests))
+        _check_same(folder / _CONFIG, config)
+
+    def results(self) -> dict[str, Any]:
+        """Asks everything that has no answer yet, and sums up."""
+        full = self._paths(System(), [*self._training, *self._report])
+        thresholds = self._thresholds(full)
+        config = self._config
+        plan = Plan(self._report, config["candidates"], config["top_k"], config["repeats"], thresholds)
+        with phase("requests") as progress:
+            answers, failed = ask_all(self._systems, plan, self._start, self._folder, progress)
+        judges = Judges(self._requests, self._full_orders(full), self._collection.grades)
+        whole = {name: each for name, each in answers.items() if name not in failed}
+        return {
+            "systems": {name: summary(each, judges, config["top_k"]) for name, each in whole.items()},
+            "bm25": self._bm25(),
+            "left_out": self.left_out | failed,
+            "catches_peaks": all(each["catches_peaks"] for own in whole.values() for each in own),
+            "thresholds": [
+                {"masked": masked, "candidates": n, "top_k": k, "threshold": threshold}
+                for (masked, n, k), threshold in thresholds.items()
+            ],
+            "gamma": [_numbers(gamma_by_layer(full[number]["path"])) for number in self._report],
+            "prompt_tokens_behind_the_query": mean(t for number in self._report for t in full[number]["tokens"]),
+        }
+
+    def _bm25(self) -> list[dict[str, Any]]:
+        """NDCG@10 of the candidates in the order in which BM25 found them."""
+        found = []
+        for candidates in self._config["candidates"]:
+            asked = [self._requests[number] for number in self._report]
+            run = {
+                each.name: {name: -float(place) for place, name in enumerate(islice(each.documents, candidates))}
+                for each in asked
+            }
+            found.append({"candidates": candidates, "ndcg_at_10": mean(ndcg(self._collection.grades, run).values())})
+        return found
+
+    def remove_weights(self) -> None:
+        """Removes the files that systems read their weights from; each has a copy of the model."""
+        shutil.rmtree(self._folder / _WEIGHTS, ignore_errors=True)
+
+    @property
+    def digest(self) -> str:
+        """Of all requests."""
+        texts = [text for each in self._requests for text in (each.query, *each.documents.values())]
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+    def _paths(self, system: System, numbers: Sequence[int]) -> dict[int, Mapping[str, Any]]:
+        name = "masked" if system.masks else "full"
+        candidates = max(self._config["candidates"])
+        with phase(f"paths, {name}") as progress:
+            return paths_of(
+                numbers,
+                candidates,
+                lambda: Process(name, self._spec(system), self._folder / f"paths.{name}.log"),
+                self._folder / f"paths.{name}",
+                progress,
+            )
+
+    def _thresholds(self, full: Mapping[int, Mapping[str, Any]]) -> dict[tuple[bool, int, int], float]:
+        """Of each model that is pruned: a masked one is held against its own full reading."""
+        found, config = {}, self._config
+        for masks in sorted({each.masks for each in self._systems.values() if each.prunes}):
+            paths = self._paths(System(masks=True), self._training) if masks else full
+            for candidates in config["candidates"]:
+                known = [paths[number]["path"][:, :candidates] for number in self._training]
+                for k in config["top_k"]:
+                    rule = ClusterRule(0.0, **config["rule"])
+                    found[masks, candidates, k] = lowest_threshold(rule, known, k, config["target"])
+        return found
+
+    def _full_orders(self, full: Mapping[int, Mapping[str, Any]]) -> dict[tuple[int, int], list[int]]:
+        return {
+            (number, candidates): np.argsort(-full[number]["path"][-1, :candidates], kind="stable").tolist()
+            for number in self._report
+            for candidates in self._config["candidates"]
+        }
+
+    def _start(self, name: str) -> Process:
+        return Process(name, self._spec(self._systems[name]), self._folder / f"{name}.log")
+
+    def _spec(self, system: System) -> dict[str, Any]:
+        requests = [{"query": each.query, "documents": list(each.documents.values())} for each in self._requests]
+        loaded = {key: self._config[key] for key in _LOADED}
+        examples = [self._example(self._requests[number]) for number in self._training]
+        own = {"system": system.as_dict(), "requests": requests, "examples": examples}
+        return {**loaded, **own, "folder": str(self._folder / _WEIGHTS)}
+
+    def _example(self, request: Request) -> dict[str, Any]:
+        """A calibration query with the fewest candidates that are asked for, as the heads are chosen on it."""
+        grades = self._collection.grades[request.name]
+        documents = dict(islice(request.documents.items(), min(self._config["candidates"])))
+        relevant = [grades.get(name, 0) > 0 for name in documents]
+        return {"query": request.query, "documents": list(documents.values()), "relevant": relevant}
+
+
+def _collection(config: Mapping[str, Any]) -> Collection:
+    return packaged_collection(config["seed"]) if config["data"] is None else load_collection(config["data"])
+
+
+def _split(config: Mapping[str, Any], collection: Collection) -> tuple[Sequence[str], Sequence[str]]:
+    n_training, n_report = config["calibration_queries"], config["report_queries"]
+    if min(n_training, n_report) < 1 or n_training + n_report > len(collection.queries):
+        raise InvalidConfig(
+            f"expected at least 1 calibration query and 1 report query, of {len(collection.queries)} queries;"
+            f" got {n_training} and {n_report}"
+        )
+    split = split_queries(list(collection.queries), 0, n_report, config["seed"])
+    return split.training[:n_training], split.report
+
+
+def _check_same(path: Path, config: Mapping[str, Any]) -> None:
+    text = json.dumps(config, sort_keys=True)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise InvalidConfig(f"{path} is of a run with another config; name another folder (hydra.run.dir=...)")
+    write_over(path, text)
+
+
+def _numbers(values: Sequence[float]) -> list[float | None]:
+    """JSON has no NaN."""
+    return [None if np.isnan(value) else value for value in values]
+
+
+def run(config: DictConfig) -> None:
+    """Compares, and writes one record, the table and the pictures.
+
+    Raises:
+        RecordExists, FolderInUse: The folder holds a record, or another run works in it.
+        RapError: Bad input.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with claimed(folder):
+        if (folder / _RECORD).exists():
+            raise RecordExists(f"{folder / _RECORD} exists, and records are written once; name another folder")
+        comparison = Comparison(plain(config), folder)
+        for name, package in comparison.left_out.items():
+            print(f"{name} is left out: it needs the package {package}, which is not installed", flush=True)
+        results = comparison.results()
+        source = provenance() | model_provenance(load_llm(config.model_name, config.dtype, "cpu"), comparison.digest)
+        record = {"config": plain(config), "provenance": source, "results": results}
+        path = write_record(folder / _RECORD, record)
+        comparison.remove_weights()
+        pictures = [trade_off_picture(record, folder / "rerank.png"), gamma_picture(record, folder / "gamma.png")]
+        tables = [line for table in RERANKING_TABLES.values() for line in ("", *table(record).markdown)]
+        failed = [f"{name} is left out: {why}" for name, why in results["left_out"].items()]
+        print("\n".join([*tables, "", *failed, *(f"picture: {each}" for each in pictures), f"record: {path}"]))
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="rerank")
+def main(config: DictConfig) -> None:
+    with refusing_in_one_line():
+        run(config)
+
+
+if __name__ == "__main__":
+    main()

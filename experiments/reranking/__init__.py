@@ -1,0 +1,1 @@
+"""Rerankers compared, each in a process of its own: what `python -m experiments.rerank` runs."""

@@ -1,0 +1,74 @@
+"""The rerankers that are compared: who reads the documents, and what of it is switched on."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rap_env.errors import check_known
+
+RERANKER, PADDED, OFFLOADED, CROSS_ENCODER, HEADS = "reranker", "padded", "offloaded", "cross_encoder", "heads"
+_PACKAGES = {OFFLOADED: "accelerate", CROSS_ENCODER: "sentence_transformers"}
+
+
+@dataclass(frozen=True)
+class System:
+    """One way of reranking.
+
+    Attributes:
+        reads: `"reranker"`, this package's; or, over the same prompts, `"padded"` batches of transformers, the same
+            with layers `"offloaded"` to the disk by accelerate, or sentence-transformers' `"cross_encoder"`; or, over
+            one prompt with all documents, attention `"heads"`.
+        prunes: Whether documents leave early, by the cluster rule.
+        streams: Whether only two layers' weights are in memory.
+        chunks: Whether a layer reads the documents chunk by chunk.
+        caches_rows: Whether only some rows of the embedding are in memory.
+        masks: Whether the model runs without some groups of MLP channels.
+        weights: Number format of the weights.
+    """
+
+    reads: str = RERANKER
+    prunes: bool = False
+    streams: bool = False
+    chunks: bool = True
+    caches_rows: bool = False
+    masks: bool = False
+    weights: str = "full"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def missing_package(self) -> str | None:
+        """The package that this system needs, where it is not installed."""
+        package = _PACKAGES.get(self.reads)
+        return package if package is not None and importlib.util.find_spec(package) is None else None
+
+
+SYSTEMS = {
+    "hf": System(PADDED),
+    "hf_offload": System(OFFLOADED),
+    "cross_encoder": System(CROSS_ENCODER),
+    "heads": System(HEADS),
+    "int8": System(weights="int8"),
+    "full": System(),
+    "pruned": System(prunes=True),
+    "streamed": System(streams=True, caches_rows=True),
+    "streamed_pruned": System(prunes=True, streams=True, caches_rows=True),
+    # From everything on, one part is off; without pruning it is `streamed`.
+    "without_streaming": System(prunes=True, caches_rows=True),
+    "without_chunks": System(prunes=True, streams=True, chunks=False, caches_rows=True),
+    "without_row_cache": System(prunes=True, streams=True),
+    "pruning_alone": System(prunes=True, chunks=False),
+    "masked": System(masks=True),
+    "masked_pruned": System(prunes=True, masks=True),
+}
+
+
+def systems_of(names: Sequence[str]) -> dict[str, System]:
+    """Looks systems up by name.
+
+    Raises:
+        UnknownName: There is no such system.
+    """
+    return {name: SYSTEMS[check_known("system", name, SYSTEMS)] for name in names}

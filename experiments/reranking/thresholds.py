@@ -1,0 +1,34 @@
+"""The threshold of the cluster rule: the lowest one that still agrees with the full model on training queries."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rap_env.rerank import ClusterRule
+from rap_env.rerank.calibration import precision
+
+_STEPS = 16
+
+
+def lowest_threshold(rule: ClusterRule, paths: Sequence[np.ndarray], top_k: int, target: float) -> float:
+    """Walks down from a threshold that prunes nothing while the mean agreement meets the target.
+
+    A threshold only matters where scores have spreads on either side of it, so the steps are quantiles of the spreads
+    that the paths have. The online rule (`rap_env.rerank.calibrate`) ends where the last requests left it; with few
+    requests this walk says what all of them say.
+
+    Args:
+        rule: The rule with any threshold.
+        paths: Scores of training requests after every layer [layers, n].
+        top_k: K; with as many documents, or fewer, nothing is ever pruned.
+        target: Least mean share of the full model's best K.
+    """
+    spreads = np.concatenate([np.abs(path.std(1) / path.mean(1)) for path in paths])
+    lowest = float(spreads.max()) * 2  # a subset of the scores may spread more than all of them
+    for threshold in np.quantile(spreads, np.linspace(1, 0, _STEPS)).tolist():
+        tried = replace(rule, threshold=threshold)
+        if np.mean([precision(path, tried, top_k) for path in paths]) < target:
+            break
+        lowest = threshold
+    return lowest

@@ -1,0 +1,67 @@
+"""The process of one system: reads commands from stdin, a line of JSON each, and answers each with one on stdout."""
+
+import json
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+import torch
+
+from experiments.reranking.ranker import Ranker
+from experiments.reranking.systems import System
+from rap_env.memory.measured import trim_freed_memory
+
+_WARM_UP_DOCUMENTS = 4
+
+
+def serve(commands: TextIO, answers: TextIO) -> None:
+    """Answers until there are no more commands.
+
+    The first command is what to load, answered once it is loaded; those that follow name a request by its number:
+    `{"rank": 0, "candidates": 20, "top_k": 5, "threshold": 0.3}` or `{"path": 0, "candidates": 60}`.
+
+    Args:
+        commands: Lines of JSON.
+        answers: Likewise; the first one, before any command, says that everything is imported.
+    """
+
+    def tell(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    square = torch.ones(64, 64, dtype=torch.bfloat16)
+    torch.nn.functional.linear(square, square)  # the libraries behind a product take memory when they are first used
+    tell({"imported": True})
+    spec = json.loads(commands.readline())
+    ranker = Ranker(System(**spec["system"]), spec)
+    _warm_up(ranker, spec["requests"][0])
+    tell({"loaded": True, "threads": torch.get_num_threads()})
+    for line in commands:
+        command = json.loads(line)
+        tell(_answer(ranker, spec["requests"][command.get("rank", command.get("path"))], command))
+
+
+def _warm_up(ranker: Ranker, request: dict[str, Any]) -> None:
+    ranker.rank(request["query"], request["documents"][:_WARM_UP_DOCUMENTS], None, None)
+
+
+def _answer(ranker: Ranker, request: dict[str, Any], command: dict[str, Any]) -> dict[str, Any]:
+    query, documents = request["query"], request["documents"][: command["candidates"]]
+    if "path" in command:
+        tokens = [len(ending) for ending in ranker.prompts.of(query, documents).endings]
+        return {"path": ranker.path(query, documents), "tokens": tokens}
+    trim_freed_memory()  # what an earlier request left would hide what this one takes
+    started = time.perf_counter()
+    ranked = ranker.rank(query, documents, command["top_k"], command["threshold"])
+    return {"seconds": time.perf_counter() - started, **ranked._asdict()}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    serve(sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()
