@@ -11,6 +11,7 @@ import numpy as np
 from experiments.serving.child import Outcome
 
 _PERCENTILES = (50, 95, 99)
+_ROWS = 3000  # of columns over time, which are for pictures
 
 
 def summary(
@@ -91,10 +92,11 @@ def _quality(
 
 
 def _watched(outcome: Outcome) -> dict[str, Any]:
-    """Memory over time, thinned to about ten readings a second, the largest of each."""
+    """Memory over time, thinned to about ten readings a second or fewer, the largest of each."""
     columns: dict[str, list] = {"seconds": [], "limit_bytes": [], "used_bytes": []}
+    apart_seconds = max(0.1, outcome.samples[-1].seconds / _ROWS) if outcome.samples else 0.1
     for sample in outcome.samples:
-        if not columns["seconds"] or sample.seconds - columns["seconds"][-1] >= 0.1:
+        if not columns["seconds"] or sample.seconds - columns["seconds"][-1] >= apart_seconds:
             columns["seconds"].append(round(sample.seconds, 3))
             columns["limit_bytes"].append(int(sample.limit_bytes))
             columns["used_bytes"].append(int(sample.used_bytes))
@@ -121,7 +123,7 @@ def _steps(lines: Sequence[Mapping[str, Any]], told: Mapping[str, Any], window_s
         "processor_seconds": told.get("processor_seconds"),
         "baseline_bytes": told["baseline_bytes"],
         "activation_bytes": told["activation_bytes"],
-        "steps": columns,
+        "steps": {name: column[:: -(-len(lines) // _ROWS)] for name, column in columns.items()},
     }
 
 
