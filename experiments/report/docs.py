@@ -5,8 +5,7 @@ A table stands between two comments and names the files that it is made from and
     <!-- table: results/policies.jsonl metrics -->
     <!-- end -->
 
-The kinds are those of `table_lines`, for one record `serving`, `serving_memory`, `serving_learners`,
-`serving_validation`, `selection_learners`, `reranking` and `reranking_found`, and `benchmark`: what benchmarks printed.
+The kinds are those of `table_lines`, for one record those of `_OF_ONE_RECORD`, and `benchmark`: what benchmarks printed.
 """
 
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from experiments.records import read_records
 from experiments.report import benchmark_lines
+from experiments.report.rerank_training import rerank_training_table
 from experiments.report.reranking import RERANKING_TABLES
 from experiments.report.selection_learners import selection_learners_table
 from experiments.report.serving import SERVING_TABLES
@@ -28,6 +28,7 @@ from rap_env.files import write_over
 _OF_ONE_RECORD = {
     **SERVING_TABLES,
     **RERANKING_TABLES,
+    "rerank_training": rerank_training_table,
     "serving_learners": serving_learners_table,
     "serving_validation": serving_validation_table,
     "selection_learners": selection_learners_table,
