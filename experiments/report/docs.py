@@ -5,7 +5,7 @@ A table stands between two comments and names the files that it is made from and
     <!-- table: results/policies.jsonl metrics -->
     <!-- end -->
 
-The kinds are those of `table_lines`, for one record those of `_OF_ONE_RECORD`, and `benchmark`: what benchmarks printed.
+The kinds are those of `table_lines`, for one record those of `_OF_ONE_RECORD`, and `benchmark`: what was printed.
 """
 
 import re
