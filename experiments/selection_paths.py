@@ -11,19 +11,16 @@ from pathlib import Path
 from experiments.progress import phase
 from experiments.records import provenance
 from experiments.rerank_training.data import Collection, load_collection
-from experiments.rerank_training.rivals import Bm25
+from experiments.reranking import requests as reranking
 from rap_env.rerank import Reranker
 from rap_env.rerank.recording import Request, record_paths
 
 
 def requests_of(collection: Collection, n_candidates: int) -> Iterator[Request]:
     """A request for each query, with grades where a document was judged."""
-    texts = {name: document.text for name, document in collection.documents.items()}
-    bm25 = Bm25(texts)
-    for name, query in collection.queries.items():
-        candidates = list(bm25.best(query, n_candidates))
-        grades = [collection.grades[name].get(candidate, math.nan) for candidate in candidates]
-        yield Request(name, query, [texts[candidate] for candidate in candidates], grades)
+    for asked in reranking.requests_of(collection, list(collection.queries), n_candidates):
+        grades = [collection.grades[asked.name].get(candidate, math.nan) for candidate in asked.documents]
+        yield Request(asked.name, asked.query, list(asked.documents.values()), grades)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,15 +12,15 @@ from experiments.reranking.padded import PaddedBatches, offload
 from experiments.reranking.systems import CROSS_ENCODER, HEADS, OFFLOADED, RERANKER, System
 from rap_env.calibration.corpus import packaged_corpus
 from rap_env.calibration.sampling import random_windows
-from rap_env.llm.embedded import EMBEDDED_NAME
 from rap_env.llm.formats import quantise
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import MLP, PruningMask
-from rap_env.rerank import QWEN3, SMOLLM2, ClusterRule, MemoryBounds, Reranker, Template
-from rap_env.rerank.adapter import EMBEDDED_ADAPTER, merge_adapter
+from rap_env.rerank import ClusterRule, MemoryBounds, Reranker, Template
+from rap_env.rerank.adapter import merge_adapter
 from rap_env.rerank.prompts import Prompts
+from rap_env.rerank.reranker import own_of
 from rap_env.widths.prepare import prepare_widths
 
 _WINDOWS = (6, 256)  # windows and tokens of text that channels are ordered on
@@ -94,6 +94,10 @@ class Ranker:
         """Scores after every layer [layers, n]."""
         return self._reranker.score_path(query, documents).tolist()
 
+    def token_counts(self, query: str, documents: Sequence[str]) -> list[int]:
+        """Tokens that are read for each document alone [n]."""
+        return self._reranker.token_counts(query, documents).tolist()
+
     def _load(self) -> SwitchableLLM:
         spec, system = self._spec, self.system
         llm = load_llm(spec["model_name"], spec["dtype"], "cpu", granularity="group" if system.masks else "block")
@@ -155,14 +159,13 @@ def mask_channels(llm: SwitchableLLM, kept_share: float, folder: Path) -> None:
 
 def _adapter(spec: Mapping[str, Any]) -> str | Path | None:
     """As `Reranker.load` has it: the embedded model has an adapter of its own, unless it is switched off."""
-    own = EMBEDDED_ADAPTER if spec["model_name"] == EMBEDDED_NAME else None
-    return own if spec["adapter"] is None else spec["adapter"] or None
+    return own_of(spec["model_name"])[0] if spec["adapter"] is None else spec["adapter"] or None
 
 
 def _template(spec: Mapping[str, Any]) -> Template:
     if spec["template"] is not None:
         return Template(**spec["template"])
-    return SMOLLM2 if spec["model_name"] == EMBEDDED_NAME else QWEN3
+    return own_of(spec["model_name"])[1]
 
 
 def _layer_bytes(llm: SwitchableLLM) -> list[int]:

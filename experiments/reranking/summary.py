@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.rerank_training.evaluation import ndcg
 from experiments.reranking.requests import Request
+from rap_env.rerank.outcomes import agreement
 
 _NDCG_CUT = 10
 
@@ -57,7 +58,7 @@ def _row(answers: Sequence[Mapping[str, Any]], judges: Judges, k: int) -> dict[s
         "seconds": median(median(values) for values in seconds.values()),
         "seconds_by_request": seconds,
         "peak_bytes": max(each["peak_bytes"] for each in answers),
-        "agreement": mean(_agreement(each, judges, k) for each in firsts),
+        "agreement": mean(agreement(each["ids"][:k], _full(each, judges)[:k]) for each in firsts),
         "precision": mean(_precision(each, judges, k) for each in firsts),
         "ndcg_at_10": _ndcg(firsts, judges) if k >= _NDCG_CUT or answers[0]["top_k"] is None else None,
         "layers": mean(each["layers"] for each in firsts),
@@ -65,9 +66,8 @@ def _row(answers: Sequence[Mapping[str, Any]], judges: Judges, k: int) -> dict[s
     }
 
 
-def _agreement(answer: Mapping[str, Any], judges: Judges, k: int) -> float:
-    full = judges.full[answer["rank"], answer["candidates"]][:k]
-    return len(set(full) & set(answer["ids"][:k])) / len(full)
+def _full(answer: Mapping[str, Any], judges: Judges) -> Sequence[int]:
+    return judges.full[answer["rank"], answer["candidates"]]
 
 
 def _precision(answer: Mapping[str, Any], judges: Judges, k: int) -> float:

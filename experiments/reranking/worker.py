@@ -49,8 +49,7 @@ def _warm_up(ranker: Ranker, request: dict[str, Any]) -> None:
 def _answer(ranker: Ranker, request: dict[str, Any], command: dict[str, Any]) -> dict[str, Any]:
     query, documents = request["query"], request["documents"][: command["candidates"]]
     if "path" in command:
-        tokens = [len(ending) for ending in ranker.prompts.of(query, documents).endings]
-        return {"path": ranker.path(query, documents), "tokens": tokens}
+        return {"path": ranker.path(query, documents), "tokens": ranker.token_counts(query, documents)}
     trim_freed_memory()  # what an earlier request left would hide what this one takes
     started = time.perf_counter()
     ranked = ranker.rank(query, documents, command["top_k"], command["threshold"])

@@ -46,6 +46,11 @@ class MemoryBounds:
             raise RankingFailed(f"expected a share of the embedding above 0 and at most 1; got {self.embedding_share}")
 
 
+def own_of(name: str) -> tuple[Path | None, Template]:
+    """A model's own adapter, and how it is asked where nobody says: only the embedded one has an adapter here."""
+    return (EMBEDDED_ADAPTER, SMOLLM2) if name == EMBEDDED_NAME else (None, QWEN3)
+
+
 class Reranker(LayerwiseReranker):
     """Ranks documents by logit(yes) - logit(no) of a causal LM that is asked of each whether it answers a query.
 
@@ -111,11 +116,10 @@ class Reranker(LayerwiseReranker):
         Raises what `load_llm`, `merge_adapter` and `Reranker` raise.
         """
         llm = load_llm(name, dtype, device)
-        if name == EMBEDDED_NAME:
-            adapter, options = adapter or EMBEDDED_ADAPTER, {"template": SMOLLM2, **options}
-        if adapter is not None:
+        own_adapter, template = own_of(name)
+        if (adapter := adapter or own_adapter) is not None:
             merge_adapter(llm, adapter)
-        return cls(llm, **options)
+        return cls(llm, **{"template": template, **options})
 
     @property
     def n_layers(self) -> int:

@@ -137,7 +137,7 @@ class Controller:
         self._now, self.budget_bytes = self._clock(), self._reading()
         for recent, value in (
             (self._budgets, self.budget_bytes),
-            (self._counts, -len(lengths)),
+            (self._counts, -len(lengths)),  # negated, as the most is wanted
             (self._tokens, -sum(lengths)),
         ):
             recent.add(self._now, value)
