@@ -60,7 +60,6 @@ class Ranker:
         self.system, self._spec = system, spec
         template = _template(spec)
         llm = self._load()
-        self.prompts = Prompts(llm.tokenizer, template, spec["max_document_tokens"], llm.shape.context_tokens)
         self._n_layers = 1 + max(site.layer for site in llm.shape.sites)
         self._layer_bytes = _layer_bytes(llm)
         if system.reads == RERANKER:
@@ -111,18 +110,19 @@ class Ranker:
 
     def _rival(self, llm: SwitchableLLM, template: Template) -> Scorer:
         spec = self._spec
+        prompts = Prompts(llm.tokenizer, template, spec["max_document_tokens"], llm.shape.context_tokens)
         if self.system.reads == CROSS_ENCODER:
             from experiments.reranking.cross_encoder import PromptedCrossEncoder
 
             copy, cut = Path(spec["folder"]) / "cross_encoder", spec["max_document_tokens"]
-            return PromptedCrossEncoder(llm, self.prompts, template, cut, spec["batch_size"], copy)
+            return PromptedCrossEncoder(llm, prompts, template, cut, spec["batch_size"], copy)
         if self.system.reads == HEADS:
             examples = [Example(**each) for each in spec["examples"]]
             return AttentionHeads(llm, spec["max_document_tokens"], examples, spec["n_heads"])
         model = llm.model
         if self.system.reads == OFFLOADED:
             model = offload(model, Path(spec["folder"]) / "offloaded")
-        return PaddedBatches(model, self.prompts, spec["batch_size"])
+        return PaddedBatches(model, prompts, spec["batch_size"])
 
     def _bounds(self) -> MemoryBounds:
         system, bounds = self.system, self._spec["bounds"]
