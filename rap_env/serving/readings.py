@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from rap_env.errors import InvalidConfig
+from rap_env.memory.measured import trim_freed_memory
 
 _CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = "max"
@@ -87,12 +88,14 @@ class BudgetFile:
 class LimitedProcess:
     """A budget of a process that has a limit: the limit, less what the process takes beside the model.
 
-    What libraries keep for themselves comes and goes, and no formula has it; so it is measured at each reading.
+    What libraries keep for themselves comes and goes, and no formula has it; so it is measured at each reading. What the
+    C library keeps of freed blocks is asked back before it makes the budget smaller: holes between small blocks fill up
+    step by step, by 30 MB in a minute of serving, and to give them back takes 0.3 ms.
 
     Args:
         limit: Tells the bytes that the process may take above a baseline.
         baseline_bytes: Resident memory of the process without the model.
-        held: Tells what the model takes by the memory model, activations included.
+        held: Tells what the model takes by the memory model between two steps, so without activations.
     """
 
     def __init__(self, limit: Callable[[], float], baseline_bytes: int, held: Callable[[], int]) -> None:
@@ -100,8 +103,14 @@ class LimitedProcess:
         self._process = psutil.Process()
 
     def __call__(self) -> float:
-        beside_bytes = self._process.memory_info().rss - self._baseline_bytes - self._held()
+        beside_bytes = self._beside_bytes()
+        if beside_bytes > 0:
+            trim_freed_memory()
+            beside_bytes = self._beside_bytes()
         return max(0.0, self._limit() - max(0, beside_bytes))
+
+    def _beside_bytes(self) -> int:
+        return self._process.memory_info().rss - self._baseline_bytes - self._held()
 
 
 class RecordedMemory:

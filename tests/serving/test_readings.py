@@ -1,5 +1,8 @@
 """Free memory: the smaller of what the machine has and what the control group leaves."""
 
+import subprocess
+import sys
+
 import psutil
 import pytest
 
@@ -59,3 +62,29 @@ def test_what_the_process_takes_beside_the_model_is_taken_off_its_limit():
     assert grown() == pytest.approx(10**9 - 30_000_000, abs=10_000_000)
     assert LimitedProcess(lambda: 10**9, now, lambda: 20_000_000)() == 10**9  # what is reserved may not be used yet
     assert LimitedProcess(lambda: 1.0, now - 50_000_000, lambda: 0)() == 0.0
+
+
+_HOLES = """
+import ctypes, psutil
+from rap_env.serving.readings import LimitedProcess
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+before = psutil.Process().memory_info().rss
+blocks = [libc.malloc(100_000) for _ in range(400)]  # too small to be mapped on their own
+for block in blocks:
+    ctypes.memset(block, 1, 100_000)
+for place, block in enumerate(blocks):
+    if place % 20:
+        libc.free(block)  # the twentieth that stays keeps what lies below it in the heap
+kept = psutil.Process().memory_info().rss - before
+left = LimitedProcess(lambda: 10**9, before, lambda: 0)()
+print(kept, 10**9 - left)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how the C library keeps freed blocks is glibc's")
+def test_what_the_c_library_keeps_of_freed_blocks_is_asked_back_before_a_budget_shrinks():
+    kept, missing = map(float, subprocess.check_output([sys.executable, "-c", _HOLES], text=True).split())
+    assert kept > 30e6  # most of the 40 MB, though 38 of them are free
+    assert missing < 10e6
