@@ -30,7 +30,8 @@ class Limits:
     Attributes:
         margin: Share of every budget that is left free.
         slack: Share of the budget that a new mask leaves free in addition, if any mask does; so memory that goes on
-            falling, or falls again after a growth, does not mean a switch each time.
+            falling, or falls again after a growth, does not mean a switch each time. A mask also grows by that share
+            at least, or to the whole model: less is not worth the risk that it has to be taken back.
         window_seconds: A mask grows to what was free all this time, and so long after the last switch at the earliest;
             shrinking waits for nothing.
         least_kept: Share of the components' weight bytes that a mask must keep to be chosen for letting more sequences
@@ -213,9 +214,13 @@ class Controller:
         n_most, most_tokens = int(-self._counts.lowest), int(-self._tokens.lowest)
         most = [math.ceil(most_tokens / n_most)] * n_most if n_most else []
         found = self._ask(most, self._left(steady_bytes, max(1, n_most)), self._floor(len(lengths), n_running))
-        if found is None or self._bytes(found[0], lengths) <= self._bytes(self.mask, lengths):
+        if found is None or not self._is_worth_a_switch(found[0], lengths):
             return None
         return self._taken(*found, len(lengths))
+
+    def _is_worth_a_switch(self, mask: PruningMask, lengths: Sequence[int]) -> bool:
+        least_gain = 0.0 if all(mask.keep) else self._limits.slack
+        return self._bytes(mask, lengths) > (1.0 + least_gain) * self._bytes(self.mask, lengths)
 
     def _taken(self, mask: PruningMask, by: str, n_served: int) -> Decision:
         if mask != self.mask:

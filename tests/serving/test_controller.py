@@ -89,6 +89,18 @@ def test_between_growing_and_shrinking_there_is_a_gap():
     assert scene.decide(2.0).mask == PruningMask.all_kept(SHAPE)
 
 
+def test_a_growth_that_gains_next_to_nothing_is_not_worth_a_switch():
+    scene, all_of_it = Scene(Limits(margin=0.0, slack=0.05, window_seconds=0.0)), PruningMask.all_kept(SHAPE)
+    shrunk = scene.decide(0.7).mask
+    share = next(share for share in np.arange(0.7, 1.2, 0.002) if scene.decide(float(share)).mask != shrunk)
+    assert needed(scene.controller.mask) - needed(shrunk) > 0.05 * (needed(shrunk) - ACTIVATIONS)
+    assert share < 0.85
+    while scene.controller.mask != all_of_it and share < 1.2:
+        share += 0.002
+        scene.decide(float(share))
+    assert scene.controller.mask == all_of_it  # however little was missing
+
+
 def test_no_budget_is_ever_passed_and_jitter_is_not_chased():
     generator = np.random.default_rng(0)
     scene = Scene(Limits(margin=0.02, slack=0.05, window_seconds=5.0))
