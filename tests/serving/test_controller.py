@@ -90,15 +90,14 @@ def test_between_growing_and_shrinking_there_is_a_gap():
 
 
 def test_a_growth_that_gains_next_to_nothing_is_not_worth_a_switch():
-    scene, all_of_it = Scene(Limits(margin=0.0, slack=0.05, window_seconds=0.0)), PruningMask.all_kept(SHAPE)
-    shrunk = scene.decide(0.7).mask
-    share = next(share for share in np.arange(0.7, 1.2, 0.002) if scene.decide(float(share)).mask != shrunk)
-    assert needed(scene.controller.mask) - needed(shrunk) > 0.05 * (needed(shrunk) - ACTIVATIONS)
-    assert share < 0.85
-    while scene.controller.mask != all_of_it and share < 1.2:
-        share += 0.002
-        scene.decide(float(share))
-    assert scene.controller.mask == all_of_it  # however little was missing
+    scene = Scene(Limits(margin=0.0, slack=0.05, window_seconds=0.0))
+    scene.decide(0.7)
+    grown = scene.decide(0.81).mask
+    room = GREEDY.decide(WORK, int(0.95 * 0.82 * DENSE))
+    assert 1.0 < needed(room) / needed(grown) < 1.05
+    assert scene.decide(0.82).mask == grown
+    scene.controller.applied(PruningMask.all_kept(SHAPE).drop(SHAPE.components[1].name))
+    assert scene.decide(1.2).mask == PruningMask.all_kept(SHAPE)  # however little was missing
 
 
 def test_no_budget_is_ever_passed_and_jitter_is_not_chased():
