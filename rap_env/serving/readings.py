@@ -88,9 +88,9 @@ class BudgetFile:
 class LimitedProcess:
     """A budget of a process that has a limit: the limit, less what the process takes beside the model.
 
-    What libraries keep for themselves comes and goes, and no formula has it; so it is measured at each reading. What the
-    C library keeps of freed blocks is asked back before it makes the budget smaller: holes between small blocks fill up
-    step by step, by 30 MB in a minute of serving, and to give them back takes 0.3 ms.
+    What libraries keep for themselves comes and goes, and no formula has it; so it is measured at each reading. The
+    C library is first asked to give back what it keeps of freed blocks: its holes between small blocks fill up from
+    step to step.
 
     Args:
         limit: Tells the bytes that the process may take above a baseline.
