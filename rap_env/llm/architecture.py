@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from rap_env.errors import UnknownName
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
-from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, with_tensors
+from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_tensors
 from rap_env.llm.supported import Window, check_member
 from rap_env.mask import ATTENTION
 
@@ -110,7 +110,7 @@ class DecoderLayer:
         self._mlp_modules = [submodule(layer, path) for path in architecture.mlp_modules]
         # The same weights under a config of its own: upstream chooses the attention function by the config, and if the
         # model's own were changed while a packed stream runs, another thread would generate with it.
-        self._packed_attention = copy.copy(layer.self_attn)
+        self._packed_attention = twin(layer.self_attn)
         if packed_config is None:
             packed_config = copy.copy(layer.self_attn.config)
             packed_config._attn_implementation = PACKED_ATTENTION

@@ -119,7 +119,8 @@ class SwitchableLLM:
         kept_attentions = 0
         for layer, own in zip(self._layers, steps, strict=True):
             for one in (layer, *(step for step, _site in own)):
-                one.module.self_attn.layer_idx = kept_attentions
+                if one.module.self_attn.layer_idx != kept_attentions:
+                    one.module.self_attn.layer_idx = kept_attentions
             if len(own) < len(KINDS) or any(site.parts for _step, site in own):
                 run = functools.partial(run_steps, [(step, site.kind) for step, site in own])
                 layer.module.forward = run  # at once: another thread runs the layer as it was or as it is to be

@@ -116,7 +116,8 @@ class WeightStore:
             for path, name in places:
                 own = narrow.module.get_submodule(path)._parameters
                 own[name] = nn.Parameter(self.memory.copied(own[name].detach()), requires_grad=False)
-            self.memory.release(self._pieces(self.resident, needed=False, of=[whole]))
+            if apart:  # was read for the copies
+                self.memory.release(self._pieces(self.resident, needed=False, of=[whole]))
             return narrow
 
     def switch(self, mask: PruningMask) -> None:

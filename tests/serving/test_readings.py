@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from rap_env.errors import InvalidConfig
+from rap_env.memory.measured import trim_freed_memory
 from rap_env.serving import readings
 from rap_env.serving.readings import BudgetFile, LimitedProcess, RealMemory, free_bytes
 
@@ -57,6 +58,7 @@ def test_a_budget_file_without_a_number_is_refused(tmp_path, text):
 
 
 def test_what_the_process_takes_beside_the_model_is_taken_off_its_limit():
+    trim_freed_memory()  # as a budget does
     now = psutil.Process().memory_info().rss
     grown = LimitedProcess(lambda: 10**9, now - 50_000_000, lambda: 20_000_000)
     assert grown() == pytest.approx(10**9 - 30_000_000, abs=10_000_000)
