@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rap_env.memory.workload import Workload
 from rap_env.policies import DensePolicy
 from rap_env.serving import Controller, Engine, LimitedProcess, Limits, Options, RecordedMemory, Request, Sequence, Step
 from rap_env.serving.coarse import CoarseWidths
+from rap_env.serving.controller import Decider
 
 _IDLE_SECONDS = 0.02  # between two steps while nothing is asked
 _MASKS = 24  # that are told, those with the most tokens
@@ -52,10 +54,24 @@ def serve(spec: Mapping[str, Any], write: Callable[[dict[str, Any]], None]) -> N
     config.model.weights, config.model.kv_cache = system.weights, system.kv_cache
     llm, _corpus = build_llm(config)
     WeightStore(llm)
-    model, options = LiveModel(llm), Options(**spec["options"])
     scenario = Scenario(Workload(**spec["static"]["workload"]), spec["static"]["budget_bytes"])
     folders = {name: Path(path) for name, path in spec["policies"].items()}
     deciders = deciders_of(system, llm.shape, folders, scenario, spec["coarse_step"])
+    # In a thread of its own, as a service does: the C library gives it memory apart from the holes that loading left
+    # behind, which small blocks would fill up here and there with tens of megabytes that no prediction has.
+    with ThreadPoolExecutor(1, thread_name_prefix="engine") as thread:
+        thread.submit(_serve_loaded, LiveModel(llm), deciders, scenario, system, spec, write).result()
+
+
+def _serve_loaded(
+    model: LiveModel,
+    deciders: Mapping[str, Decider],
+    scenario: Scenario,
+    system: System,
+    spec: Mapping[str, Any],
+    write: Callable[[dict[str, Any]], None],
+) -> None:
+    llm, options = model.llm, Options(**spec["options"])
     recorded = RecordedMemory(spec["memory"]["seconds"], spec["memory"]["n_bytes"], lambda: time.monotonic() - begun)
     controller = Controller(
         llm.shape, deciders, lambda: memory(), time.monotonic, options.read_tokens, Limits(**spec["limits"])
