@@ -1,5 +1,7 @@
 """The reranker: asks a causal LM of every document whether it answers the query, layer by layer over all of them."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from rap_env.rerank.layerwise import LayerwiseReranker, check_request
 from rap_env.rerank.prompts import QWEN3, SMOLLM2, Prompts, Template
 from rap_env.rerank.rows import cache_rows
 from rap_env.rerank.selection import Decider
-from rap_env.rerank.window import LayerWindow
+from rap_env.rerank.window import WeightWindow
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class MemoryBounds:
 
     Attributes:
         chunk_tokens: Tokens that a layer runs over at once; None for all. See `Candidates`.
-        stream_weights: Whether only two layers' weights are in memory, and the others in a file.
+        stream_weights: Whether only the weights of two sites are in memory, of one layer's size, and the others in a
+            file.
         embedding_share: Of the embedding's rows that are in memory, those used last, the others in a file; None for
             all. Without them the head leaves, too, but for the rows of the two answers.
         folder: For the files; by default `weights` in the cache folder.
@@ -89,7 +92,7 @@ class Reranker(LayerwiseReranker):
             self._sites[site.layer].append(site)
         folder = memory.folder or cache_folder() / "weights"
         self._chunk_tokens = memory.chunk_tokens
-        self._window = LayerWindow(llm, folder) if memory.stream_weights else None
+        self._window = WeightWindow(llm, folder) if memory.stream_weights else None
         if memory.embedding_share is not None:
             cache_rows(llm, memory.embedding_share, folder)
         trim_freed_memory()  # what the weights had that are in files now
@@ -136,14 +139,12 @@ class Reranker(LayerwiseReranker):
 
     def _read(self, query: str, documents: Sequence[str]) -> Iterator[tuple[int, Candidates]]:
         candidates = Candidates(self.llm, self._prompts.of(query, documents), self._chunk_tokens)
-        layers = iter(range(self.n_layers)) if self._window is None else self._window.walk()
-        try:
-            for layer in layers:
-                candidates.run(self._sites[layer])
+        walk = (site for own in self._sites for site in own) if self._window is None else self._window.walk()
+        with contextlib.closing(walk):
+            for layer, own in enumerate(self._sites):
+                for site in itertools.islice(walk, len(own)):
+                    candidates.run(site)
                 yield layer, candidates
-        finally:
-            if self._window is not None:
-                layers.close()
 
     def _scores(self, reading: Candidates) -> np.ndarray:
         return reading.scores(self._head)

@@ -1,5 +1,7 @@
 """The reranker: scores equal upstream's, whatever leaves early, and requests that can't be answered."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -78,12 +80,13 @@ def test_a_rule_decides_on_the_stream_as_it_does_on_recorded_scores(reranker, ru
 def test_who_leaves_is_not_computed_any_more():
     rule, llm, rows = ClusterRule(0.05), tiny(), []
     for layer in llm.model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _module, inputs: rows.append(inputs[0].shape[1]))
+        layer.mlp.register_forward_pre_hook(lambda _module, inputs: rows.append(inputs[0].shape[:2].numel()))
     documents = ["a" * 40, "b" * 40, "c" * 40, "d" * 40]
-    ranking = Reranker(llm, decider=rule).ranking(QUERY, documents, 1)
-    own, read = max(rows[:2]) // 4, rows[1::2]  # the prefix's stream is in between
-    assert read == [own * sum(layers > index for layers in ranking.layers) for index in range(len(read))]
-    assert sum(read) == own * sum(ranking.layers) < 4 * own * N_LAYERS
+    reranker = Reranker(llm, decider=rule)
+    ranking, own = reranker.ranking(QUERY, documents, 1), int(reranker.token_counts(QUERY, documents)[0])
+    left = [sum(layers > index for layers in ranking.layers) for index in range(max(ranking.layers))]
+    assert rows[1::2] == [math.ceil(n * own / 128) * 128 for n in left]  # the prefix's stream is in between
+    assert sum(ranking.layers) < 4 * N_LAYERS
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 4])
