@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 from rap_env.errors import RankingFailed
 from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
@@ -21,6 +23,7 @@ from rap_env.rerank.layerwise import LayerwiseReranker, check_request
 from rap_env.rerank.prompts import QWEN3, SMOLLM2, Prompts, Template
 from rap_env.rerank.rows import cache_rows
 from rap_env.rerank.selection import Decider
+from rap_env.rerank.similarity import SimilarityExit
 from rap_env.rerank.window import WeightWindow
 
 
@@ -64,7 +67,7 @@ class Reranker(LayerwiseReranker):
     Args:
         llm: The model, with the mask that is applied to it; it belongs to the reranker from then on.
         template: How the model is asked.
-        decider: After which layer who leaves; None reads every document with all layers.
+        decider: After which layer who leaves, or who is not read at all; None reads every document with all layers.
         max_document_tokens: A document is cut behind so many tokens, or where the model's context ends; query and
             template never are.
         memory: What is in memory at once.
@@ -79,7 +82,7 @@ class Reranker(LayerwiseReranker):
         self,
         llm: SwitchableLLM,
         template: Template = QWEN3,
-        decider: Decider | None = None,
+        decider: Decider | SimilarityExit | None = None,
         max_document_tokens: int = 512,
         memory: MemoryBounds = MemoryBounds(),
     ) -> None:
@@ -136,6 +139,21 @@ class Reranker(LayerwiseReranker):
         """
         check_request(query, documents, None)
         return np.array([len(ending) for ending in self._prompts.of(query, documents).endings], int)
+
+    @torch.inference_mode()
+    def similarities(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """Cosine of each document's mean input embedding with the query's [n]; -1 where one has no tokens.
+
+        Raises:
+            RankingFailed: As `rank`.
+        """
+        check_request(query, documents, None)
+        embedding, means = self.llm.model.get_input_embeddings(), []
+        for tokens in self._prompts.alone(query, documents):
+            rows = embedding(torch.tensor(tokens, dtype=torch.long, device=self.llm.device))
+            means.append(functional.normalize(rows.double().mean(0), dim=0))
+        query_mean, *others = means
+        return np.nan_to_num([float(query_mean @ mean) for mean in others], nan=-1.0)
 
     def _read(self, query: str, documents: Sequence[str]) -> Iterator[tuple[int, Candidates]]:
         candidates = Candidates(self.llm, self._prompts.of(query, documents), self._chunk_tokens)
