@@ -23,9 +23,7 @@ def test_thresholds_of_both_decide_on_the_reported_queries(tmp_path, capsys):
     assert never["report"]["compute"] == [1.0, 1.0]  # 8 queries lower it by a factor of 1.14
     np.testing.assert_allclose(never["thresholds"], 1e9 * np.exp(2 * 8 * (0.992 - 1)))
     assert all(0 < value <= 1 for row in rows for value in row["report"]["compute"])
-    assert replay(paths.scores[0], ClusterRule(rows[0]["thresholds"][0]), 1).ids
-    assert (
-        lines(rows)[2].startswith("| 1 | the walk | ") and "\n| 10 | online, from 1e+09 | " in capsys.readouterr().out
-    )
+    assert lines(rows)[2].startswith("| 1 | the walk | ")
+    assert "\n| 10 | online, from 1e+09 | " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([str(file), str(tmp_path / "record.json")])
