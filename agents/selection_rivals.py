@@ -9,9 +9,11 @@ import numpy as np
 from rap_env.rerank.clusters import ClusterRule
 from rap_env.rerank.cuts import CUTS, GO_ON, STOP, Cut
 from rap_env.rerank.selection import Decider, Decision
+from rap_env.rerank.similarity import SimilarityExit
 
 PUBLISHED = "published rule"
 _THRESHOLDS = (*np.geomspace(0.02, 200.0, 25).round(4).tolist(), 1e9)  # of |std / mean|; the last never prunes
+_SIMILARITY_MARGINS = (*np.linspace(0.0, 6.0, 25).tolist(), 1e9)  # in spreads of a request's; the last drops nobody
 _N_FIRST_LAYERS = 8
 
 
@@ -38,9 +40,6 @@ class FixedCut:
 class Unchanged:
     """Ends the request when the best K have been the same candidates for some layers.
 
-    A plain form of an exit by similarity. SEE (SIGIR 2025) compares the embeddings of query and documents, best before
-    the first layer; recorded scores have no embeddings, so here successive rankings are compared instead.
-
     Args:
         n_layers: How many layers in a row have to agree with the one before.
     """
@@ -65,15 +64,25 @@ class Setting(NamedTuple):
     """
 
     values: Mapping[str, float]
-    decider: Decider
+    decider: Decider | SimilarityExit
 
 
-def rivals(spreads: np.ndarray) -> dict[str, list[Setting]]:
+def rivals(spreads: np.ndarray, with_similarities: bool = False) -> dict[str, list[Setting]]:
     """All settings of each rule, by its name.
 
     Args:
         spreads: The usual spread of scores after each layer [layers].
+        with_similarities: Whether similarities of embeddings were recorded, by which documents can leave.
     """
+    families = _by_scores(spreads)
+    if with_similarities:
+        families["similarity before the first layer"] = [
+            Setting({"margin": margin}, SimilarityExit(margin)) for margin in _SIMILARITY_MARGINS
+        ]
+    return families
+
+
+def _by_scores(spreads: np.ndarray) -> dict[str, list[Setting]]:
     n_layers = len(spreads)
     first_layers = sorted({n_layers * part // _N_FIRST_LAYERS for part in range(_N_FIRST_LAYERS)})
     return {

@@ -108,10 +108,10 @@ def compare(parts: Parts, plan: Plan) -> dict[str, Any]:
 def _tuned_rules(parts: Parts, plan: Plan) -> tuple[dict[str, dict], dict[int, dict[str, Outcomes]]]:
     """What rules came to, and by K and name the held-out outcomes of those settings that were the best in tuning."""
     names = (*parts.training.queries, *parts.validation.queries)
-    columns = ("scores", "tokens", "grades")
-    joined = (getattr(parts.training, name) + getattr(parts.validation, name) for name in columns)
-    tuning = ScorePaths(names, *joined, parts.training.provenance)
-    families = rivals(parts.training.spreads())
+    columns = ("scores", "tokens", "grades", "similarities")
+    *joined, similarities = (getattr(parts.training, name) + getattr(parts.validation, name) for name in columns)
+    tuning = ScorePaths(names, *joined, parts.training.provenance, similarities)
+    families = rivals(parts.training.spreads(), bool(similarities))
     rules: dict[str, dict] = {name: {} for name in families}
     curves: dict[int, dict[str, Outcomes]] = {k: {} for k in plan.top_ks}
     with phase("tuning rules") as progress:

@@ -42,10 +42,14 @@ def outcomes(paths: ScorePaths, deciders: Sequence[Decider], top_k: int) -> Outc
     Raises:
         InvalidConfig: There is no such query.
     """
-    requests = [pair for pair in zip(paths.scores, paths.tokens, strict=True) if len(pair[1]) > top_k]
+    similarities = paths.similarities or [None] * len(paths.queries)
+    columns = zip(paths.scores, paths.tokens, similarities, strict=True)
+    requests = [row for row in columns if len(row[1]) > top_k]
     if not requests:
         raise InvalidConfig(f"expected queries with more than {top_k} candidates; there are none")
-    rows = [[replayed(path, tokens, decider, top_k) for path, tokens in requests] for decider in deciders]
+    rows = [
+        [replayed(path, tokens, decider, top_k, similar) for path, tokens, similar in requests] for decider in deciders
+    ]
     return Outcomes(
         *(
             np.array([[getattr(one, name) for one in row] for row in rows])

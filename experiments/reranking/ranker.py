@@ -16,7 +16,7 @@ from rap_env.llm.formats import quantise
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
-from rap_env.mask import MLP, PruningMask
+from rap_env.mask import MLP, PruningMask, Site
 from rap_env.rerank import ClusterRule, MemoryBounds, Reranker, Template
 from rap_env.rerank.adapter import merge_adapter
 from rap_env.rerank.prompts import Prompts
@@ -61,7 +61,7 @@ class Ranker:
         template = _template(spec)
         llm = self._load()
         self._n_layers = 1 + max(site.layer for site in llm.shape.sites)
-        self._layer_bytes = _layer_bytes(llm)
+        self._site_bytes = _site_bytes(llm)
         if system.reads == RERANKER:
             bounds = self._bounds()
             self._reranker = Reranker(llm, template, None, spec["max_document_tokens"], bounds)
@@ -85,8 +85,9 @@ class Ranker:
         rows_before = self._rows_read()
         ranking = self._reranker.ranking(query, documents, top_k)
         read_bytes = (self._rows_read() - rows_before) * self._row_bytes()
-        if self.system.streams:  # the layer behind the last one that ran was read ahead
-            read_bytes += sum(self._layer_bytes[: max(ranking.layers) + 1])
+        if self.system.streams:  # the site behind the last layer that ran was read ahead
+            n_run = sum(site.layer < max(ranking.layers) for site in self._site_bytes)
+            read_bytes += sum(list(self._site_bytes.values())[: n_run + 1])
         return Ranked(list(ranking.ids), float(np.mean(ranking.layers)), read_bytes)
 
     def path(self, query: str, documents: Sequence[str]) -> list[list[float]]:
@@ -168,9 +169,9 @@ def _template(spec: Mapping[str, Any]) -> Template:
     return own_of(spec["model_name"])[1]
 
 
-def _layer_bytes(llm: SwitchableLLM) -> list[int]:
-    """Bytes of the kept components of each layer."""
-    layers = [0] * (1 + max(site.layer for site in llm.shape.sites))
+def _site_bytes(llm: SwitchableLLM) -> dict[Site, int]:
+    """Bytes of the kept components of each site that has any, in their order."""
+    sites: dict[Site, int] = {}
     for component in llm.mask.kept:
-        layers[component.site.layer] += component.weight_bytes
-    return layers
+        sites[component.site] = sites.get(component.site, 0) + component.weight_bytes
+    return sites

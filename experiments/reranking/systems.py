@@ -20,7 +20,7 @@ class System:
             with layers `"offloaded"` to the disk by accelerate, or sentence-transformers' `"cross_encoder"`; or, over
             one prompt with all documents, attention `"heads"`.
         prunes: Whether documents leave early, by the cluster rule.
-        streams: Whether only two layers' weights are in memory.
+        streams: Whether only two sites' weights are in memory.
         chunks: Whether a layer reads the documents chunk by chunk.
         caches_rows: Whether only some rows of the embedding are in memory.
         masks: Whether the model runs without some groups of MLP channels.

@@ -8,14 +8,15 @@ import numpy as np
 from rap_env.rerank import ClusterRule
 from rap_env.rerank.calibration import precision
 
-_STEPS = 16
+_QUANTILES, _TAIL = 16, 25  # steps
 
 
 def lowest_threshold(rule: ClusterRule, paths: Sequence[np.ndarray], top_k: int, target: float) -> float:
     """Walks down from a threshold that prunes nothing while the mean agreement meets the target.
 
     A threshold only matters where scores have spreads on either side of it, so the steps are quantiles of the spreads
-    that the paths have. The online rule (`rap_env.rerank.calibrate`) ends where the last requests left it; with few
+    that the paths have; between the two highest of these, where a mean near 0 makes some spreads very large, they are
+    powers. The online rule (`rap_env.rerank.calibrate`) ends where the last requests left it; with few
     requests this walk says what all of them say.
 
     Args:
@@ -26,7 +27,9 @@ def lowest_threshold(rule: ClusterRule, paths: Sequence[np.ndarray], top_k: int,
     """
     spreads = np.concatenate([np.abs(path.std(1) / path.mean(1)) for path in paths])
     lowest = float(spreads.max()) * 2  # a subset of the scores may spread more than all of them
-    for threshold in np.quantile(spreads, np.linspace(1, 0, _STEPS)).tolist():
+    highest, second, *others = np.quantile(spreads, np.linspace(1, 0, _QUANTILES))
+    tail = np.geomspace(highest, second, _TAIL) if second > 0 else [highest, second]
+    for threshold in map(float, [*tail, *others]):
         tried = replace(rule, threshold=threshold)
         if np.mean([precision(path, tried, top_k) for path in paths]) < target:
             break

@@ -9,16 +9,18 @@ from gymnasium import spaces
 from gymnasium.error import InvalidAction, ResetNeeded
 
 from rap_env.errors import InvalidConfig, check_known
+from rap_env.rerank.budgets import Budgets
 from rap_env.rerank.cuts import CUTS
 from rap_env.rerank.features import N_FEATURES, Features
 from rap_env.rerank.outcomes import outcome
 from rap_env.rerank.paths import ScorePaths
-from rap_env.rerank.selection import Decision, Selection, replay
+from rap_env.rerank.selection import Decision, Selection, check_decision, replay
 from rap_env.rerank.synthetic import synthetic_paths
 from rap_env.reward import weighted_reward
 
 REWARD_WEIGHTS = {"agreement": 1.0, "compute": -0.1}
 TOP_KS = (1, 5, 10)
+_REQUEST, _BUDGETS = ("query", "top_k"), ("compute", "memory")  # options of `reset`
 
 
 class _Given:
@@ -47,7 +49,7 @@ class SelectionEnv(gymnasium.Env):
     they are selected, and the request ends. Every action is valid at any time. `decide` takes any other decision.
 
     ## Observation Space
-    A `Box` of 21 numbers in [0, 1], from what a `Decider` is told and nothing else: see
+    A `Box` of 23 numbers in [0, 1], from what a `Decider` is told and the request's budgets: see
     `rap_env.rerank.features.Features`, whose table names them. Zeros once the request has ended.
 
     ## Rewards
@@ -59,9 +61,12 @@ class SelectionEnv(gymnasium.Env):
     ## Starting State
     A query and a K, drawn from all pairs with fewer places than candidates, after the first layer.
     `reset(options={"query": 3, "top_k": 5})` chooses one of them, by the query's place in the paths; both are given.
+    `options={"compute": 0.5, "memory": 0.4}` gives the episode `Budgets`, as shares of all layers of all candidates and
+    of all candidates; without, there are none.
 
     ## Episode End
-    Terminated when nobody is read on: at the latest one decision before the last layer, for that needs none.
+    Terminated when nobody is read on: at the latest one decision before the last layer, for that needs none. Where the
+    next layer would go beyond a budget, the request ends with the best by the present scores, whatever was decided.
 
     ## Information
     `reward_terms`, `query` (its name), `top_k`, `layer` (the last that was run), `n_live` (candidates that are read on)
@@ -112,7 +117,8 @@ class SelectionEnv(gymnasium.Env):
         super().reset(seed=seed)
         if options:
             for name in options:
-                check_known("option", name, ("query", "top_k"))
+                check_known("option", name, (*_REQUEST, *_BUDGETS))
+        if options and set(options) & set(_REQUEST):
             request = options.get("query"), options.get("top_k")
             if request not in self._requests:
                 raise InvalidConfig(
@@ -125,7 +131,8 @@ class SelectionEnv(gymnasium.Env):
         n_candidates = len(self.paths.tokens[self._query])
         self._given = _Given()
         self.selection = Selection(n_candidates, self._top_k, self.paths.n_layers, self._given)
-        self._features = Features(self.spreads, n_candidates, self._top_k)
+        budgets = Budgets(**{name: float(value) for name, value in (options or {}).items() if name in _BUDGETS})
+        self._features = Features(self.spreads, n_candidates, self._top_k, budgets)
         self.layer = 0
         return self._observe(), self._info(dict.fromkeys(REWARD_WEIGHTS, 0.0))
 
@@ -143,6 +150,8 @@ class SelectionEnv(gymnasium.Env):
             RankingFailed: It is no decision on them.
         """
         self._check_running()
+        check_decision(decision, len(self._seen), self.selection.n_open)
+        decision = self._features.affordable(decision, self._seen, self.selection.n_open)
         self._given.decision = decision
         self.selection.after(self.layer, self._seen)
         self._features.narrow(decision)

@@ -71,6 +71,8 @@ class Packing(PackedStream):
         device: Where the model is.
         window: Tokens that attention looks back, the own one included; None for all.
         prefix: Tokens in front of every tree, which are in a stream of their own; None for none.
+        spare: Rows behind the last tree that belong to nobody, so that `chunks` may end behind their own tokens; they
+            repeat the last token, and attend to nothing.
     """
 
     def __init__(
@@ -79,12 +81,16 @@ class Packing(PackedStream):
         device: torch.device,
         window: int | None = None,
         prefix: "SharedPrefix | None" = None,
+        spare: int = 0,
     ) -> None:
         first = 0 if prefix is None else len(prefix.tokens)
-        self.tokens = torch.tensor([token for tree in trees for token in tree.tokens], device=device)
-        self.positions = torch.tensor([first + place for tree in trees for place in tree.positions], device=device)
-        self.starts = list(accumulate(map(len, trees), initial=0))[:-1]
+        tokens = [token for tree in trees for token in tree.tokens]
+        positions = [first + place for tree in trees for place in tree.positions]
+        self.tokens = torch.tensor(tokens + tokens[-1:] * spare, device=device)
+        self.positions = torch.tensor(positions + positions[-1:] * spare, device=device)
+        *self.starts, self.end = accumulate(map(len, trees), initial=0)
         self._trees, self._device, self._window, self._prefix = trees, device, window, prefix
+        self._spare = spare
         self._cuts: dict[int, list[tuple[slice, Packing]]] = {}
 
     def cut(self, n_parts: int) -> list[tuple[slice, "Packing"]]:
@@ -93,15 +99,22 @@ class Packing(PackedStream):
             self._cuts[n_parts] = self._runs(cut([len(tree) for tree in self._trees], n_parts))
         return self._cuts[n_parts]
 
-    def chunks(self, most_tokens: int) -> list[tuple[slice, "Packing"]]:
-        """Parts of at most so many tokens, as `cut` returns them; a longer tree is a part of its own."""
+    def chunks(self, most_tokens: int, step: int = 1) -> list[tuple[slice, "Packing"]]:
+        """Parts of at most so many tokens, as `cut` returns them; a longer tree is a part of its own.
+
+        Args:
+            most_tokens: Of a part's trees.
+            step: Each part's slice has a multiple of so many rows: it reaches into what follows, with `step - 1` spare
+                rows behind the last tree.
+        """
         bounds, tokens = [0], 0
         for index, tree in enumerate(self._trees):
             if tokens and tokens + len(tree) > most_tokens:
                 bounds.append(index)
                 tokens = 0
             tokens += len(tree)
-        return self._runs([slice(*ends) for ends in pairwise([*bounds, len(self._trees)])])
+        runs = self._runs([slice(*ends) for ends in pairwise([*bounds, len(self._trees)])])
+        return [(slice(own.start, own.stop + (own.start - own.stop) % step), part) for own, part in runs]
 
     def select(self, kept: Sequence[int]) -> tuple["Packing", torch.Tensor]:
         """What is left when trees leave the stream.
@@ -110,18 +123,19 @@ class Packing(PackedStream):
             kept: Positions of the trees that stay, ascending.
 
         Returns:
-            The packing of these trees, and which tokens of this stream are theirs [N].
+            The packing of these trees, with as many spare rows, and which rows of this stream are its [N].
         """
-        bounds = [*self.starts, len(self.tokens)]
-        tokens = [token for tree in kept for token in range(bounds[tree], bounds[tree + 1])]
-        return self._packed([self._trees[tree] for tree in kept]), torch.tensor(tokens, device=self._device)
+        bounds = [*self.starts, self.end]
+        rows = [row for tree in kept for row in range(bounds[tree], bounds[tree + 1])]
+        packing = self._packed([self._trees[tree] for tree in kept], self._spare)
+        return packing, torch.tensor(rows + rows[-1:] * self._spare, device=self._device)
 
     def _runs(self, runs: Sequence[slice]) -> list[tuple[slice, "Packing"]]:
-        bounds = [*self.starts, len(self.tokens)]
+        bounds = [*self.starts, self.end]
         return [(slice(bounds[run.start], bounds[run.stop]), self._packed(self._trees[run])) for run in runs]
 
-    def _packed(self, trees: Sequence[TokenTree]) -> "Packing":
-        return Packing(trees, self._device, self._window, self._prefix)
+    def _packed(self, trees: Sequence[TokenTree], spare: int = 0) -> "Packing":
+        return Packing(trees, self._device, self._window, self._prefix, spare)
 
     @functools.cached_property
     def _buckets(self) -> list[_Bucket]:
@@ -133,7 +147,10 @@ class Packing(PackedStream):
         return buckets
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-        """Attention within trees, and to the prefix; takes and returns what `PackedStream` says."""
+        """Attention within trees, and to the prefix; takes and returns what `PackedStream` says.
+
+        Rows behind the last tree get zeros.
+        """
         outputs = []
         for bucket in self._buckets:
             parts = [  # [B, heads, T, size], views of the stream
@@ -146,6 +163,8 @@ class Packing(PackedStream):
                 *parts, attn_mask=bucket.visible, is_causal=bucket.visible is None, scale=scale, enable_gqa=True
             )
             outputs.append(attended.transpose(1, 2).flatten(0, 1))
+        if behind := query.shape[2] - self.end:
+            outputs.append(query.new_zeros(behind, *outputs[0].shape[1:]))
         return torch.cat(outputs)[None]
 
     def _visible(self, trees: list[TokenTree]) -> torch.Tensor | None:

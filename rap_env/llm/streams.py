@@ -47,11 +47,11 @@ def select_trees(hidden: torch.Tensor, context: Mapping[str, Any], kept: Sequenc
     return hidden[:, tokens], _entries(context, 1, tokens) | {"attention_mask": packing}
 
 
-def chunks_of(hidden: torch.Tensor, context: Mapping[str, Any], most_tokens: int) -> list[Stream]:
-    """Cuts a packed stream into parts of at most so many tokens (a longer tree goes alone), as views of it."""
+def chunks_of(hidden: torch.Tensor, context: Mapping[str, Any], most_tokens: int, step: int = 1) -> list[Stream]:
+    """Cuts a packed stream into parts as `Packing.chunks` says, as views of it."""
     return [
         (hidden[:, tokens], _entries(context, 1, tokens) | {"attention_mask": part})
-        for tokens, part in context["attention_mask"].chunks(most_tokens)
+        for tokens, part in context["attention_mask"].chunks(most_tokens, step)
     ]
 
 

@@ -9,8 +9,10 @@ from torch import nn
 from rap_env.llm.packing import Packing, SharedPrefix, TokenTree
 from rap_env.llm.streams import chunks_of, select_trees
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import Site
+from rap_env.mask import ATTENTION, Site
 from rap_env.rerank.prompts import Prompt
+
+_STEP = 128  # rows; with fewer, a product on a CPU costs more a row
 
 
 class AnswerHead:
@@ -43,9 +45,14 @@ class Candidates:
     """The residual streams of the candidates that are still read, in one buffer [1, N, H].
 
     What all candidates have in front is read once for each layer, in a stream of its own, and equal documents are read
-    once, so that their scores are equal to the last bit. A layer runs over one chunk
-    of candidates after the other, so that what it computes inside is bounded by the chunk; beside it the buffer is in
-    memory, and with it the rotary embeddings of its tokens.
+    once, so that their scores are equal to the last bit. An attention runs over one chunk of candidates after the
+    other, and an MLP, in which tokens do not see each other, over one block of rows after the other. So what they
+    compute inside is bounded by the chunk; beside it the buffer is in memory, and with it the rotary embeddings of its
+    tokens.
+
+    Chunks and blocks have a multiple of 128 rows, for which rows of others are read with them and forgotten: on a CPU
+    oneDNN compiles kernels for every number of rows and keeps them (0.6 MB for a matrix of SmolLM2), so that every
+    request, and each of its layers that drops somebody, would leave some more behind.
 
     Args:
         llm: The model.
@@ -61,25 +68,29 @@ class Candidates:
         self._places = {number: places[ending] for number, ending in enumerate(prompt.endings)}  # in the stream
         trees = [TokenTree(ending) for ending in endings]
         self._llm, self._chunk_tokens = llm, chunk_tokens
+        self._step = min(_STEP, chunk_tokens or _STEP)
         self._prefix, self._prefix_context, _ = llm.open_packed(prefix)
-        self._hidden, self._context, _ = llm.open_packed(Packing(trees, llm.device, window, prefix))
+        packing = Packing(trees, llm.device, window, prefix, spare=self._step - 1)
+        self._hidden, self._context, _ = llm.open_packed(packing)
         self._chunk()
 
     @property
     def tokens(self) -> int:
         """Tokens of the stream, with those of the prefix."""
-        return self._hidden.shape[1] + self._prefix.shape[1]
+        return self._context["attention_mask"].end + self._prefix.shape[1]
 
-    def run(self, sites: Sequence[Site]) -> None:
-        """Reads on by some sites."""
-        self._prefix = self._llm.run(sites, self._prefix, self._prefix_context)
-        for hidden, context in self._chunks:
-            hidden.copy_(self._llm.run(sites, hidden, context))
+    def run(self, site: Site) -> None:
+        """Reads on by a site."""
+        self._prefix = self._llm.run([site], self._prefix, self._prefix_context)
+        for hidden, context in self._chunks if site.kind == ATTENTION else self._blocks:
+            own = context["attention_mask"].end if context else len(hidden.flatten(0, 1))
+            after = self._llm.run([site], hidden, context).flatten(0, 1)
+            hidden.flatten(0, 1)[:own].copy_(after[:own])
 
     def scores(self, head: AnswerHead) -> np.ndarray:
         """Those of the candidates by their last tokens, in the order of their numbers [n]."""
-        starts = self._context["attention_mask"].starts
-        last = [start - 1 for start in [*starts[1:], self._hidden.shape[1]]]
+        packing: Packing = self._context["attention_mask"]
+        last = [start - 1 for start in [*packing.starts[1:], packing.end]]
         return head.scores(self._hidden[0, last])[list(self._places.values())]
 
     def keep(self, ids: Sequence[int]) -> None:
@@ -88,9 +99,13 @@ class Candidates:
         kept = sorted({self._places[number] for number in ids})
         self._places = {number: kept.index(self._places[number]) for number in ids}
         if len(kept) < len(before):
-            self._chunks = []  # views of the buffer that goes
+            self._chunks = self._blocks = []  # views of the buffer that goes
             self._hidden, self._context = select_trees(self._hidden, self._context, kept)
             self._chunk()
 
     def _chunk(self) -> None:
-        self._chunks = chunks_of(self._hidden, self._context, self._chunk_tokens or self._hidden.shape[1])
+        end, step = self._context["attention_mask"].end, self._step
+        most = self._chunk_tokens or end + step
+        self._chunks = chunks_of(self._hidden, self._context, most, step)
+        rows = self._hidden[0, : end + -end % step].unflatten(0, (-1, step))  # as sequences, which may go to lanes
+        self._blocks = [(block, {}) for block in rows.split(most // step)]

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from rap_env.rerank.budgets import UNLIMITED, Budgets
+from rap_env.rerank.cuts import STOP
 from rap_env.rerank.selection import Decision
 
 N_GAPS = 4  # candidates on either side of the border
-N_FEATURES = 2 * N_GAPS + 13
+N_FEATURES = 2 * N_GAPS + 15
 _WIDEST = 4.0  # spreads
 
 
@@ -33,20 +35,24 @@ class Features:
     | `drift` | 1 | standard deviation of what the scores, in units, changed by since the layer before / 4 |
     | `spent` | 1 | candidates that were run, summed over layers / (all candidates * all layers) |
     | `ahead` | 1 | candidates that are run if all live ones are read to the end, over the same |
+    | `compute_left` | 1 | share of the budget for compute that is left; 1 without one |
+    | `memory_left` | 1 | share of the budget for memory that the live candidates leave; 1 without one |
 
     Args:
         spreads: The unit of each layer [layers], positive.
         n_candidates: All candidates of the request.
         top_k: K, less than these.
+        budgets: Of the request.
     """
 
-    def __init__(self, spreads: np.ndarray, n_candidates: int, top_k: int) -> None:
+    def __init__(self, spreads: np.ndarray, n_candidates: int, top_k: int, budgets: Budgets = UNLIMITED) -> None:
+        self._budgets = budgets
         self._spreads, self._n_candidates, self._top_k = spreads, n_candidates, top_k
         self._scores = self._before = None  # in units: of this layer, and of the one before for who is live now
         self._unchanged = self._executions = 0
 
     def observe(self, layer: int, scores: np.ndarray, n_open: int) -> np.ndarray:
-        """The features [21] after a layer.
+        """The features [23] after a layer.
 
         Args:
             layer: That was run, counted from 0.
@@ -80,8 +86,23 @@ class Features:
             drift / _WIDEST,
             self._executions / whole,
             n * (n_layers - layer - 1) / whole,
+            *self._budgets.left(self._executions / whole, n / self._n_candidates),
         ]
         return np.clip(np.concatenate([gaps / _WIDEST, others]), 0.0, 1.0).astype(np.float32)
+
+    def affordable(self, decision: Decision, scores: np.ndarray, n_open: int) -> Decision:
+        """The decision; where the next layer would go beyond a budget, one that ends the request.
+
+        Args:
+            decision: On the live candidates.
+            scores: Theirs, as they were observed [n].
+            n_open: Open places.
+        """
+        n_read, n_layers = len(decision.deferred), len(self._spreads)
+        spent = (self._executions + n_read) / (self._n_candidates * n_layers)
+        if n_read and not self._budgets.allow(spent, n_read / self._n_candidates):
+            return STOP.decision(scores, n_open, 1.0)
+        return decision
 
     def narrow(self, decision: Decision) -> None:
         """Goes on with those who are read on."""

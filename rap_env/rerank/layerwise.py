@@ -10,6 +10,7 @@ import torch
 
 from rap_env.errors import RankingFailed
 from rap_env.rerank.selection import Decider, Ranking, Selection
+from rap_env.rerank.similarity import SimilarityExit, among
 
 
 class Reading(Protocol):
@@ -25,10 +26,10 @@ class LayerwiseReranker:
     Threads may share a reranker; their requests are answered one after another.
 
     Args:
-        decider: After which layer who leaves; None reads every document with all layers.
+        decider: After which layer who leaves, or who is not read at all; None reads every document with all layers.
     """
 
-    def __init__(self, decider: Decider | None) -> None:
+    def __init__(self, decider: Decider | SimilarityExit | None) -> None:
         self.decider = decider
         self._lock = threading.Lock()
 
@@ -42,6 +43,10 @@ class LayerwiseReranker:
 
     def _scores(self, reading: Any) -> np.ndarray:
         """Scores of the documents that are still read, in the order of their numbers [n]."""
+        raise NotImplementedError
+
+    def similarities(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """Of each document to the query before any layer is run [n], for a `SimilarityExit`."""
         raise NotImplementedError
 
     def rank(
@@ -78,8 +83,16 @@ class LayerwiseReranker:
         check_request(query, documents, top_k)
         if not documents:
             return Ranking((), (), ())
-        selection = Selection(len(documents), top_k, self.n_layers, self.decider)
-        with self._lock, contextlib.closing(self._read(query, documents)) as reading:
+        with self._lock:
+            kept, decider = list(range(len(documents))), self.decider
+            if isinstance(decider, SimilarityExit):
+                kept, decider = decider.kept(self.similarities(query, documents), top_k), decider.decider
+            read = [documents[number] for number in kept]
+            return among(self._ranking(query, read, top_k, decider), kept, len(documents))
+
+    def _ranking(self, query: str, documents: Sequence[str], top_k: int | None, decider: Decider | None) -> Ranking:
+        selection = Selection(len(documents), top_k, self.n_layers, decider)
+        with contextlib.closing(self._read(query, documents)) as reading:
             for layer, left in reading:
                 selection.after(layer, self._scores(left) if selection.needs_scores(layer) else None)
                 if not selection.active:

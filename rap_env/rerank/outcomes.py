@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rap_env.errors import RankingFailed
 from rap_env.rerank.selection import Decider, Ranking, replay
+from rap_env.rerank.similarity import SimilarityExit
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,13 @@ def outcome(ranking: Ranking, full_ids: Collection[int], tokens: np.ndarray, n_l
     )
 
 
-def replayed(path: np.ndarray, tokens: np.ndarray, decider: Decider | None, top_k: int) -> Outcome:
+def replayed(
+    path: np.ndarray,
+    tokens: np.ndarray,
+    decider: Decider | SimilarityExit | None,
+    top_k: int,
+    similarities: np.ndarray | None = None,
+) -> Outcome:
     """The outcome of a recorded request.
 
     Args:
@@ -53,6 +61,16 @@ def replayed(path: np.ndarray, tokens: np.ndarray, decider: Decider | None, top_
         tokens: Of each candidate [n].
         decider: Who decides; None reads everything.
         top_k: K.
+        similarities: Of each candidate to the query [n], which a `SimilarityExit` needs.
+
+    Raises:
+        RankingFailed: They are needed and not given.
     """
     full_ids = replay(path, None, top_k).ids
-    return outcome(replay(path, decider, top_k), full_ids, tokens, len(path))
+    if isinstance(decider, SimilarityExit):
+        if similarities is None:
+            raise RankingFailed("expected similarities, by which documents leave; these paths were recorded without")
+        ranking = decider.replay(path, similarities, top_k)
+    else:
+        ranking = replay(path, decider, top_k)
+    return outcome(ranking, full_ids, tokens, len(path))

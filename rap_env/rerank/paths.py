@@ -15,13 +15,15 @@ import numpy as np
 from rap_env.errors import PathsUnreadable
 from rap_env.files import write_once
 
-_FORM = 1
+_FORM = 2
+_WITHOUT_SIMILARITIES = 1  # an earlier form, which is read too
 _DTYPES = {
     "form": "int64",
     "counts": "int64",
     "scores": "float64",
     "tokens": "int64",
     "grades": "float64",
+    "similarities": "float64",
     "names": "uint8",
     "provenance": "uint8",
 }
@@ -37,6 +39,8 @@ class ScorePaths:
         tokens: Of each candidate with what follows it in the prompt, without what all share in front, each [n].
         grades: Relevance of each candidate, higher is better, NaN where it is not known, each [n].
         provenance: Where they come from: JSON values.
+        similarities: Of each candidate's input embedding to the query's, each [n], see `Reranker.similarities`; empty
+            where they were not recorded.
 
     Raises:
         PathsUnreadable: Something has another shape, a name comes twice, or a score is not a finite number.
@@ -47,6 +51,7 @@ class ScorePaths:
     tokens: tuple[np.ndarray, ...]
     grades: tuple[np.ndarray, ...]
     provenance: Mapping[str, Any]
+    similarities: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.queries or len(set(self.queries)) < len(self.queries):
@@ -63,6 +68,9 @@ class ScorePaths:
                 raise PathsUnreadable(f"query {name!r}: expected tokens and grades for each candidate")
             if not np.isfinite(scores).all() or not (tokens > 0).all():
                 raise PathsUnreadable(f"query {name!r}: expected finite scores, and at least one token each")
+        known = [(len(own), bool(np.isfinite(own).all())) for own in self.similarities]
+        if known and known != [(len(tokens), True) for tokens in self.tokens]:
+            raise PathsUnreadable("similarities: expected a finite one of each candidate, or none at all")
 
     @property
     def n_layers(self) -> int:
@@ -72,7 +80,8 @@ class ScorePaths:
         """The paths of some queries, in their order."""
         places = [self.queries.index(name) for name in queries]
         columns = (tuple(column[place] for place in places) for column in (self.scores, self.tokens, self.grades))
-        return ScorePaths(tuple(queries), *columns, self.provenance)
+        similarities = tuple(self.similarities[place] for place in places if self.similarities)
+        return ScorePaths(tuple(queries), *columns, self.provenance, similarities)
 
     def spreads(self) -> np.ndarray:
         """The usual spread of scores after each layer [layers]: the median over queries of the standard deviation.
@@ -94,6 +103,7 @@ class ScorePaths:
             "scores": np.concatenate(self.scores, axis=1),
             "tokens": np.concatenate(self.tokens),
             "grades": np.concatenate(self.grades),
+            "similarities": np.concatenate([*self.similarities, np.zeros(0)]),
             "names": _encoded(list(self.queries)),
             "provenance": _encoded(dict(self.provenance)),
         }
@@ -111,8 +121,8 @@ class ScorePaths:
         """
         arrays = _arrays(Path(path))
         try:
-            if arrays["form"] != _FORM:
-                raise PathsUnreadable(f"expected form {_FORM}; got {arrays['form']}")
+            if arrays["form"] not in (_WITHOUT_SIMILARITIES, _FORM):
+                raise PathsUnreadable(f"expected form {_WITHOUT_SIMILARITIES} or {_FORM}; got {arrays['form']}")
             counts = arrays["counts"].tolist()
             n_candidates = arrays["scores"].shape[-1]
             if min(counts, default=0) < 1 or sum(counts) != n_candidates:
@@ -121,7 +131,9 @@ class ScorePaths:
             columns = [
                 tuple(arrays[name][..., first:end] for first, end in ends) for name in ("scores", "tokens", "grades")
             ]
-            return ScorePaths(tuple(_decoded(arrays["names"])), *columns, _decoded(arrays["provenance"]))
+            of_all = arrays["similarities"]
+            similarities = tuple(of_all[first:end] for first, end in ends) if of_all.size else ()
+            return ScorePaths(tuple(_decoded(arrays["names"])), *columns, _decoded(arrays["provenance"]), similarities)
         except (ValueError, TypeError, IndexError) as error:  # our own among them
             raise PathsUnreadable(f"{path}: {error}") from error
 
@@ -130,7 +142,10 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     content = path.read_bytes()
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _DTYPES}
+            arrays = {name: file[name] for name in _DTYPES if name != "similarities" or name in file}
+            if arrays["form"] == _WITHOUT_SIMILARITIES:
+                arrays["similarities"] = np.zeros(0)
+            arrays = {name: arrays[name] for name in _DTYPES}
     except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise _unreadable(path, error) from error
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, SyntaxError) as error:

@@ -137,5 +137,9 @@ class Prompts:
         own = self._tokens([spaces + document for document in documents])
         return Prompt(tuple(prefix), tuple((*tokens[:room], *behind) for tokens in own))
 
+    def alone(self, query: str, documents: Sequence[str]) -> list[list[int]]:
+        """The tokens of the query and of each document by themselves; a long one is cut."""
+        return [tokens[: self._max_document_tokens] for tokens in self._tokens([query, *documents])]
+
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         return self._tokenizer(texts, add_special_tokens=False, verbose=False).input_ids

@@ -30,6 +30,9 @@ class Recordable(Protocol):
     def score_path(self, query: str, documents: Sequence[str]) -> np.ndarray:
         """See `Reranker.score_path`."""
 
+    def similarities(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """See `Reranker.similarities`."""
+
     def token_counts(self, query: str, documents: Sequence[str]) -> np.ndarray:
         """See `Reranker.token_counts`."""
 
@@ -52,7 +55,7 @@ def record_paths(
         RankingFailed: As `Reranker.score_path`.
         PathsUnreadable: As `ScorePaths`.
     """
-    columns: tuple[list, list, list, list] = ([], [], [], [])
+    columns: tuple[list, ...] = ([], [], [], [], [])
     for n_done, (name, query, documents, grades) in enumerate(requests, 1):
         unknown = np.full(len(documents), np.nan)
         row = (
@@ -60,8 +63,10 @@ def record_paths(
             reranker.score_path(query, documents),
             reranker.token_counts(query, documents),
             unknown if grades is None else np.asarray(grades, float),
+            reranker.similarities(query, documents),
         )
         for column, value in zip(columns, row, strict=True):
             column.append(value)
         progress(n_done)
-    return ScorePaths(*map(tuple, columns), provenance)
+    *described, similarities = map(tuple, columns)
+    return ScorePaths(*described, provenance, similarities)

@@ -1,11 +1,15 @@
 """The reranker: asks a causal LM of every document whether it answers the query, layer by layer over all of them."""
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 from rap_env.errors import RankingFailed
 from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
@@ -19,7 +23,8 @@ from rap_env.rerank.layerwise import LayerwiseReranker, check_request
 from rap_env.rerank.prompts import QWEN3, SMOLLM2, Prompts, Template
 from rap_env.rerank.rows import cache_rows
 from rap_env.rerank.selection import Decider
-from rap_env.rerank.window import LayerWindow
+from rap_env.rerank.similarity import SimilarityExit
+from rap_env.rerank.window import WeightWindow
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class MemoryBounds:
 
     Attributes:
         chunk_tokens: Tokens that a layer runs over at once; None for all. See `Candidates`.
-        stream_weights: Whether only two layers' weights are in memory, and the others in a file.
+        stream_weights: Whether only the weights of two sites are in memory, of one layer's size, and the others in a
+            file.
         embedding_share: Of the embedding's rows that are in memory, those used last, the others in a file; None for
             all. Without them the head leaves, too, but for the rows of the two answers.
         folder: For the files; by default `weights` in the cache folder.
@@ -61,7 +67,7 @@ class Reranker(LayerwiseReranker):
     Args:
         llm: The model, with the mask that is applied to it; it belongs to the reranker from then on.
         template: How the model is asked.
-        decider: After which layer who leaves; None reads every document with all layers.
+        decider: After which layer who leaves, or who is not read at all; None reads every document with all layers.
         max_document_tokens: A document is cut behind so many tokens, or where the model's context ends; query and
             template never are.
         memory: What is in memory at once.
@@ -76,7 +82,7 @@ class Reranker(LayerwiseReranker):
         self,
         llm: SwitchableLLM,
         template: Template = QWEN3,
-        decider: Decider | None = None,
+        decider: Decider | SimilarityExit | None = None,
         max_document_tokens: int = 512,
         memory: MemoryBounds = MemoryBounds(),
     ) -> None:
@@ -89,7 +95,7 @@ class Reranker(LayerwiseReranker):
             self._sites[site.layer].append(site)
         folder = memory.folder or cache_folder() / "weights"
         self._chunk_tokens = memory.chunk_tokens
-        self._window = LayerWindow(llm, folder) if memory.stream_weights else None
+        self._window = WeightWindow(llm, folder) if memory.stream_weights else None
         if memory.embedding_share is not None:
             cache_rows(llm, memory.embedding_share, folder)
         trim_freed_memory()  # what the weights had that are in files now
@@ -134,16 +140,29 @@ class Reranker(LayerwiseReranker):
         check_request(query, documents, None)
         return np.array([len(ending) for ending in self._prompts.of(query, documents).endings], int)
 
+    @torch.inference_mode()
+    def similarities(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """Cosine of each document's mean input embedding with the query's [n]; -1 where one has no tokens.
+
+        Raises:
+            RankingFailed: As `rank`.
+        """
+        check_request(query, documents, None)
+        embedding, means = self.llm.model.get_input_embeddings(), []
+        for tokens in self._prompts.alone(query, documents):
+            rows = embedding(torch.tensor(tokens, dtype=torch.long, device=self.llm.device))
+            means.append(functional.normalize(rows.double().mean(0), dim=0))
+        query_mean, *others = means
+        return np.nan_to_num([float(query_mean @ mean) for mean in others], nan=-1.0)
+
     def _read(self, query: str, documents: Sequence[str]) -> Iterator[tuple[int, Candidates]]:
         candidates = Candidates(self.llm, self._prompts.of(query, documents), self._chunk_tokens)
-        layers = iter(range(self.n_layers)) if self._window is None else self._window.walk()
-        try:
-            for layer in layers:
-                candidates.run(self._sites[layer])
+        walk = (site for own in self._sites for site in own) if self._window is None else self._window.walk()
+        with contextlib.closing(walk):
+            for layer, own in enumerate(self._sites):
+                for site in itertools.islice(walk, len(own)):
+                    candidates.run(site)
                 yield layer, candidates
-        finally:
-            if self._window is not None:
-                layers.close()
 
     def _scores(self, reading: Candidates) -> np.ndarray:
         return reading.scores(self._head)

@@ -105,7 +105,7 @@ class Selection:
             decision = Decision(selected=tuple(_by_score(scores)[:n_open]))
         else:
             decision = self._decider.decide(layer, scores, n_open)
-            _check(decision, len(active), n_open)
+            check_decision(decision, len(active), n_open)
         order = [index for index in _by_score(scores) if index in set(decision.selected)]
         self._chosen += active[order].tolist()
         self.active = tuple(sorted(active[list(decision.deferred)].tolist()))
@@ -141,7 +141,8 @@ def _by_score(scores: np.ndarray) -> list[int]:
     return np.argsort(-scores, kind="stable").tolist()
 
 
-def _check(decision: Decision, n: int, n_open: int) -> None:
+def check_decision(decision: Decision, n: int, n_open: int) -> None:
+    """Refuses what is no decision on n candidates for so many open places; raises `RankingFailed`."""
     parts: Sequence[int] = [*decision.selected, *decision.dropped, *decision.deferred]
     if sorted(parts) != list(range(n)):
         raise RankingFailed(f"expected a decision that names each of {n} candidates once; got {decision}")

@@ -1,4 +1,4 @@
-"""A window of two layers that moves over a model: one computes, the next one is read meanwhile (GRATING)."""
+"""A window of two sites that moves over a model: one computes, the next one is read meanwhile (after GRATING)."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
@@ -6,11 +6,13 @@ from pathlib import Path
 
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, Site, kept_sites
 
 
-class LayerWindow:
-    """Has the weights of two layers in memory at most; between two walks of none.
+class WeightWindow:
+    """Has the weights of two sites in memory at most, an attention and an MLP; between two walks of none.
+
+    GRATING's window is of two layers; sites are read one by one here, which halves it.
 
     Args:
         llm: The model, which from then on runs only what a walk has just reached: no mask but the empty one can be
@@ -26,29 +28,28 @@ class LayerWindow:
     def __init__(self, llm: SwitchableLLM, folder: Path) -> None:
         mask = llm.mask
         self._store = WeightStore(llm, folder)
-        self._layers: list[PruningMask] = []
-        for layer in range(1 + max(site.layer for site in llm.shape.sites)):
-            bits = [
-                keep and component.site.layer == layer
-                for component, keep in zip(llm.shape.components, mask.keep, strict=True)
-            ]
-            self._layers.append(PruningMask.from_bits(llm.shape, bits))
+        self._sites: dict[Site, PruningMask] = {}
+        for site in kept_sites(mask):
+            own = [component.site == Site(site.layer, site.kind) for component in llm.shape.components]
+            bits = [keep and here for keep, here in zip(mask.keep, own, strict=True)]
+            self._sites[site] = PruningMask.from_bits(llm.shape, bits)
         self._none = PruningMask.from_bits(llm.shape, [False] * len(mask.keep))
         llm.apply(self._none)
         self._store.release(self._none)
 
-    def walk(self) -> Iterator[int]:
-        """Yields one layer after the other, each while its weights are in memory; may be closed anywhere.
+    def walk(self) -> Iterator[Site]:
+        """Yields one kept site after the other, each while its weights are in memory; may be closed anywhere.
 
         Raises:
             WeightsUnavailable: They can't be read. A later walk reads all of them anew.
         """
         coming: Future | None = None
+        masks = [*self._sites.values(), self._none]
         try:
-            self._store.restore(self._layers[0])
-            for layer, after in enumerate([*self._layers[1:], self._none]):
+            self._store.restore(masks[0])
+            for site, after in zip(self._sites, masks[1:], strict=True):
                 coming = self._store.prefetch(after)
-                yield layer
+                yield site
                 wait([coming])  # released pages would be read twice
                 self._store.restore(after)
                 self._store.release(after)

@@ -13,6 +13,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from rap_env.envs.selection import SelectionEnv
 from rap_env.errors import InvalidConfig, InvalidReward, RankingFailed, UnknownName
+from rap_env.rerank.budgets import Budgets
 from rap_env.rerank.choosing import Choosing
 from rap_env.rerank.clusters import ClusterRule
 from rap_env.rerank.cuts import CUTS
@@ -76,6 +77,38 @@ def test_an_episode_by_hand():
     assert info["n_live"] == 0 and not seen.any()
     with pytest.raises(ResetNeeded):
         env.step(0)
+
+
+def test_budgets_are_observed_and_end_a_request_that_would_go_beyond_them():
+    env = SelectionEnv(by_hand(), top_ks=[2], spreads=np.ones(3))
+    assert env.reset(options={"query": 0, "top_k": 2})[0][-2:].tolist() == [1.0, 1.0]
+    seen, _ = env.reset(options={"compute": 9 / 12, "memory": 1.0})
+    assert seen[-2:] == pytest.approx([1 - 4 / 9, 0.0])
+    seen, _, ended, _, info = env.decide(Decision(dropped=(3,), deferred=(0, 1, 2)))
+    assert not ended and seen[-2:] == pytest.approx([1 - 7 / 9, 0.25])
+    _, _, ended, _, info = env.decide(Decision(deferred=(0, 1, 2)))  # 10 of 12 executions
+    assert ended and info["ids"] == (0, 2) and info["reward_terms"]["compute"] == (2 * 60 + 40) / 300
+    env.reset(options={"memory": 0.5})
+    _, _, ended, _, info = env.step(0)  # all four would stay
+    assert ended and info["ids"] == (0, 1)
+    with pytest.raises(RankingFailed, match=r"budgets above 0; got compute=0\.0"):
+        env.reset(options={"compute": 0})
+
+
+@pytest.mark.parametrize("budgets", [Budgets(0.4), Budgets(memory=0.6), Budgets(0.5, 0.8)])
+def test_a_policy_in_a_replay_keeps_the_same_budgets(budgets):
+    env = SelectionEnv(PATHS)
+    for query, k in requests():
+        options = {"query": query, "top_k": k, "compute": budgets.compute, "memory": budgets.memory}
+        env.reset(options=options)
+        ended = False
+        while not ended:
+            _, _, ended, _, _ = env.step(3)
+        ranking = replay(PATHS.scores[query], Choosing(lambda seen: 3, env.spreads, budgets), k)
+        assert env.selection.ranking == ranking
+        n_candidates = len(ranking.layers)
+        assert sum(ranking.layers) <= budgets.compute * n_candidates * PATHS.n_layers + 1e-6
+        assert sum(layers > 1 for layers in ranking.layers) <= budgets.memory * n_candidates + 1e-6
 
 
 def test_going_on_reads_everything_and_agrees_with_the_full_model():

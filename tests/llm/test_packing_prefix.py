@@ -78,6 +78,22 @@ def test_chunks_compute_what_the_stream_as_a_whole_does(llm):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-6)
 
 
+@torch.inference_mode()
+def test_chunks_that_reach_into_the_next_one_or_into_spare_rows_compute_the_same(llm):
+    prefix, plain = open_behind(llm)
+    packing = Packing(TREES, llm.device, llm.shape.attention_window, plain[2]._prefix, spare=7)
+    hidden, context, _ = llm.open_packed(packing)
+    assert hidden.shape[1] == packing.end + 7 == 24 + 7 and torch.equal(hidden[:, :24], plain[0])
+    parts = packing.chunks(4, step=8)
+    assert [rows for rows, _ in parts] == [slice(0, 8), slice(4, 12), slice(7, 15), slice(12, 28)]
+    chunks = chunks_of(hidden, context, 4, 8)
+    _, (whole, *read) = run_layer(llm, 0, prefix, [plain[:2], *chunks])
+    own = [part[:, : packed.end] for part, (_, packed) in zip(read, parts, strict=True)]
+    torch.testing.assert_close(torch.cat(own, 1), whole, rtol=0, atol=1e-6)
+    left, rows = packing.select([1, 3])
+    assert left.end == 8 and rows.tolist() == [1, 2, 3, 7, 8, 9, 10, 11] + 7 * [11]
+
+
 def test_a_stream_of_one_tree_can_be_selected_and_cut():
     packing, tokens = Packing([TokenTree((1, 2))], CPU).select([0])
     assert tokens.tolist() == [0, 1] and [part for part, _ in packing.chunks(1)] == [slice(0, 2)]

@@ -55,14 +55,16 @@ def test_features_by_hand():
     spread, mean = SCORES.std(), SCORES.mean()
     expected = [*(gap / 4 for gap in above), 1, 1, *(gap / 4 for gap in below)]
     expected += [spread / 4, spread / mean, 0.5 + (mean - 3.5) / 8, 6 / 8, 2 / 6, 3 / 8, 1 / 4, 0, 0, 0, 0]
-    expected += [6 / 32, 6 * 3 / 32]
+    expected += [6 / 32, 6 * 3 / 32, 1, 1]
     np.testing.assert_allclose(first, expected, rtol=1e-6)
     features.narrow(Decision((1,), (0, 5), (3, 2, 4)))  # 3 is the best of 2, 3 and 4; now it is the last
     second = features.observe(1, np.array([4.0, 3.0, 3.5]), 1)
     changes = np.array([1.0, -1.0, 0.6])
-    np.testing.assert_allclose(second[-6:], [1.0, 0, 4 / 3 / 3, changes.std() / 4, (6 + 3) / 32, 3 * 2 / 32], rtol=1e-6)
+    np.testing.assert_allclose(
+        second[-8:-2], [1.0, 0, 4 / 3 / 3, changes.std() / 4, (6 + 3) / 32, 3 * 2 / 32], rtol=1e-6
+    )
     features.narrow(Decision((), (), (0, 1, 2)))
-    assert features.observe(2, np.array([9.0, 3.0, 3.5]), 1)[-5] == 0.25, "the best did not change in one of 4 layers"
+    assert features.observe(2, np.array([9.0, 3.0, 3.5]), 1)[-7] == 0.25, "the best did not change in one of 4 layers"
 
 
 def test_a_model_with_more_layers_than_the_policy_knows_is_refused():

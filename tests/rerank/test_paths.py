@@ -1,19 +1,21 @@
 """Score paths are recorded, written and read again as they are, and other files are refused in one line."""
 
 import contextlib
+import dataclasses
 import io
 import json
 
 import numpy as np
 import pytest
 
-from rap_env.errors import PathsUnreadable
+from rap_env.errors import PathsUnreadable, RankingFailed
 from rap_env.rerank.clusters import ClusterRule
 from rap_env.rerank.outcomes import Outcome, replayed
 from rap_env.rerank.paths import ScorePaths
 from rap_env.rerank.recording import Request, record_paths
 from rap_env.rerank.reranker import Reranker
 from rap_env.rerank.selection import replay
+from rap_env.rerank.similarity import SimilarityExit
 from rap_env.rerank.synthetic import synthetic_paths
 from tests.rerank.cases import DOCUMENTS, N_LAYERS, QUERY, tiny
 
@@ -42,6 +44,34 @@ def test_what_was_saved_is_loaded_and_nothing_is_written_twice(tmp_path):
         paths.save(file)
 
 
+def with_similarities() -> ScorePaths:
+    return dataclasses.replace(by_hand(), similarities=(np.array([0.9, 0.1, 0.2]), np.array([-1.0, 0.5])))
+
+
+def test_similarities_are_kept_and_files_of_the_form_without_them_are_read(tmp_path):
+    file = with_similarities().save(tmp_path / "paths.npz")
+    again = ScorePaths.load(file)
+    assert [own.tolist() for own in again.similarities] == [[0.9, 0.1, 0.2], [-1.0, 0.5]]
+    assert [own.tolist() for own in again.part(["zweiß"]).similarities] == [[-1.0, 0.5]]
+    file.write_bytes(changed(file, form=np.array(1), similarities=None))
+    assert ScorePaths.load(file).similarities == () == ScorePaths.load(file).part(["eins"]).similarities
+
+
+def test_an_exit_by_similarity_reads_no_layer_of_who_leaves():
+    path, tokens = np.array([[1.0, 2.0, 3.0, 0.0], [4.0, 2.0, 3.0, 1.0]]), np.array([10, 20, 30, 40])
+    similarities = np.array([0.9, 0.1, 0.5, 0.5])  # their standard deviation is 0.283
+    ranking = SimilarityExit(0.0).replay(path, similarities, 1)
+    assert (ranking.ids, ranking.layers) == ((0,), (2, 0, 0, 0)) and np.isnan(ranking.scores[1:]).all()
+    assert replayed(path, tokens, SimilarityExit(0.0), 1, similarities) == Outcome(1.0, 2 / 8, 20 / 200)
+    assert SimilarityExit(1.5).kept(similarities, 1) == [0, 2, 3]
+    assert SimilarityExit(0.0).kept(similarities, 2) == [0, 2, 3]  # equal ones are not parted
+    assert SimilarityExit(0.0).kept(similarities, None) == SimilarityExit(0.0).kept(similarities, 4) == [0, 1, 2, 3]
+    with pytest.raises(RankingFailed, match="recorded without"):
+        replayed(path, tokens, SimilarityExit(0.0), 1)
+    with pytest.raises(RankingFailed, match="at least 0; got -1"):
+        SimilarityExit(-1)
+
+
 def test_parts_and_spreads():
     paths = by_hand()
     assert paths.n_layers == 2 and paths.part(["zweiß"]).tokens[0].tolist() == [5, 7]
@@ -65,7 +95,7 @@ def text(value: object) -> np.ndarray:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"form": np.array(2)}, "expected form 1; got 2"),
+        ({"form": np.array(3)}, "expected form 1 or 2; got 3"),
         ({"counts": None}, "can't be read: .*counts"),
         ({"scores": np.zeros((2, 5), "float32")}, "expected scores of type float64; got float32"),
         ({"scores": np.array([[1, "a"]], dtype=object)}, "can't be read: Object arrays"),
@@ -76,6 +106,9 @@ def text(value: object) -> np.ndarray:
         ({"scores": np.zeros(5)}, r"expected scores \[layers, n\]"),
         ({"tokens": np.zeros(5, int)}, "at least one token each"),
         ({"grades": np.zeros(4)}, "expected tokens and grades for each candidate"),
+        ({"similarities": np.zeros(4)}, "a finite one of each candidate, or none"),
+        ({"similarities": np.full(5, np.nan)}, "a finite one of each candidate, or none"),
+        ({"similarities": None}, "can't be read: .*similarities"),
         ({"names": text(["a", "a"])}, "a name of its own for each"),
         ({"names": text(["a"])}, "expected scores, tokens and grades for each query"),
         ({"names": np.frombuffer(b"\xff{", np.uint8)}, "paths.npz: "),
@@ -111,6 +144,7 @@ def test_recorded_paths_are_those_of_the_reranker():
     paths = record_paths(reranker, requests, {"model": "tiny"}, told.append)
     assert told == [1, 2] and paths.queries == ("a", "b") and paths.n_layers == N_LAYERS
     np.testing.assert_array_equal(paths.scores[0], reranker.score_path(QUERY, DOCUMENTS))
+    np.testing.assert_array_equal(paths.similarities[0], reranker.similarities(QUERY, DOCUMENTS))
     assert np.isnan(paths.grades[1]).all() and (paths.grades[0] == 1.0).all()
     tokens = paths.tokens[0]
     assert tokens[0] == tokens[5] and tokens[1] == tokens.min() and tokens[2] == tokens.max()

@@ -1,5 +1,7 @@
 """The reranker: scores equal upstream's, whatever leaves early, and requests that can't be answered."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 import rap_env
 from rap_env.errors import RankingFailed
 from rap_env.rerank import ClusterRule, MemoryBounds, Reranker, Template, replay
+from rap_env.rerank.similarity import SimilarityExit
 from tests.rerank.cases import DOCUMENTS, N_LAYERS, QUERY, tiny, upstream_scores
 
 
@@ -78,12 +81,25 @@ def test_a_rule_decides_on_the_stream_as_it_does_on_recorded_scores(reranker, ru
 def test_who_leaves_is_not_computed_any_more():
     rule, llm, rows = ClusterRule(0.05), tiny(), []
     for layer in llm.model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda _module, inputs: rows.append(inputs[0].shape[1]))
+        layer.mlp.register_forward_pre_hook(lambda _module, inputs: rows.append(inputs[0].shape[:2].numel()))
     documents = ["a" * 40, "b" * 40, "c" * 40, "d" * 40]
-    ranking = Reranker(llm, decider=rule).ranking(QUERY, documents, 1)
-    own, read = max(rows[:2]) // 4, rows[1::2]  # the prefix's stream is in between
-    assert read == [own * sum(layers > index for layers in ranking.layers) for index in range(len(read))]
-    assert sum(read) == own * sum(ranking.layers) < 4 * own * N_LAYERS
+    reranker = Reranker(llm, decider=rule)
+    ranking, own = reranker.ranking(QUERY, documents, 1), int(reranker.token_counts(QUERY, documents)[0])
+    left = [sum(layers > index for layers in ranking.layers) for index in range(max(ranking.layers))]
+    assert rows[1::2] == [math.ceil(n * own / 128) * 128 for n in left]  # the prefix's stream is in between
+    assert sum(ranking.layers) < 4 * N_LAYERS
+
+
+def test_similarities_are_cosines_of_mean_embeddings_and_who_is_not_similar_is_not_read(reranker):
+    found = reranker.similarities("ab", ["ab", "b", "", "zzz"])
+    table = reranker.llm.model.get_input_embeddings().weight.double()
+    a, b = (reranker.llm.tokenizer("ab").input_ids[place] for place in (-2, -1))
+    expected = torch.cosine_similarity(table[[a, b]].mean(0), table[b], dim=0)
+    assert found[0] == pytest.approx(1.0) and found[1] == pytest.approx(float(expected)) and found[2] == -1.0
+    pruning = Reranker(reranker.llm, decider=SimilarityExit(0.0, ClusterRule(0.05)))
+    ranking = pruning.ranking("ab", ["", "ab", "zzz"], 1)
+    assert ranking.ids == (1,) and ranking.layers[::2] == (0, 0) and ranking.layers[1] > 0
+    assert pruning.ranking("ab", ["", "ab"]).layers == (N_LAYERS, N_LAYERS)
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 4])
