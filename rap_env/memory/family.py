@@ -11,60 +11,50 @@ from rap_env.memory.scenario import Scenario, ScenarioSampler
 _MOST_DRAWN = 13  # log2 of the points that are looked at for contexts
 
 
-def searched_contexts(shape, sampler: ScenarioSampler, n: int, seed: int = 0) -> list[Scenario]:
-    """The first contexts of the family: those that searches know.
+def family_contexts(  # noqa: PLR0913 - its arguments are the keys of a YAML
+    shape,
+    sampler: ScenarioSampler,
+    n: int,
+    first: int = 0,
+    wider: ScenarioSampler | None = None,
+    n_outside: int = 0,
+    seed: int = 0,
+) -> list[Scenario]:
+    """Contexts of a family, one after another, and after them some beyond its ranges.
 
     They lie on a scrambled Sobol sequence over the logarithms of batch size and prompt length and the budget ratio. A
-    point that no mask can serve, or whose context was there already, is passed over for the next one.
+    point that no mask can serve, or whose context was there already, is passed over for the next one: so contexts are
+    different, and those from the `n`-th on are held out from who knows the first `n`.
 
     Args:
         shape: The model.
         sampler: Its ranges are the family's.
         n: How many.
+        first: How many come before them.
+        wider: Contexts within its ranges that the sampler's do not cover are outside the family.
+        n_outside: How many of them.
         seed: Scrambles the sequence.
 
     Raises:
-        InvalidConfig: None is asked for, or the ranges do not hold as many different ones.
+        InvalidConfig: No context is asked for, the ranges do not hold as many different ones, or there are no wider
+            ranges for those outside.
     """
-    return _take(_sequence(shape, sampler, seed), n)
-
-
-def reported_contexts(  # noqa: PLR0913 - its arguments are the keys of a YAML
-    shape,
-    sampler: ScenarioSampler,
-    n_searched: int,
-    n_held_out: int,
-    wider: ScenarioSampler,
-    n_outside: int = 0,
-    seed: int = 0,
-) -> list[Scenario]:
-    """The next contexts of the family, which no search knows, and after them some beyond its ranges.
-
-    Args:
-        shape: The model.
-        sampler: As for `searched_contexts`.
-        n_searched: Contexts of the sequence that are searched on.
-        n_held_out: How many follow.
-        wider: Contexts of its ranges that the sampler's do not cover are outside.
-        n_outside: How many of them.
-        seed: As for `searched_contexts`.
-
-    Raises:
-        InvalidConfig: No held-out context is asked for, or there are not as many different ones.
-    """
-    within = _take(_sequence(shape, sampler, seed), n_searched + n_held_out)
-    if n_held_out < 1:
-        raise InvalidConfig(f"expected at least one held-out context; got {n_held_out}")
+    if n < 1 or first < 0 or (n_outside and wider is None):
+        raise InvalidConfig(
+            "expected at least one context, none or more before it, and wider ranges for those outside;"
+            f" got {n}, {first} and {n_outside} within {wider}"
+        )
+    within = _take(_sequence(shape, sampler, seed), first + n)
     outside = (
         scenario
-        for scenario in _sequence(shape, wider, seed)
+        for scenario in (_sequence(shape, wider, seed) if n_outside else ())
         if not sampler.covers(
             scenario.workload.batch_size,
             scenario.workload.prompt_tokens,
             scenario.budget_bytes / dense_bytes(shape, scenario.workload),
         )
     )
-    return within[n_searched:] + (_take(outside, n_outside) if n_outside else [])
+    return within[first:] + _take(outside, n_outside)
 
 
 def _sequence(shape, sampler: ScenarioSampler, seed: int) -> Iterator[Scenario]:
@@ -81,8 +71,6 @@ def _sequence(shape, sampler: ScenarioSampler, seed: int) -> Iterator[Scenario]:
 
 
 def _take(contexts: Iterable[Scenario], n: int) -> list[Scenario]:
-    if n < 1:
-        raise InvalidConfig(f"expected at least one context; got {n}")
     taken = [scenario for _place, scenario in zip(range(n), contexts, strict=False)]
     if len(taken) < n:
         raise InvalidConfig(f"expected ranges with {n} contexts that a mask can serve; found {len(taken)}")

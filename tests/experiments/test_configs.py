@@ -125,7 +125,7 @@ def test_scenarios_of_a_workload_agree_in_their_generated_tokens(composed):
 
 def test_a_family_holds_out_contexts_of_the_sequence_that_it_searches_on(composed):
     workload = composed("workload=family", "workload.search.n=5", "workload.search.seed=3").workload
-    assert (workload.report.n_searched, workload.report.seed) == (5, 3)
+    assert (workload.report.first, workload.report.seed) == (5, 3)
     assert workload.search.sampler == workload.report.sampler == workload.sampler
 
 

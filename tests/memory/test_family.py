@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rap_env.errors import InvalidConfig
-from rap_env.memory.family import reported_contexts, searched_contexts
+from rap_env.memory.family import family_contexts
 from rap_env.memory.footprint import dense_bytes, smallest_bytes
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 
@@ -24,15 +24,15 @@ def coordinates(shape, scenario: Scenario) -> tuple[int, int, float]:
 
 def test_searched_held_out_and_outside_contexts_are_all_different(tiny_llm, sampler):
     shape = tiny_llm.shape
-    searched = searched_contexts(shape, sampler, 64)
-    reported = reported_contexts(shape, sampler, 64, 64, ScenarioSampler(**WIDER), 16)
+    searched = family_contexts(shape, sampler, 64)
+    reported = family_contexts(shape, sampler, 64, 64, ScenarioSampler(**WIDER), 16)
     assert (len(searched), len(reported), len({*searched, *reported})) == (64, 80, 144)
     assert all(sampler.covers(*coordinates(shape, each)) for each in [*searched, *reported[:64]])
     assert not any(sampler.covers(*coordinates(shape, each)) for each in reported[64:])
 
 
 def test_contexts_fill_every_part_of_their_ranges_evenly(tiny_llm, sampler):
-    seen = np.array([coordinates(tiny_llm.shape, each) for each in searched_contexts(tiny_llm.shape, sampler, 64)])
+    seen = np.array([coordinates(tiny_llm.shape, each) for each in family_contexts(tiny_llm.shape, sampler, 64)])
     # a Sobol sequence has 16 of 64 points in each quarter of a range; rounding to whole tokens may move one
     for values, quarters in (
         (np.log(seen[:, 1]), np.log(128) + np.log(16) * np.arange(5) / 4),
@@ -42,26 +42,26 @@ def test_contexts_fill_every_part_of_their_ranges_evenly(tiny_llm, sampler):
 
 
 def test_a_family_is_decided_by_its_seed(tiny_llm, sampler):
-    first, again, other = (searched_contexts(tiny_llm.shape, sampler, 16, seed) for seed in (0, 0, 1))
+    first, again, other = (family_contexts(tiny_llm.shape, sampler, 16, seed=seed) for seed in (0, 0, 1))
     assert first == again and not set(first) & set(other)
-    assert searched_contexts(tiny_llm.shape, sampler, 32)[:16] == first, "more contexts begin with the same"
+    assert family_contexts(tiny_llm.shape, sampler, 32)[:16] == first, "more contexts begin with the same"
 
 
 def test_contexts_that_no_mask_can_serve_are_passed_over(tiny_llm):
     shape, tight = tiny_llm.shape, ScenarioSampler((1, 16), (128, 100_000), (0.01, 0.95))
-    contexts = searched_contexts(shape, tight, 32)
+    contexts = family_contexts(shape, tight, 32)
     assert all(each.budget_bytes >= smallest_bytes(shape, each.workload) for each in contexts)
     assert all(each.workload.prompt_tokens <= shape.context_tokens for each in contexts)
 
 
 def test_ranges_that_hold_too_few_contexts_are_refused(tiny_llm, sampler):
     with pytest.raises(InvalidConfig, match="ranges with 3 contexts that a mask can serve; found 1"):
-        searched_contexts(tiny_llm.shape, ScenarioSampler((1, 1), (1, 1), (0.8, 0.8)), 3)
+        family_contexts(tiny_llm.shape, ScenarioSampler((1, 1), (1, 1), (0.8, 0.8)), 3)
     with pytest.raises(InvalidConfig, match="ranges with 2 contexts that a mask can serve; found 0"):
-        reported_contexts(tiny_llm.shape, sampler, 4, 4, sampler, 2)
-    for n_searched, n_held_out in ((0, 0), (4, 0)):
-        with pytest.raises(InvalidConfig, match="expected at least one"):
-            reported_contexts(tiny_llm.shape, sampler, n_searched, n_held_out, sampler)
+        family_contexts(tiny_llm.shape, sampler, 4, 4, sampler, 2)
+    for wrong in ({"n": 0}, {"n": 4, "first": -1}, {"n": 4, "n_outside": 1}):
+        with pytest.raises(InvalidConfig, match="expected at least one context"):
+            family_contexts(tiny_llm.shape, sampler, **wrong)
 
 
 @pytest.mark.parametrize(
