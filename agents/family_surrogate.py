@@ -1,4 +1,4 @@
-"""A surrogate over a whole family of contexts: it asks where contexts lie, and ends as a table that answers all of them."""
+"""A surrogate over a whole family of contexts: it asks where contexts lie, and ends as a table for all of them."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
@@ -23,8 +23,8 @@ _REFITTED = 1.2  # times as many masks as the kernel's sizes were fitted to, bef
 class FamilySurrogateAgent(Agent):
     """Evaluates masks along the budgets of a whole family, each of which tells about all others.
 
-    It begins with curves of single sites, which are the prior of its predictor and its first data. Then, batch by batch:
-    for contexts drawn from the sampler, climb by shifts of widths from the best known masks to what is predicted to be
+    It begins with curves of single sites, the prior of its predictor and its first data. Then, batch by batch: for
+    contexts drawn from the sampler, climb by shifts of widths from the best known masks to what is predicted to be
     best, as far as one may hope; evaluate those. In the end it climbs once more for many contexts, to what is predicted
     to be best as far as one must fear, and serves these masks and the evaluated ones as a table.
 
@@ -42,11 +42,11 @@ class FamilySurrogateAgent(Agent):
 
     def __init__(
         self,
-        levels: int = 4,
-        curve_part: float = 0.85,
-        batch: int = 16,
+        levels: int = 2,
+        curve_part: float = 0.5,
+        batch: int = 8,
         hope: float = 1.0,
-        fear: float = 0.5,
+        fear: float = 1.0,
         contexts: int = 192,
     ) -> None:
         self._levels, self._curve_part, self._batch = levels, curve_part, batch
@@ -95,9 +95,10 @@ class FamilySurrogateAgent(Agent):
         self._known |= new
 
     def policy(self) -> ArchivePolicy:
-        """The evaluated masks, and for contexts between them predicted ones, as a table with what each is feared to lose.
+        """A table of the evaluated masks, and of predicted ones for contexts between them.
 
-        Predicted masks cost no evaluation. Where a budget leaves bytes over they are used.
+        These stand in it with what they are feared to lose; they cost no evaluation. Bytes that a
+        budget leaves over are used.
         """
         shape, generator = self.task.problem.shape, np.random.default_rng([self.task.seed, 1])
         entries, dense = dict(self._known), self._known[self._curves.dense]

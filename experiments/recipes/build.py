@@ -94,9 +94,7 @@ def build(config: DictConfig, main: str) -> Parts:
     if not whole:
         _once("widths", config.widths, lambda: _prepare(config, corpus, llm))
     searched, reported = (
-        call_with(
-            instantiate(half, _partial_=True), shape=llm.shape, generated_tokens=config.workload.generated_tokens
-        )
+        call_with(instantiate(half, _partial_=True), shape=llm.shape, generated_tokens=config.workload.generated_tokens)
         for half in (config.workload.search, config.workload.report)
     )
     location = config.store or cache_folder() / "results.db"

@@ -65,7 +65,9 @@ class Amortisation:
         comparisons = [Comparison(group) for _key, group in sorted(groups.items())]
         first = comparisons[0]
         if any(_shared(each) != _shared(first) for each in comparisons):
-            raise ValueError("expected records of one family; they differ in more than token budget and search contexts")
+            raise ValueError(
+                "expected records of one family; they differ in more than token budget and search contexts"
+            )
         self.evaluator, self._within = first.evaluators[0], within_family(first.records[0])
         if not self._within.any():
             raise ValueError("expected a reported context within the ranges of the sampler; there is none")
@@ -135,10 +137,10 @@ def family_table(records: Sequence[dict[str, Any]]) -> Table:
 def amortisation_figure(records: Sequence[dict[str, Any]]) -> PageFigure:
     """Regret on held-out contexts against evaluations for each of them."""
     family, figure = Amortisation(records), Figure()
-    for number, agent in enumerate(dict.fromkeys(entry.agent for entry in family.entries)):
+    for place, agent in enumerate(dict.fromkeys(entry.agent for entry in family.entries)):
         entries = [entry for entry in family.entries if entry.agent == agent]
         value, low, high = (np.array(ends) for ends in zip(*(entry.regret for entry in entries), strict=True))
-        colour, symbol = qualitative.Dark24[number % 24], _SYMBOLS[number % len(_SYMBOLS)]
+        colour, symbol = qualitative.Dark24[place % 24], _SYMBOLS[place % len(_SYMBOLS)]
         figure.add_trace(
             Scatter(
                 x=[entry.for_each for entry in entries],
@@ -154,7 +156,7 @@ def amortisation_figure(records: Sequence[dict[str, Any]]) -> PageFigure:
     figure.update_yaxes(title=f"regret on {family.evaluator}", rangemode="tozero")
     figure.update_layout(height=520, showlegend=True)
     caption = (
-        "Amortisation: what a search spends is shared by all held-out contexts that its policy answers. Regret is the best"
+        "Amortisation: what a search spends is shared by the held-out contexts that its policy answers. Regret is the best"
         f" known score of a context minus the score reached, mean over held-out contexts and seeds, bars {SPREAD}; best"
         " known is the best mask of any agent under any budget that fits. A line joins one agent's token budgets."
     )
@@ -164,7 +166,9 @@ def amortisation_figure(records: Sequence[dict[str, Any]]) -> PageFigure:
 def _searched(record: Mapping[str, Any]) -> str:
     """What may differ between the records of a family and not within a comparison, as a sortable text."""
     config = record["config"]
-    return json.dumps([f"{config['token_budget']:020}", config.get("name"), config["workload"]["search"]], sort_keys=True)
+    return json.dumps(
+        [f"{config['token_budget']:020}", config.get("name"), config["workload"]["search"]], sort_keys=True
+    )
 
 
 def _shared(comparison: Comparison) -> dict[str, Any]:

@@ -57,7 +57,9 @@ class WidthPredictor:
         covariance[np.diag_indices_from(covariance)] += math.exp(self.sizes[1]) + _JITTER
         root = cholesky(covariance, lower=True)
         self._weights = cho_solve((root, True), rest)
-        self._unmixing = solve_triangular(root, np.eye(len(rest)), lower=True).T  # times what is shared: what it explains
+        self._unmixing = solve_triangular(
+            root, np.eye(len(rest)), lower=True
+        ).T  # times what is shared: what it explains
 
     def predict(self, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation [N] of log(excess + c)."""
@@ -81,7 +83,7 @@ class WidthPredictor:
         return self._log(sum(curve[widths[:, site]] for site, curve in enumerate(self._curves)))
 
     def _basis(self, widths: np.ndarray) -> np.ndarray:
-        """What the prior may be wrong by as a whole [N, 5], terms of deviation 1: sites cost more together than alone."""
+        """What the prior may be wrong by as a whole [N, 5]: sites cost more together than alone. Of deviation 1 each."""
         prior, gone = self._prior(widths) - math.log(self.offset), 4.0 * self._input(widths).mean(axis=1)
         return np.stack([np.ones_like(prior), prior, gone, gone * prior, gone**2], axis=1)
 
@@ -97,7 +99,7 @@ class WidthPredictor:
 
 
 class _Ensemble:
-    """Ridge regressions on randomly weighted masks [N, F] (the Bayesian bootstrap, Rubin 1981), strength by leave-one-out.
+    """Ridge regressions on randomly weighted masks (the Bayesian bootstrap, Rubin 1981), their strength by leave-one-out.
 
     Args:
         features: What is seen [N, F].
@@ -136,7 +138,7 @@ def _rising(curve: np.ndarray) -> np.ndarray:
 
 
 def _covariance(one: np.ndarray, other: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """A squared-exponential kernel [N, M]; `sizes` are logarithms of variance, noise and a length scale for each site."""
+    """A squared-exponential kernel [N, M]; sizes are logarithms of variance, noise and each site's length scale."""
     one, other = one / np.exp(sizes[2:]), other / np.exp(sizes[2:])
     squares = np.square(one).sum(axis=1)[:, None] + np.square(other).sum(axis=1) - 2.0 * one @ other.T
     return np.exp(sizes[0] - np.maximum(squares, 0.0) / 2.0)

@@ -1,4 +1,4 @@
-"""A family of contexts: scenarios that fill the ranges of a sampler evenly, to search on, to hold out, and beyond them."""
+"""A family of contexts: scenarios that fill the ranges of a sampler evenly, and some that lie beyond them."""
 
 from collections.abc import Iterable, Iterator
 

@@ -13,6 +13,7 @@ from rap_env.memory.workload import Workload
 
 _ROUNDING = 1e-6  # of a budget ratio, by rounding budgets down to whole bytes
 
+
 @dataclass(frozen=True)
 class Scenario:
     """A request batch and the bytes that weights and KV cache may take for it."""

@@ -16,7 +16,9 @@ CONTEXTS = (((1, 512), 0.9), ((16, 2048), 0.7), ((16, 4096), 0.7), ((1, 512), 0.
 
 def made(agent: str, seed: int, budget: int, losses: tuple[float, ...], spent: int, searched: int = 0) -> dict:
     """A record; on the report half losses are a quarter higher, the dense model has 2.5."""
-    found = record(agent, seed, [row(*each, loss, []) for each, loss in zip(CONTEXTS, losses, strict=True)], tokens=spent)
+    found = record(
+        agent, seed, [row(*each, loss, []) for each, loss in zip(CONTEXTS, losses, strict=True)], tokens=spent
+    )
     found["config"] |= {
         "token_budget": budget,
         "workload": {"sampler": SAMPLER, "search": {"first": searched}, "report": {"first": 64}},

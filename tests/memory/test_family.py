@@ -1,4 +1,4 @@
-"""A family of contexts fills its ranges evenly, holds out what is not searched on, and goes beyond them only where asked."""
+"""A family of contexts fills its ranges evenly, holds out what is not searched on, and goes beyond where asked."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,8 @@ def test_contexts_fill_every_part_of_their_ranges_evenly(tiny_llm, sampler):
         (np.log(seen[:, 1]), np.log(128) + np.log(16) * np.arange(5) / 4),
         (seen[:, 2], 0.6 + 0.35 * np.arange(5) / 4),
     ):
-        assert np.abs(np.histogram(values, quarters + [-1e-3, 0, 0, 0, 1e-3])[0] - 16).max() <= 1
+        quarters[[0, -1]] += -1e-3, 1e-3
+        assert np.abs(np.histogram(values, quarters)[0] - 16).max() <= 1
 
 
 def test_a_family_is_decided_by_its_seed(tiny_llm, sampler):
@@ -66,8 +67,10 @@ def test_ranges_that_hold_too_few_contexts_are_refused(tiny_llm, sampler):
 
 @pytest.mark.parametrize(
     ("context", "covered"),
-    [((1, 128, 0.6), True), ((16, 2048, 0.95), True), ((8, 512, 0.6 - 1e-8), True)]
-    + [((17, 512, 0.7), False), ((8, 127, 0.7), False), ((8, 512, 0.59), False), ((8, 512, 0.96), False)],
+    [
+        *(((1, 128, 0.6), True), ((16, 2048, 0.95), True), ((8, 512, 0.6 - 1e-8), True)),
+        *(((17, 512, 0.7), False), ((8, 127, 0.7), False), ((8, 512, 0.59), False), ((8, 512, 0.96), False)),
+    ],
 )
 def test_a_sampler_covers_what_lies_within_all_its_ranges(context, covered, sampler):
     assert sampler.covers(*context) == covered
