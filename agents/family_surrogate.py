@@ -97,8 +97,7 @@ class FamilySurrogateAgent(Agent):
     def policy(self) -> ArchivePolicy:
         """A table of the evaluated masks, and of predicted ones for contexts between them.
 
-        These stand in it with what they are feared to lose; they cost no evaluation. Bytes that a
-        budget leaves over are used.
+        These stand in it with what they are feared to lose, and cost no evaluation. Bytes that are left over are used.
         """
         shape, generator = self.task.problem.shape, np.random.default_rng([self.task.seed, 1])
         entries, dense = dict(self._known), self._known[self._curves.dense]

@@ -156,9 +156,9 @@ def amortisation_figure(records: Sequence[dict[str, Any]]) -> PageFigure:
     figure.update_yaxes(title=f"regret on {family.evaluator}", rangemode="tozero")
     figure.update_layout(height=520, showlegend=True)
     caption = (
-        "Amortisation: what a search spends is shared by the held-out contexts that its policy answers. Regret is the best"
-        f" known score of a context minus the score reached, mean over held-out contexts and seeds, bars {SPREAD}; best"
-        " known is the best mask of any agent under any budget that fits. A line joins one agent's token budgets."
+        "Amortisation: what a search spends is shared by the held-out contexts that its policy answers. Regret is the"
+        f" best known score of a context minus the score reached, mean over held-out contexts and seeds, bars {SPREAD};"
+        " best known is the best mask of any agent under any budget that fits. A line joins one agent's token budgets."
     )
     return PageFigure("amortisation", "Regret against evaluations for each context", caption, figure)
 

@@ -83,7 +83,7 @@ class WidthPredictor:
         return self._log(sum(curve[widths[:, site]] for site, curve in enumerate(self._curves)))
 
     def _basis(self, widths: np.ndarray) -> np.ndarray:
-        """What the prior may be wrong by as a whole [N, 5]: sites cost more together than alone. Of deviation 1 each."""
+        """What the prior may be wrong by as a whole [N, 5]: sites cost more together than alone."""
         prior, gone = self._prior(widths) - math.log(self.offset), 4.0 * self._input(widths).mean(axis=1)
         return np.stack([np.ones_like(prior), prior, gone, gone * prior, gone**2], axis=1)
 
@@ -99,7 +99,7 @@ class WidthPredictor:
 
 
 class _Ensemble:
-    """Ridge regressions on randomly weighted masks (the Bayesian bootstrap, Rubin 1981), their strength by leave-one-out.
+    """Ridge regressions on randomly weighted masks (Bayesian bootstrap, Rubin 1981), strengths by leave-one-out.
 
     Args:
         features: What is seen [N, F].
