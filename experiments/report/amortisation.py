@@ -10,13 +10,12 @@ from plotly.colors import qualitative
 from plotly.graph_objects import Figure, Scatter
 
 from experiments.report.comparison import Comparison
-from experiments.report.drawing import PageFigure, error_bars, finite
+from experiments.report.drawing import SYMBOLS, PageFigure, error_bars, finite
 from experiments.report.metrics import SPREAD, best_known, loss_over_dense, plain_mean, with_spread
 from experiments.report.table import Table, number
 from rap_env.memory.scenario import ScenarioSampler
 
 _MAY_DIFFER = ("name", "token_budget")  # of the configs of one family, beside the contexts that are searched on
-_SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star")
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def amortisation_figure(records: Sequence[dict[str, Any]]) -> PageFigure:
     for place, agent in enumerate(dict.fromkeys(entry.agent for entry in family.entries)):
         entries = [entry for entry in family.entries if entry.agent == agent]
         value, low, high = (np.array(ends) for ends in zip(*(entry.regret for entry in entries), strict=True))
-        colour, symbol = qualitative.Dark24[place % 24], _SYMBOLS[place % len(_SYMBOLS)]
+        colour, symbol = qualitative.Dark24[place % 24], SYMBOLS[place % len(SYMBOLS)]
         figure.add_trace(
             Scatter(
                 x=[entry.for_each for entry in entries],

@@ -14,7 +14,7 @@ from experiments.report.comparison import Comparison
 from experiments.report.metrics import interquartile_mean, loss_over_dense
 
 GUIDE = {"dash": "dot", "color": "#888", "width": 1}
-_SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star")
+SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star")
 _FAR_OFF = 1.5  # times the best agent's loss
 _OPTIONS = {"displayModeBar": False, "responsive": True}
 _PAGE = Template("<!doctype html><meta charset='utf-8'><script>$plotly</script>$figure<p>$caption</p>")
@@ -69,7 +69,7 @@ def style(comparison: Comparison, agent: str, without: str = "") -> dict:
         "name": agent,
         "legendgroup": agent,
         "visible": "legendonly" if is_far_off(comparison, agent) else True,
-        "marker": {"color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 8},
+        "marker": {"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8},
         "line": {"color": colour, "width": 2},
     }
     return {key: value for key, value in styles.items() if key != without}
