@@ -13,7 +13,7 @@ from rap_env.mask import PruningMask
 from rap_env.policies import PricedPolicy
 
 STARTS = ("random", "greedy", "uniform", "single_sites")
-_LEVELS = 4  # of the curves of single sites
+_LEVELS, _CURVE_PART = 4, 0.5  # of the curves of single sites, and of the token budget what these may take
 Evolution = Generator[list[PruningMask], list[float], None]
 
 
@@ -44,7 +44,7 @@ class ScenarioAgent(ArchiveAgent):
         if self._start != "single_sites":
             return super().first_order()
         shape, scenarios = self.task.problem.shape, self.task.scenarios
-        self._priced = PricedPolicy(shape, measure_site_curves(self.task.problem.meter, _LEVELS).costs)
+        self._priced = PricedPolicy(shape, measure_site_curves(self.task.problem.meter, _LEVELS, _CURVE_PART).costs)
         return self._priced.order(scenarios[len(scenarios) // 2].workload) if scenarios else self.random_order()
 
     def started(self, space: Granularity) -> list[np.ndarray]:
