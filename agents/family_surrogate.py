@@ -74,17 +74,16 @@ class FamilySurrogateAgent(Agent):
         return problem.reward(Outcome(evaluation, Footprint(0, 0, 0), 1, True, 0.0, dense_score=problem.dense_score))
 
     def ask(self, n: int) -> list[Case]:
-        contexts = [self._draw(self.generator) for _ in range(self._batch)]
-        greedy = [self._greedy.decide(each.workload, each.budget_bytes) for each in contexts]
         cases = []
-        for context, start in zip(contexts, greedy, strict=True):
+        for context in [self._draw(self.generator) for _ in range(self._batch)]:
+            mask = self._greedy.decide(context.workload, context.budget_bytes)
             if self._begun:
-                start = self._climbed(context, -self._hope, self.generator, self._taken)
-            if start and start.widths not in self._taken:
-                self._taken.add(start.widths)
-                cases.append(Case(start, context))
-        self._begun = True
-        return cases
+                mask = self._climbed(context, -self._hope, self.generator, self._taken)
+            if mask and mask.widths not in self._taken:
+                self._taken.add(mask.widths)
+                cases.append(Case(mask, context))
+        first, self._begun = not self._begun, True
+        return cases or (self.ask(n) if first else [])
 
     def tell(self, evaluated: Sequence[Evaluated]) -> None:
         new = {one.mask: one.reward for one in evaluated if one.outcome.fits}
