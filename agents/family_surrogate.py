@@ -7,15 +7,16 @@ import numpy as np
 
 from agents.base import Agent, Case, Evaluated, Task
 from agents.width_moves import WidthMoves
+from agents.widths import UniformAgent
 from rap_env.evaluation.width_predictor import WidthPredictor
 from rap_env.importance.site_curves import measure_site_curves
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import Footprint
 from rap_env.memory.scenario import Scenario
-from rap_env.policies import ArchivePolicy, PricedPolicy
+from rap_env.policies import ArchivePolicy, OrderPolicy, Policy, PricedPolicy
 from rap_env.problem import Outcome
 
-_STARTS = 3  # evaluated masks that a climb may start from, beside the greedy one
+_STARTS = 3  # evaluated masks that a climb may start from, beside the greedy and the uniform one
 _NEIGHBOURS, _CLIMBS = 48, 12  # masks that are looked at in a step of a climb, and steps
 _REFITTED = 1.2  # times as many masks as the kernel's sizes were fitted to, before they are fitted again
 
@@ -23,10 +24,11 @@ _REFITTED = 1.2  # times as many masks as the kernel's sizes were fitted to, bef
 class FamilySurrogateAgent(Agent):
     """Evaluates masks along the budgets of a whole family, each of which tells about all others.
 
-    It begins with curves of single sites, the prior of its predictor and its first data. Then, batch by batch: for
-    contexts drawn from the sampler, climb by shifts of widths from the best known masks to what is predicted to be
-    best, as far as one may hope; evaluate those. In the end it climbs once more for many contexts, to what is predicted
-    to be best as far as one must fear, and serves these masks and the evaluated ones as a table.
+    It begins with curves of single sites, the prior of its predictor and its first data, and with masks of the greedy
+    walk along them and of uniform widths. Then, batch by batch: for contexts drawn from the sampler, climb by shifts of
+    widths from the best known masks to what is predicted to be best, as far as one may hope; evaluate those. In the end
+    it climbs once more for many contexts, to what is predicted to be best as far as one must fear, and serves these
+    masks and the evaluated ones as a table.
 
     What it asks for does not depend on the token budget but through the levels of the curves, so that a larger budget
     repeats the evaluations of a smaller one.
@@ -58,7 +60,9 @@ class FamilySurrogateAgent(Agent):
         curves = measure_site_curves(problem.meter, self._levels, self._curve_part)
         rewards = {mask: self._reward(mask) for mask in curves.known}
         self._curves = dataclasses.replace(curves, known=rewards)
-        self._greedy = PricedPolicy(problem.shape, self._curves.costs)
+        self._greedy, uniform = PricedPolicy(problem.shape, self._curves.costs), UniformAgent()
+        uniform.task = task
+        self._walks: list[Policy] = [self._greedy, OrderPolicy(problem.shape, uniform.rank())]
         self._known = dict(rewards)
         task.archive.update(rewards)
         self._taken = {mask.widths for mask in rewards}  # evaluated, or proposed
@@ -75,8 +79,9 @@ class FamilySurrogateAgent(Agent):
 
     def ask(self, n: int) -> list[Case]:
         cases = []
-        for context in [self._draw(self.generator) for _ in range(self._batch)]:
-            mask = self._greedy.decide(context.workload, context.budget_bytes)
+        for turn, context in enumerate([self._draw(self.generator) for _ in range(self._batch)]):
+            walk = self._walks[turn % len(self._walks)]
+            mask = walk.decide(context.workload, context.budget_bytes)
             if self._begun:
                 mask = self._climbed(context, -self._hope, self.generator, self._taken)
             if mask and mask.widths not in self._taken:
@@ -143,8 +148,8 @@ class FamilySurrogateAgent(Agent):
         """
         predictor, moves = self._fit(), WidthMoves(self.task.problem.shape, context)
         fitting = self._by_excess[moves.slack(self._all_widths[self._by_excess]) >= 0.0][:_STARTS]
-        greedy = self._greedy.decide(context.workload, context.budget_bytes)
-        seen = np.concatenate([_widths([greedy]), self._all_widths[fitting]])
+        walked = [walk.decide(context.workload, context.budget_bytes) for walk in self._walks]
+        seen = np.concatenate([_widths(walked), self._all_widths[fitting]])
         seen = np.concatenate([seen, moves.fitted(seen, generator)])
         found: list[tuple[float, tuple[int, ...]]] = []
         for _ in range(1 + _CLIMBS):
