@@ -21,11 +21,17 @@ class LocalSearchAgent(ArchiveAgent):
     Then each batch takes scenarios from the sampler and from the search by turns, and swaps a kept component for a
     dropped one in the best known mask that fits each.
 
+    Args:
+        fill: See `ArchivePolicy`.
+
     Attributes:
         walk_part: Scenarios drawn for the first batch, as a part of the evaluations.
     """
 
     walk_part = 0.25
+
+    def __init__(self, fill: bool = False) -> None:
+        self.fill = fill
 
     def begin(self, task: Task) -> None:
         super().begin(task)

@@ -169,15 +169,21 @@ class ArchiveAgent(Agent):
 
     Attributes:
         ranked: Whether it pays for the importance ranking; otherwise its order is a random one.
+        fill: Whether its policy uses what the best mask leaves over, see `ArchivePolicy`.
         order: All component names, the first to go first; serves budgets that no evaluated mask fits.
     """
 
     ranked = True
+    fill = False
     order: Sequence[str]
 
     def begin(self, task: Task) -> None:
         super().begin(task)
-        self.order = task.ranking.order if self.ranked else self.random_order()
+        self.order = self.first_order()
+
+    def first_order(self) -> Sequence[str]:
+        """The order that it starts with."""
+        return self.task.ranking.order if self.ranked else self.random_order()
 
     def random_order(self) -> list[str]:
         components = self.task.problem.shape.components
@@ -194,7 +200,7 @@ class ArchiveAgent(Agent):
 
     def best(self) -> ArchivePolicy:
         """The best of what is known so far."""
-        return ArchivePolicy(self.task.problem.shape, self.task.archive.items(), self.order)
+        return ArchivePolicy(self.task.problem.shape, self.task.archive.items(), self.order, self.fill)
 
     def policy(self) -> Policy:
         return self.best()

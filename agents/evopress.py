@@ -29,13 +29,14 @@ class EvopressAgent(ScenarioAgent):
         offspring: Mutants in a generation.
         survivors: How many of them pass the first stage.
         cheap_windows: Calibration windows of the first stage, at most as many as there are; 0 for no such stage.
+        fill: See `ScenarioAgent`.
 
     Raises:
         UnknownName: No such granularity or start.
         ValueError: No offspring, no survivor, or less than no window.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its arguments are the keys of a YAML
         self,
         granularity: str = "component",
         start: str = "random",
@@ -43,8 +44,9 @@ class EvopressAgent(ScenarioAgent):
         offspring: int = 32,
         survivors: int = 2,
         cheap_windows: int = 1,
+        fill: bool = False,
     ) -> None:
-        super().__init__(granularity, start)
+        super().__init__(granularity, start, fill)
         if offspring < 1 or survivors < 1 or cheap_windows < 0:
             raise ValueError(
                 "expected offspring and survivors of at least 1 and cheap_windows of at least 0;"

@@ -8,9 +8,12 @@ import numpy as np
 from agents.base import ArchiveAgent, Case, Evaluated, Task
 from agents.granularity import GRANULARITIES, Granularity, distinct_searches
 from rap_env.errors import check_known
+from rap_env.importance.site_curves import measure_site_curves
 from rap_env.mask import PruningMask
+from rap_env.policies import PricedPolicy
 
-STARTS = ("random", "greedy", "uniform")
+STARTS = ("random", "greedy", "uniform", "single_sites")
+_LEVELS, _CURVE_PART = 4, 0.5  # of the curves of single sites, and of the token budget what these may take
 Evolution = Generator[list[PruningMask], list[float], None]
 
 
@@ -24,24 +27,36 @@ class ScenarioAgent(ArchiveAgent):
         granularity: `"component"` (a bit for each, masks that fit the bytes), `"layer"` (whole layers, as many as it
             takes) or `"equal_counts"` (as many attentions as MLPs).
         start: `"random"` masks, which need no ranking, `"greedy"`, the ranking's, or `"uniform"`, the same part of each
-            site, which needs none either.
+            site, which needs none either, or `"single_sites"`: the greedy walk along curves of single sites, which are
+            measured on the search half.
+        fill: See `ArchivePolicy`.
 
     Raises:
         UnknownName: No such granularity or start.
     """
 
-    def __init__(self, granularity: str, start: str) -> None:
+    def __init__(self, granularity: str, start: str, fill: bool = False) -> None:
         self._granularity = check_known("granularity", granularity, GRANULARITIES)
         self._start = check_known("start", start, STARTS)
-        self.ranked = start == "greedy"
+        self.ranked, self.fill = start == "greedy", fill
+
+    def first_order(self) -> Sequence[str]:
+        if self._start != "single_sites":
+            return super().first_order()
+        shape, scenarios = self.task.problem.shape, self.task.scenarios
+        self._priced = PricedPolicy(shape, measure_site_curves(self.task.problem.meter, _LEVELS, _CURVE_PART).costs)
+        return self._priced.order(scenarios[len(scenarios) // 2].workload) if scenarios else self.random_order()
 
     def started(self, space: Granularity) -> list[np.ndarray]:
         """What a search begins with, vectors [n_bits]; none where it is to draw that."""
         if self._start == "random":
             return []
-        if not self.ranked:
+        if self._start == "uniform":
             return [space.uniform()]
-        scenario, (_order, *others) = space.scenario, self.walks()
+        scenario = space.scenario
+        if not self.ranked:
+            return [space.bits_of(self._priced.decide(scenario.workload, scenario.budget_bytes))]
+        _order, *others = self.walks()
         masks = [walk.decide(scenario.workload, scenario.budget_bytes) for walk in others]
         return [space.greedy(self.order), *(space.bits_of(mask) for mask in masks)]
 

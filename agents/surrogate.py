@@ -73,7 +73,7 @@ class SurrogateAgent(LocalSearchAgent):
             for mask, score in self._climb(filled, scenario, self._predictor.cautious)[:1]:
                 if score > self._score(known):
                     scores[mask] = score
-        return ArchivePolicy(shape, scores.items(), self.order)
+        return ArchivePolicy(shape, scores.items(), self.order, self.fill)
 
     def _fit(self) -> None:
         """Fits the kernel's sizes again whenever there is half as much again to fit them to."""

@@ -1,17 +1,18 @@
 """Agents that only rank, by what is known of sites and their parts: the order of dropping follows from a price each."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
+from agents.base import Agent, Task
 from agents.orders import OrderAgent
-from rap_env.errors import InvalidMask
+from rap_env.errors import InvalidMask, check_known
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.importance.gsi import CALIBRATION
+from rap_env.importance.site_curves import measure_site_curves
 from rap_env.mask import ATTENTION, KINDS, Component, PruningMask, Site
-from rap_env.policies import MilpPolicy
+from rap_env.policies import MilpPolicy, PricedPolicy
 
 
 class _PricesAgent(OrderAgent):
@@ -117,33 +118,40 @@ class TwoSspAgent(_PricesAgent):
         return [*order, *left]
 
 
-class MilpAgent(_PricesAgent):
-    """A loss curve for each site, measured with all others whole; the policy solves for the cheapest widths that fit.
-
-    Puzzle's block-wise scores with mixed-integer programming (arXiv 2411.19146). A site without parts has one point.
+class CurvesAgent(Agent):
+    """A loss curve for each site, measured with all others whole; what a policy makes of them is the subclass's.
 
     Args:
-        levels: Points of a curve; sites of fewer parts have as many as these.
+        levels: Points of a curve, at most; sites of fewer parts have as many as these.
+        measured_on: `"calibration"` windows, or the `"search"` half.
+
+    Raises:
+        UnknownName: There is nothing of this name to measure on.
     """
 
-    def __init__(self, levels: int = 4) -> None:
+    def __init__(self, levels: int = 4, measured_on: str = "calibration") -> None:
         self._levels = levels
+        self._measured_on = check_known("text to measure on", measured_on, ("calibration", "search"))
 
-    def prices(self, components: Sequence[Component]) -> dict[str, float]:
-        dense, widths = PruningMask.all_kept(self.task.problem.shape), {}
-        for parts in self.of_sites(components):
-            levels = np.unique(np.linspace(0, len(parts), self._levels + 1).round().astype(int)).tolist()
-            widths[tuple(parts)] = levels[::-1]
-        masks = {(parts, width): dense.drop(*parts[width:]) for parts, levels in widths.items() for width in levels}
-        outcomes = self.task.calibration.evaluate(list(masks.values()))
-        losses = dict(zip(masks, (-outcome.score for outcome in outcomes), strict=True))
-        costs: dict[str, float] = {}
-        for parts, levels in widths.items():
-            for wide, narrow in itertools.pairwise(levels):
-                rise = losses[parts, narrow] - losses[parts, wide]
-                costs |= dict.fromkeys((part.name for part in parts[narrow:wide]), rise / (wide - narrow))
-        self.details["increases"] = costs
-        return costs
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        meter = task.calibration if self._measured_on == "calibration" else task.problem.meter
+        curves = measure_site_curves(meter, self._levels)
+        self.details |= {"increases": curves.costs, "levels": curves.levels}
+
+
+class SingleSiteGreedyAgent(CurvesAgent):
+    """Greedy by loss for each byte that is freed at the workload, along the curves' lower convex hulls."""
+
+    def policy(self) -> PricedPolicy:
+        return PricedPolicy(self.task.problem.shape, self.details["increases"])
+
+
+class MilpAgent(CurvesAgent):
+    """Solves for the cheapest widths that fit, as if the curves added up.
+
+    Puzzle's block-wise scores with mixed-integer programming (arXiv 2411.19146). A site without parts has one point.
+    """
 
     def policy(self) -> MilpPolicy:
         return MilpPolicy(self.task.problem.shape, self.details["increases"])

@@ -20,7 +20,7 @@ from rap_env.evaluation.store import ResultStore
 from rap_env.llm.embedded import cache_folder
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
-from rap_env.memory.scenario import Scenario, ScenarioSampler, scenario_grid
+from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.problem import PruningProblem
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
 
@@ -67,8 +67,8 @@ def check_values(config: DictConfig) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
             raise InvalidConfig(f"{name}: expected a whole number of at least {smallest}; got {value!r}")
     for half in ("search", "report"):
-        for name in ("workloads", "budget_ratios"):
-            if not config.workload[half][name]:
+        for name, value in config.workload[half].items():
+            if OmegaConf.is_list(value) and not value:
                 raise InvalidConfig(f"workload.{half}.{name}: expected at least one; got none")
 
 
@@ -94,7 +94,7 @@ def build(config: DictConfig, main: str) -> Parts:
     if not whole:
         _once("widths", config.widths, lambda: _prepare(config, corpus, llm))
     searched, reported = (
-        scenario_grid(llm.shape, half.workloads, half.budget_ratios, config.workload.generated_tokens)
+        call_with(instantiate(half, _partial_=True), shape=llm.shape, generated_tokens=config.workload.generated_tokens)
         for half in (config.workload.search, config.workload.report)
     )
     location = config.store or cache_folder() / "results.db"

@@ -71,6 +71,7 @@ def _cost(result: SearchResult, task: Task) -> dict[str, Any]:
     return {
         "token_budget": task.problem.budget.limit,
         "tokens": result.tokens,
+        "tokens_each": meter.tokens_each,
         "evaluations": result.evaluations,
         "fresh_evaluations": meter.fresh_evaluations,
         "seconds": result.seconds,

@@ -2,17 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from string import Template
 
 import numpy as np
 from plotly.colors import qualitative
 from plotly.graph_objects import Figure
+from plotly.io import to_html
+from plotly.offline import get_plotlyjs
 
 from experiments.report.comparison import Comparison
 from experiments.report.metrics import interquartile_mean, loss_over_dense
 
 GUIDE = {"dash": "dot", "color": "#888", "width": 1}
-_SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star")
+SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down", "star")
 _FAR_OFF = 1.5  # times the best agent's loss
+_OPTIONS = {"displayModeBar": False, "responsive": True}
+_PAGE = Template("<!doctype html><meta charset='utf-8'><script>$plotly</script>$figure<p>$caption</p>")
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,17 @@ class PageFigure:
             legend={"orientation": "h", "y": -0.22, "yanchor": "top"},
             margin={"l": 70, "r": 20, "t": 40, "b": 60},
         )
+
+
+def drawn(shown: PageFigure) -> str:
+    """A figure as a piece of HTML, without Plotly."""
+    name = f"figure-{shown.name}"
+    return to_html(shown.figure, config=_OPTIONS, include_plotlyjs=False, full_html=False, div_id=name)
+
+
+def page_of_one(shown: PageFigure) -> str:
+    """A page with one figure: one file that loads nothing."""
+    return _PAGE.substitute(plotly=get_plotlyjs(), figure=drawn(shown), caption=shown.caption)
 
 
 def is_far_off(comparison: Comparison, agent: str) -> bool:
@@ -53,7 +69,7 @@ def style(comparison: Comparison, agent: str, without: str = "") -> dict:
         "name": agent,
         "legendgroup": agent,
         "visible": "legendonly" if is_far_off(comparison, agent) else True,
-        "marker": {"color": colour, "symbol": _SYMBOLS[number % len(_SYMBOLS)], "size": 8},
+        "marker": {"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 8},
         "line": {"color": colour, "width": 2},
     }
     return {key: value for key, value in styles.items() if key != without}

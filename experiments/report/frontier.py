@@ -2,25 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from string import Template
 from typing import Any
 
 import numpy as np
 from plotly.colors import qualitative
 from plotly.graph_objects import Scatter
-from plotly.io import to_html
-from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from experiments.report.comparison import SEARCH, workload_name
-from experiments.report.drawing import PageFigure
+from experiments.report.drawing import PageFigure, page_of_one
 from experiments.report.table import Table
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3)  # of the bytes of the model as it was loaded, all kept
 _BLOCKS, _GROUPS = "whole sites", "parts"
 _REFERENCE = _BLOCKS
 _MOST_DRAWN = 2.5  # nats: beyond, no model is of use
-_PAGE = Template("<!doctype html><meta charset='utf-8'><script>$plotly</script>$figure<p>$caption</p>")
 
 
 @dataclass(frozen=True)
@@ -173,8 +169,4 @@ def frontier_figure(records: Sequence[Mapping[str, Any]]) -> PageFigure:
 
 def frontier_page(records: Sequence[Mapping[str, Any]]) -> str:
     """A page with the picture; one file that loads nothing."""
-    drawn = frontier_figure(records)
-    options = {"displayModeBar": False, "responsive": True}
-    div = f"figure-{drawn.name}"
-    html = to_html(drawn.figure, config=options, include_plotlyjs=False, full_html=False, div_id=div)
-    return _PAGE.substitute(plotly=get_plotlyjs(), figure=html, caption=drawn.caption)
+    return page_of_one(frontier_figure(records))

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
 from experiments.report.comparison import Comparison
-from experiments.report.drawing import PageFigure
+from experiments.report.drawing import PageFigure, drawn
 from experiments.report.figures import figures
 from experiments.report.metrics import SPREAD
 from experiments.report.tables import Table, metrics_table, notes, spending_table
 from rap_env.files import write_over
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_OPTIONS = {"displayModeBar": False, "responsive": True}
 
 
 def write_page(comparison: Comparison, path: str | Path) -> Path:
@@ -51,11 +49,8 @@ def _cells(tag: str, texts: Sequence[str]) -> str:
 
 
 def _section(shown: PageFigure) -> str:
-    drawn = to_html(
-        shown.figure, config=_OPTIONS, include_plotlyjs=False, full_html=False, div_id=f"figure-{shown.name}"
-    )
     title, caption = html.escape(shown.title), html.escape(shown.caption)
-    return f"<section>\n<h2>{title}</h2>\n<p>{caption}</p>\n{drawn}\n</section>"
+    return f"<section>\n<h2>{title}</h2>\n<p>{caption}</p>\n{drawn(shown)}\n</section>"
 
 
 def _summary(comparison: Comparison) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from experiments.report.amortisation import family_table
 from experiments.report.comparison import SEARCH, Comparison, decided, distinct, has_loss
 from experiments.report.frontier import frontier_table
 from experiments.report.metrics import SPREAD, interquartile_mean, loss_over_dense, plain_mean, regret, with_spread
-from experiments.report.table import Table
+from experiments.report.table import Table, number
 from experiments.report.widths import compensation_table
 from rap_env.errors import UnknownName
 
@@ -24,7 +25,7 @@ def table_lines(kind: str, named: Named) -> list[str]:
     """Markdown lines of a table with the notes under it.
 
     Args:
-        kind: `metrics`, `spending`, `run`, `compensation`, `frontier`: of all records together; `compact`,
+        kind: `metrics`, `spending`, `run`, `compensation`, `frontier`, `family`: of all records together; `compact`,
             `perplexity`: each name's records are a comparison of its own.
         named: Records by name.
 
@@ -57,7 +58,7 @@ def metrics_table(comparison: Comparison) -> Table:
         return [
             agent,
             comparison.seeds(agent),
-            *(_number(*with_spread(cost(comparison, agent, name), statistic)) for cost, name, statistic, _ in costs),
+            *(number(*with_spread(cost(comparison, agent, name), statistic)) for cost, name, statistic, _ in costs),
             f"{sum(row['violation'] for row in rows)} of {len(rows)}",
             f"{held_out[0]} of {held_out[1]}",
             f"{comparison.mean_search(agent, 'tokens'):.0f}",
@@ -92,7 +93,7 @@ def compact_table(named: Named) -> Table:
         halves = (SEARCH, comparison.evaluators[0])
         losses = {agent: [loss_over_dense(comparison, agent, half) for half in halves] for agent in comparison.agents}
         for agent, of_halves in sorted(losses.items(), key=lambda item: plain_mean(item[1][0])):
-            cells = [_number(*with_spread(of_half, plain_mean)) for of_half in of_halves]
+            cells = [number(*with_spread(of_half, plain_mean)) for of_half in of_halves]
             tokens = f"{comparison.mean_search(agent, 'tokens'):.0f}"
             rows.append([name, agent, comparison.seeds(agent), *cells, tokens])
     columns = ["comparison", "agent", "seeds", "mean loss over dense, search half", "report half", "tokens"]
@@ -151,7 +152,7 @@ def _run_cells(name: str, of_seeds: list[list[dict[str, Any]]], main: str, keys:
         name,
         seeds,
         *(f"{mean / GB:.3f}" for mean in np.mean(n_bytes, axis=0)),
-        *(_number(*with_spread(of_key, plain_mean)) for of_key in values),
+        *(number(*with_spread(of_key, plain_mean)) for of_key in values),
         f"{sum(row['violation'] for row in rows)} of {len(rows)}",
     ]
 
@@ -195,12 +196,6 @@ def _machine(provenance: Mapping[str, Any]) -> str:
     return platform.get("name") or hardware.get("cpu") or "unknown processor"
 
 
-def _number(value: float, low: float, high: float) -> str:
-    if not np.isfinite(value):
-        return "-"
-    return f"{value:.3f}" if low == high else f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def _all(named: Named) -> list[dict[str, Any]]:
     return [record for records in named.values() for record in records]
 
@@ -213,4 +208,5 @@ KINDS = {
     "perplexity": perplexity_table,
     "compensation": lambda named: compensation_table(_all(named)),
     "frontier": lambda named: frontier_table(_all(named)),
+    "family": lambda named: family_table(_all(named)),
 }

@@ -11,6 +11,8 @@ from rap_env.errors import InvalidWorkload
 from rap_env.memory.footprint import check_feasible, dense_bytes
 from rap_env.memory.workload import Workload
 
+_ROUNDING = 1e-6  # of a budget ratio, by rounding budgets down to whole bytes
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -71,12 +73,33 @@ class ScenarioSampler:
 
     def sample(self, shape, generator: np.random.Generator) -> Scenario:
         """Draws one scenario for a model."""
+        return self.at(shape, generator.random(3))
 
-        def log_uniform(bounds: tuple[int, ...]) -> int:
-            return round(math.exp(generator.uniform(math.log(bounds[0]), math.log(bounds[1]))))
+    def at(self, shape, point: Sequence[float]) -> Scenario:
+        """The scenario at a point of the unit cube: batch size, prompt length, budget ratio.
 
-        workload = Workload(log_uniform(self._batch_size), log_uniform(self._prompt_tokens), self._generated_tokens)
-        return Scenario.from_ratio(shape, workload, float(generator.uniform(*self._budget_ratio)))
+        Raises:
+            InfeasibleBudget: No mask can meet its budget.
+            InvalidWorkload: Its sequences are beyond the model's context.
+        """
+
+        def between(low: float, high: float, part: float) -> float:
+            return low + (high - low) * part
+
+        batch_size, prompt_tokens = (
+            round(math.exp(between(*map(math.log, bounds), part)))
+            for bounds, part in zip((self._batch_size, self._prompt_tokens), point[:2], strict=True)
+        )
+        workload = Workload(batch_size, prompt_tokens, self._generated_tokens)
+        return Scenario.from_ratio(shape, workload, float(between(*self._budget_ratio, point[2])))
+
+    def covers(self, batch_size: int, prompt_tokens: int, budget_ratio: float) -> bool:
+        """Whether a context lies within all three ranges; a budget may be short of its range by what rounding took."""
+        inside = zip((batch_size, prompt_tokens), (self._batch_size, self._prompt_tokens), strict=True)
+        low, high = self._budget_ratio
+        return all(small <= value <= large for value, (small, large) in inside) and (
+            low - _ROUNDING <= budget_ratio <= high
+        )
 
 
 def scenario_grid(

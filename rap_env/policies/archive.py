@@ -22,6 +22,8 @@ class ArchivePolicy(Policy):
         shape: The model.
         evaluated: Masks with their scores.
         order: All component names, the first to go first; serves the budgets that no entry fits, as `OrderPolicy` does.
+        fill: Whether what an entry leaves over is used too: dropped components come back along the order, the last
+            first. Budgets that no entry fits are then served by what needs least, with further components dropped.
 
     Raises:
         InvalidMask: A mask belongs to another model, or the order does not name each component once.
@@ -29,8 +31,14 @@ class ArchivePolicy(Policy):
 
     kind = "archive"
 
-    def __init__(self, shape: ModelShape, evaluated: Iterable[tuple[PruningMask, float]], order: Sequence[str]) -> None:
-        self.shape = shape
+    def __init__(
+        self,
+        shape: ModelShape,
+        evaluated: Iterable[tuple[PruningMask, float]],
+        order: Sequence[str],
+        fill: bool = False,
+    ) -> None:
+        self.shape, self._fill = shape, fill
         self._order = full_order(shape.components, order)
         self._entries = _pareto_front(evaluated)
 
@@ -39,20 +47,22 @@ class ArchivePolicy(Policy):
         if dense_bytes(self.shape, workload) <= budget_bytes:
             return dense
         smallest, tokens = smallest_bytes(self.shape, workload), workload.cached_tokens(self.shape.attention_window)
-        for (mask, _score), (weights, kv) in self._entries.items():  # the highest score first
-            if smallest + weights + kv * tokens <= budget_bytes:
-                return mask
-        return fit_to_budget(dense, self.shape, self._order, workload, budget_bytes)
+        needed = {mask: smallest + weights + kv * tokens for (mask, _score), (weights, kv) in self._entries.items()}
+        mask = next((mask for mask in needed if needed[mask] <= budget_bytes), None)  # the highest score first
+        if mask is not None and not self._fill:
+            return mask
+        start = mask or (min(needed, key=needed.__getitem__) if self._fill and needed else dense)
+        return fit_to_budget(start, self.shape, self._order, workload, budget_bytes)
 
     def parameters(self) -> dict[str, Any]:
         entries = [[[component.name for component in mask.dropped], score] for mask, score in self._entries]
-        return {"entries": entries, "order": list(self._order)}
+        return {"entries": entries, "order": list(self._order), "fill": self._fill}
 
     @classmethod
     def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping) -> "ArchivePolicy":
         dense = PruningMask.all_kept(shape)
         evaluated = [(dense.drop(*dropped), score) for dropped, score in parameters["entries"]]
-        return cls(shape, evaluated, parameters["order"])
+        return cls(shape, evaluated, parameters["order"], parameters.get("fill", False))
 
 
 def _pareto_front(evaluated: Iterable[tuple[PruningMask, float]]) -> dict[tuple[PruningMask, float], tuple[int, int]]:

@@ -34,11 +34,15 @@ class PricedPolicy(Policy):
         self.shape = shape
         full_order(shape.components, list(costs))
         self._costs = {component.name: float(costs[component.name]) for component in shape.components}
-        self._order = functools.lru_cache(maxsize=256)(self._priced)
+        self._orders = functools.lru_cache(maxsize=256)(self._priced)
 
     def decide(self, workload: Workload, budget_bytes: int) -> PruningMask:
-        order = self._order(workload)
+        order = self.order(workload)
         return fit_to_budget(PruningMask.all_kept(self.shape), self.shape, order, workload, budget_bytes)
+
+    def order(self, workload: Workload) -> tuple[str, ...]:
+        """All component names, the first to go first at a workload."""
+        return self._orders(workload)
 
     def parameters(self) -> dict[str, Any]:
         return {"costs": self._costs}

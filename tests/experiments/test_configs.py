@@ -116,9 +116,17 @@ def test_every_option_of_every_group_composes(override, composed):
 
 def test_scenarios_of_a_workload_agree_in_their_generated_tokens(composed):
     for workload in GROUPS["workload"]:
-        config = composed(f"workload={workload}", "workload.generated_tokens=64", "workload.search.budget_ratios=[0.7]")
+        config = composed(f"workload={workload}", "workload.generated_tokens=64")
         assert config.workload.sampler.generated_tokens == 64
-        assert config.workload.report.budget_ratios == [0.7], "reported on what is searched"
+        if "budget_ratios" in config.workload.search:
+            config = composed(f"workload={workload}", "workload.search.budget_ratios=[0.7]")
+            assert config.workload.report.budget_ratios == [0.7], "reported on what is searched"
+
+
+def test_a_family_holds_out_contexts_of_the_sequence_that_it_searches_on(composed):
+    workload = composed("workload=family", "workload.search.n=5", "workload.search.seed=3").workload
+    assert (workload.report.first, workload.report.seed) == (5, 3)
+    assert workload.search.sampler == workload.report.sampler == workload.sampler
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=name_of)

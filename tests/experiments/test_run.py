@@ -14,6 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.recipes.build import build
+from experiments.report.amortisation import within_family
 from rap_env.memory.workload import Workload
 from rap_env.policies import load_policy
 
@@ -162,6 +163,14 @@ def test_generated_tokens_are_the_same_for_search_report_and_random_scenarios(ru
     assert {scenario.workload.generated_tokens for scenario in scenarios} == {64}
 
 
+def test_contexts_may_be_a_family_of_which_some_are_held_out_and_some_lie_outside(run_here, folder):
+    grid = ("~workload.search.workloads", "~workload.search.budget_ratios")
+    numbers = ("workload.search.n=3", "workload.report.n=2", "workload.report.n_outside=1")
+    record = run_here(folder / "family", "agent=random", "workload=family", *grid, *numbers)
+    assert within_family(record).tolist() == [True, True, False]
+    assert record["results"]["search"]["tokens_each"] > 0
+
+
 def test_components_may_be_groups(run_here, folder):
     results = run_here(folder / "groups", "agent=greedy_gsi", "model.granularity=group")["results"]
     names, orders = zip(*(name.split("@") for name in results["components"]), strict=True)
@@ -247,6 +256,7 @@ def evaluations_in(store: Path) -> int:
         ("in_flight=0", "in_flight: expected a whole number of at least 1; got 0"),
         ("calibration=local", "calibration.corpus.paths: expected a value; got none"),
         ("calibration.tokens_per_sample=100_000", "windows of 100,000 tokens are beyond the model's context"),
+        ("workload=family", "family_contexts takes no budget_ratios, workloads; it takes shape, sampler, n"),
         ("evaluation=packaged_text", "packaged_text_halves takes no limit; it takes llm"),  # the experiment's limit
     ],
 )

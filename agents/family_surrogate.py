@@ -1,0 +1,165 @@
+"""A surrogate over a whole family of contexts: it asks where contexts lie, and ends as a table for all of them."""
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+
+import numpy as np
+
+from agents.base import Agent, Case, Evaluated, Task
+from agents.width_moves import WidthMoves
+from agents.widths import UniformAgent
+from rap_env.evaluation.width_predictor import WidthPredictor
+from rap_env.importance.site_curves import measure_site_curves
+from rap_env.mask import PruningMask
+from rap_env.memory.footprint import Footprint
+from rap_env.memory.scenario import Scenario
+from rap_env.policies import ArchivePolicy, OrderPolicy, Policy, PricedPolicy
+from rap_env.problem import Outcome
+
+_STARTS = 3  # evaluated masks that a climb may start from, beside the greedy and the uniform one
+_NEIGHBOURS, _CLIMBS = 48, 12  # masks that are looked at in a step of a climb, and steps
+_REFITTED = 1.2  # times as many masks as the kernel's sizes were fitted to, before they are fitted again
+
+
+class FamilySurrogateAgent(Agent):
+    """Evaluates masks along the budgets of a whole family, each of which tells about all others.
+
+    It begins with curves of single sites, the prior of its predictor and its first data, and with masks of the greedy
+    walk along them and of uniform widths. Then, batch by batch: for contexts drawn from the sampler, climb by shifts of
+    widths from the best known masks to what is predicted to be best, as far as one may hope; evaluate those. In the end
+    it climbs once more for many contexts, to what is predicted to be best as far as one must fear, and serves these
+    masks and the evaluated ones as a table.
+
+    What it asks for does not depend on the token budget but through the levels of the curves, so that a larger budget
+    repeats the evaluations of a smaller one.
+
+    Args:
+        levels: Measured widths of a site alone, at most; fewer where `curve_part` of the budget does not pay for them.
+        curve_part: Of the token budget, what the curves may take.
+        batch: Masks that are evaluated between two fits.
+        hope: Deviations below the predicted logarithm of a loss that a mask is given credit for when it is asked for.
+        fear: Deviations above that it is charged with in the table.
+        contexts: That the table is made for.
+    """
+
+    def __init__(
+        self,
+        levels: int = 2,
+        curve_part: float = 0.5,
+        batch: int = 8,
+        hope: float = 1.0,
+        fear: float = 1.0,
+        contexts: int = 192,
+    ) -> None:
+        self._levels, self._curve_part, self._batch = levels, curve_part, batch
+        self._hope, self._fear, self._contexts = hope, fear, contexts
+
+    def begin(self, task: Task) -> None:
+        super().begin(task)
+        problem = task.problem
+        curves = measure_site_curves(problem.meter, self._levels, self._curve_part)
+        rewards = {mask: self._reward(mask) for mask in curves.known}
+        self._curves = dataclasses.replace(curves, known=rewards)
+        self._greedy, uniform = PricedPolicy(problem.shape, self._curves.costs), UniformAgent()
+        uniform.task = task
+        self._walks: list[Policy] = [self._greedy, OrderPolicy(problem.shape, uniform.rank())]
+        self._known = dict(rewards)
+        task.archive.update(rewards)
+        self._taken = {mask.widths for mask in rewards}  # evaluated, or proposed
+        self._begun = False
+        self._predictor: WidthPredictor | None = None
+        self._fitted_to = self._sized_by = 0
+        self.details |= {"levels": curves.levels, "prediction_errors": []}
+
+    def _reward(self, mask: PruningMask) -> float:
+        """Of a mask that was evaluated, in a context that it fits."""
+        problem = self.task.problem
+        evaluation = problem.meter.known[mask]
+        return problem.reward(Outcome(evaluation, Footprint(0, 0, 0), 1, True, 0.0, dense_score=problem.dense_score))
+
+    def ask(self, n: int) -> list[Case]:
+        cases = []
+        for turn, context in enumerate([self._draw(self.generator) for _ in range(self._batch)]):
+            walk = self._walks[turn % len(self._walks)]
+            mask = walk.decide(context.workload, context.budget_bytes)
+            if self._begun:
+                mask = self._climbed(context, -self._hope, self.generator, self._taken)
+            if mask and mask.widths not in self._taken:
+                self._taken.add(mask.widths)
+                cases.append(Case(mask, context))
+        first, self._begun = not self._begun, True
+        return cases or (self.ask(n) if first else [])
+
+    def tell(self, evaluated: Sequence[Evaluated]) -> None:
+        new = {one.mask: one.reward for one in evaluated if one.outcome.fits}
+        if self._predictor and new:
+            mean, _deviation = self._predictor.predict(_widths(new))
+            missed = np.abs(self._predictor.excess(mean) - self._excess(new.values()))
+            self.details["prediction_errors"].append(float(missed.mean()))
+        self._known |= new
+
+    def policy(self) -> ArchivePolicy:
+        """A table of the evaluated masks, and of predicted ones for contexts between them.
+
+        These stand in it with what they are feared to lose, and cost no evaluation. Bytes that are left over are used.
+        """
+        shape, generator = self.task.problem.shape, np.random.default_rng([self.task.seed, 1])
+        entries, dense = dict(self._known), self._known[self._curves.dense]
+        contexts = [self._draw(generator) for _ in range(self._contexts)]
+        for context in contexts:
+            mask = self._climbed(context, self._fear, generator)
+            if mask not in self._known:
+                mean, deviation = self._predictor.predict(_widths([mask]))
+                entries[mask] = dense - float(self._predictor.excess(mean + self._fear * deviation)[0])
+        contexts.sort(key=lambda each: each.workload.cached_tokens(shape.attention_window))
+        order = self._greedy.order(contexts[len(contexts) // 2].workload)
+        return ArchivePolicy(shape, entries.items(), order, fill=True)
+
+    def _draw(self, generator: np.random.Generator) -> Scenario:
+        return self.task.sampler.sample(self.task.problem.shape, generator)
+
+    def _excess(self, rewards: Iterable[float]) -> np.ndarray:
+        return self._known[self._curves.dense] - np.array(list(rewards))
+
+    def _fit(self) -> WidthPredictor:
+        if self._fitted_to < len(self._known):
+            settled = self._predictor if len(self._known) < _REFITTED * self._sized_by else None
+            self._sized_by = self._sized_by if settled else len(self._known)
+            self._fitted_to, self._all_widths = len(self._known), _widths(self._known)
+            excess = self._excess(self._known.values())
+            self._predictor = WidthPredictor(self._curves.increases, self._all_widths, excess, settled)
+            self._by_excess = excess.argsort(kind="stable")
+        return self._predictor
+
+    def _climbed(
+        self,
+        context: Scenario,
+        deviations: float,
+        generator: np.random.Generator,
+        without: Collection[tuple[int, ...]] = (),
+    ) -> PruningMask | None:
+        """The best mask for a context among what a climb looks at, by the predicted logarithm plus so many deviations.
+
+        Args:
+            context: What it has to fit.
+            deviations: Negative to hope, positive to fear.
+            generator: Draws the moves.
+            without: Widths that it shall not be; None where there are no others.
+        """
+        predictor, moves = self._fit(), WidthMoves(self.task.problem.shape, context)
+        fitting = self._by_excess[moves.slack(self._all_widths[self._by_excess]) >= 0.0][:_STARTS]
+        walked = [walk.decide(context.workload, context.budget_bytes) for walk in self._walks]
+        seen = np.concatenate([_widths(walked), self._all_widths[fitting]])
+        seen = np.concatenate([seen, moves.fitted(seen, generator)])
+        found: list[tuple[float, tuple[int, ...]]] = []
+        for _ in range(1 + _CLIMBS):
+            mean, deviation = predictor.predict(seen)
+            found += zip((mean + deviations * deviation).tolist(), map(tuple, seen.tolist()), strict=True)
+            seen = moves.neighbours(np.array(min(found)[1]), _NEIGHBOURS, generator)
+        best = min((each for each in found if each[1] not in without), default=None)
+        return PruningMask.from_widths(self.task.problem.shape, best[1]) if best else None
+
+
+def _widths(masks: Iterable[PruningMask]) -> np.ndarray:
+    """How many parts of each site masks keep [N, S]."""
+    return np.array([mask.widths for mask in masks])
