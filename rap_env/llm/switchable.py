@@ -118,9 +118,8 @@ class SwitchableLLM:
             steps[site.layer].append((self.layer_of(site), site))  # all of them first: one may be refused
         kept_attentions = 0
         for layer, own in zip(self._layers, steps, strict=True):
-            for one in (layer, *(step for step, _site in own)):
-                if one.module.self_attn.layer_idx != kept_attentions:
-                    one.module.self_attn.layer_idx = kept_attentions
+            for attention in (one.module.self_attn for one in (layer, *(step for step, _site in own))):
+                attention.__dict__["layer_idx"] = kept_attentions  # torch's own way takes ten times as long
             if len(own) < len(KINDS) or any(site.parts for _step, site in own):
                 run = functools.partial(run_steps, [(step, site.kind) for step, site in own])
                 layer.module.forward = run  # at once: another thread runs the layer as it was or as it is to be
