@@ -54,5 +54,7 @@ def test_items_have_about_the_tokens_that_the_name_says_and_choices_one(embedded
     assert [ids for ids in tokenizer([f" {place}" for place in PLACES])["input_ids"] if len(ids) != 1] == []
     for tokens in LENGTHS:
         for half in ("search", "report"):
-            lengths = [len(ids) for ids in tokenizer([item["question"] for item in items_of(half, tokens)])["input_ids"]]
+            lengths = [
+                len(ids) for ids in tokenizer([item["question"] for item in items_of(half, tokens)])["input_ids"]
+            ]
             assert min(lengths) > 0.95 * tokens - 8 and max(lengths) < 1.05 * tokens + 8

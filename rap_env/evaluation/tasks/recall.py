@@ -6,7 +6,7 @@ answers has to find the one sentence again that names what is asked for.
 
 import random
 
-from rap_env.evaluation.tasks.grammar import MEN, THINGS, WOMEN
+from rap_env.evaluation.tasks.grammar import MEN, THINGS, WOMEN, words
 from rap_env.evaluation.tasks.splits import DEAL, Item, as_task, make_item, take_half
 
 ITEMS = 64
@@ -15,13 +15,13 @@ _EARLY = 8  # the fact that is asked for stands in the first of so many parts of
 # Of SmolLM2's, as are the names of the tasks: a sentence of the filler, and all that an item has beside it.
 _SENTENCE_TOKENS, _OTHER_TOKENS = 8.5, 38
 
-PLACES = """
+PLACES = words("""
     kitchen garden garage library office bedroom basement attic hall barn tower station school church hotel museum
     factory theater hospital bank
-""".split()
+""")
 _NAMES = [name for name in (*WOMEN, *MEN) if name.istitle()]
 _THINGS = [thing for thing in THINGS if thing not in PLACES]
-_ADJECTIVES = "old small red dark heavy broken clean blue wooden empty long quiet warm cheap new round".split()
+_ADJECTIVES = words("old small red dark heavy broken clean blue wooden empty long quiet warm cheap new round")
 _FILLERS = (
     *("The {adjective} {one} stood near the {other}.", "A {adjective} {one} was behind the {other}."),
     *("They saw the {adjective} {one} and a {other}.", "The {one} was as {adjective} as the {other}."),
@@ -39,8 +39,8 @@ def recall(half: str, tokens: int) -> list[Item]:
     """
     rng = random.Random(f"{DEAL}recall {half} {tokens}")
     names, things, places, adjectives = (
-        take_half(words, half, f"recall {table}")
-        for table, words in (("names", _NAMES), ("things", _THINGS), ("places", PLACES), ("adjectives", _ADJECTIVES))
+        take_half(table, half, f"recall {name}")
+        for name, table in (("names", _NAMES), ("things", _THINGS), ("places", PLACES), ("adjectives", _ADJECTIVES))
     )
     n_fillers = max(FACTS, round((tokens - _OTHER_TOKENS) / _SENTENCE_TOKENS))
     items = []
@@ -49,7 +49,7 @@ def recall(half: str, tokens: int) -> list[Item]:
         for _sentence in range(n_fillers):
             one, other = rng.sample(things, 2)
             sentences.append(rng.choice(_FILLERS).format(adjective=rng.choice(adjectives), one=one, other=other))
-        people, kept, stored = (rng.sample(words, FACTS) for words in (names, things, places))
+        people, kept, stored = (rng.sample(table, FACTS) for table in (names, things, places))
         facts = [f"{who} keeps the {what} in the" for who, what in zip(people, kept, strict=True)]
         early = 1 + n_fillers // _EARLY
         where = [rng.randrange(early), *(rng.randrange(early, n_fillers + 1) for _fact in facts[1:])]
