@@ -30,11 +30,11 @@ class Sizes:
         report_items: Of recall at each length.
     """
 
-    search_windows: int = 4
-    report_windows: int = 8
-    target_tokens: int = 64
+    search_windows: int = 2
+    report_windows: int = 6
+    target_tokens: int = 128
     search_items: int = 10
-    report_items: int = 32
+    report_items: int = 24
 
 
 class Texts:

@@ -4,9 +4,9 @@ For each kind of context good masks are found on two disjoint draws of text, and
 context on the report half. What a mask of another kind loses to a column's own is held against what the other draw of
 the same kind loses. Parts:
 
-    length   prose read with 64, 256 and 1,024 tokens of context, the same tokens scored; KV heads are dropped
-    kinds    prose, code, dialogue and questions with 256 tokens of context; KV heads and channel groups are dropped
-    recall   masks of short and long prose and of recall itself, on recall and on long prose; KV heads are dropped
+    length   prose read with 64 or 1,024 tokens of context, the same tokens scored; KV heads are dropped
+    kinds    prose, code, dialogue and questions with 128 tokens of context; KV heads and channel groups are dropped
+    recall   the masks of `length`, by how well they find a fact again that stood early in 256 or 512 tokens
 
 A killed run is resumed by running it again: what was measured is in the result store.
 """
@@ -62,16 +62,12 @@ class Part:
     dense_only: tuple[str, ...] = ()
 
 
-_LENGTHS = ("prose 64", "prose 256", "prose 1024")
-_KINDS = ("prose 256", "code 256", "dialogue 256", "questions 256")
+_KINDS = ("prose 128", "code 128", "dialogue 128", "questions 128")
 PARTS = {
-    "length": Part(_LENGTHS, _LENGTHS, heads=(15, 30)),
+    "length": Part(("prose 64", "prose 1024"), ("prose 64", "prose 256", "prose 1024"), heads=(15, 30)),
     "kinds": Part(_KINDS, _KINDS, budget_ratios=(0.85, 0.7)),
     "recall": Part(
-        ("prose 64", "prose 1024", "recall 256"),
-        ("recall 256", "recall 1024", "prose 1024"),
-        heads=(30,),
-        dense_only=("recall 128", "recall 512", "recall 2048"),
+        ("prose 64", "prose 1024"), ("recall 256", "recall 512"), heads=(30,), dense_only=("recall 128", "recall 1024")
     ),
 }
 
