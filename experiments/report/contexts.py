@@ -24,11 +24,17 @@ def context_table(record: Mapping[str, Any]) -> Table:
     The error holds the windows' and the draws'. An excess of more than two errors is bold.
     """
     results, rows = record["results"], []
-    columns = [name for name in results["dense"] if isinstance(results["dense"][name], list)]
+    columns = sorted((name for name, of_text in results["dense"].items() if isinstance(of_text, list)), key=_place)
     for selection, of_rows in results["measured"].items():
-        for row in of_rows:
+        for row in sorted(of_rows, key=_place):
             rows.append([selection, row, *(_cell(results, selection, row, column) for column in columns)])
     return Table(["dropped", "found for", *(f"in {column}" for column in columns)], rows)
+
+
+def _place(name: str) -> tuple[str, int]:
+    """Kinds in the order of the alphabet, each from short to long contexts."""
+    kind, _, tokens = name.partition(" ")
+    return kind, int(tokens)
 
 
 def _cell(results: Mapping[str, Any], selection: str, row: str, column: str) -> str:
@@ -60,6 +66,40 @@ def excess(losses: Mapping[str, np.ndarray], row: str, column: str) -> tuple[flo
     return float(of_windows.mean()), math.sqrt(variance)
 
 
+def mean_table(record: Mapping[str, Any]) -> Table:
+    """For each size of masks: what own masks lose to dense, what those of other kinds add, how far draws are apart."""
+    results, rows = record["results"], []
+    for selection, of_rows in results["measured"].items():
+        losses = {row: {column: _losses(draws, column) for column in of_rows} for row, draws in of_rows.items()}
+        own = np.mean([losses[name][name].mean() - np.mean(results["dense"][name]) for name in losses])
+        apart = np.mean([abs(_between_draws(losses[name][name])) for name in losses])
+        value, error = mean_excess(losses)
+        rows.append([selection, f"{own:.3f}", f"{value:+.3f} ± {error:.3f}", f"{apart:.3f}"])
+    return Table(["dropped", "own masks over dense", "masks of other kinds add", "draws of one kind apart"], rows)
+
+
+def mean_excess(losses: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[float, float]:
+    """What masks of other kinds lose to a column's own, mean over all pairs of kinds, and its standard error.
+
+    Args:
+        losses: By row and column [draws, windows]; every row is a column too.
+    """
+    n_kinds = len(losses)
+    weight = {True: -1.0 / n_kinds, False: 1.0 / (n_kinds * (n_kinds - 1))}  # of own masks, of others
+    of_draws = {
+        row: sum(weight[row == column] * cell.mean(axis=1) for column, cell in of_row.items())
+        for row, of_row in losses.items()
+    }
+    of_windows: dict[str, np.ndarray] = {}  # by kind of text: contexts of several lengths end in the same windows
+    for row, of_row in losses.items():
+        for column, cell in of_row.items():
+            text, share = column.partition(" ")[0], weight[row == column] * cell.mean(axis=0)
+            of_windows[text] = of_windows.get(text, 0.0) + share
+    value = sum(of_kind.mean() for of_kind in of_draws.values())
+    variance = sum(of_kind.var(ddof=1) / len(of_kind) for of_kind in (*of_draws.values(), *of_windows.values()))
+    return float(value), math.sqrt(variance)
+
+
 def _losses(draws: Sequence[Mapping[str, Any]], column: str) -> np.ndarray:
     return np.array([of_mask[column] for of_mask in draws])
 
@@ -75,7 +115,7 @@ def order_table(record: Mapping[str, Any]) -> Table:
     """
     costs, rows = record["results"]["costs"], []
     parts = [part for part in ("heads", "halves") if next(iter(costs.values()))[0][part]]
-    for one, other in itertools.combinations_with_replacement(costs, 2):
+    for one, other in itertools.combinations_with_replacement(sorted(costs, key=_place), 2):
         taus = [_mean_tau(costs[one], costs[other], part, same=one == other) for part in parts]
         rows.append([one, "another draw" if one == other else other, *(f"{tau:.2f}" for tau in taus)])
     titles = {"heads": "tau over KV heads", "halves": "tau over halves of MLPs"}
@@ -95,7 +135,7 @@ def recall_table(record: Mapping[str, Any]) -> Table:
     """Accuracy of recall by tokens of context: dense with its 95% interval, and masks of both draws."""
     results = record["results"]
     dense = {name: metrics for name, metrics in results["dense"].items() if isinstance(metrics, Mapping)}
-    columns = sorted(dense, key=lambda name: int(name.split()[-1]))
+    columns = sorted(dense, key=_place)
     rows = [["dense", "", *(_accuracy(dense[column]) for column in columns)]]
     for selection, of_rows in results["measured"].items():
         for row, draws in of_rows.items():
@@ -118,4 +158,9 @@ def _accuracy(metrics: Mapping[str, float]) -> str:
     return f"{_shares(metrics)} [{middle - half:.2f}, {middle + half:.2f}]"
 
 
-CONTEXT_TABLES = {"contexts": context_table, "context_orders": order_table, "context_recall": recall_table}
+CONTEXT_TABLES = {
+    "contexts": context_table,
+    "context_means": mean_table,
+    "context_orders": order_table,
+    "context_recall": recall_table,
+}
