@@ -8,6 +8,7 @@ from rap_env.calibration import (
     Corpus,
     consecutive_windows,
     count_unchecked,
+    find_overlaps,
     local_corpus,
     local_text,
     normalised,
@@ -19,7 +20,7 @@ from rap_env.errors import ContaminationFound, UnknownName
 from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.evaluator import Evaluator
 from rap_env.evaluation.harness import HarnessEvaluator
-from rap_env.evaluation.perplexity import PerplexityEvaluator, TextEvaluator
+from rap_env.evaluation.perplexity import PerplexityEvaluator, TextEvaluator, cut_contexts
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
 
@@ -164,6 +165,63 @@ def _text_halves(
     refuse_contamination(search_text, reported)
     search, report = evaluator(drawn, search_text.name), PerplexityEvaluator(first, report_text.name)
     return Halves(search, report, search_text, reported, reported)
+
+
+def halves_at_length(  # noqa: PLR0913 - its arguments are the keys of a YAML
+    llm: SwitchableLLM,
+    corpora: tuple[Corpus, Corpus],
+    context_tokens: int,
+    target_tokens: int,
+    longest_tokens: int,
+    search_windows: int,
+    report_windows: int,
+    seed: int = 0,
+    fitness: str = "loss",
+) -> Halves:
+    """The same target tokens of a kind of text, read with a context of any length in front of them.
+
+    Args:
+        llm: Its tokenizer cuts the text.
+        corpora: A kind of text (`rap_env.calibration.kinds`): to search on, to report on.
+        context_tokens: What is read in front of the targets.
+        target_tokens: The tokens that are scored.
+        longest_tokens: The longest context: runs that have it in common score the same tokens.
+        search_windows: How often targets with their context are drawn from the text to search on.
+        report_windows: The same of the text to report on, whatever the seed.
+        seed: Seed of the search's draw.
+        fitness: `"loss"` or `"divergence"`: what masks are searched by; the report is the loss.
+
+    Raises:
+        UnknownName: No such fitness.
+        CorpusUnavailable: A corpus is too short, or all documents to search on are reported on as well.
+        InvalidWorkload: No window, no context or target, or more than the longest context or the model's.
+    """
+    if fitness not in _FITNESSES:
+        raise UnknownName("fitness", fitness, _FITNESSES)
+    tokens = longest_tokens + target_tokens
+    for n_windows in (search_windows, report_windows):
+        check_windows(n_windows, tokens, llm.shape.context_tokens)
+    report_text = corpora[1]
+    report = random_windows(report_text, llm.tokenizer, report_windows, tokens, seed=0)
+    reported = {report_text.name: llm.tokenizer.batch_decode(report)}
+    search_text = without_overlaps(corpora[0], reported)
+    search = random_windows(search_text, llm.tokenizer, search_windows, tokens, seed)
+    size = context_tokens, target_tokens
+    return Halves(
+        _FITNESSES[fitness](cut_contexts(search, *size), search_text.name, target_tokens),
+        PerplexityEvaluator(cut_contexts(report, *size), report_text.name, target_tokens),
+        *(search_text, reported, reported),
+    )
+
+
+def without_overlaps(corpus: Corpus, reported: Mapping[str, Sequence[str]]) -> Corpus:
+    """The documents that share no 13 words in a row with reported text: modules of code begin alike.
+
+    Raises:
+        CorpusUnavailable: None is left.
+    """
+    shared = {overlap.document for overlap in find_overlaps(corpus.documents, reported)}
+    return Corpus(corpus.name, tuple(text for number, text in enumerate(corpus.documents) if number not in shared))
 
 
 def searched_corpus(search_text: Callable[[], Corpus]) -> Corpus:

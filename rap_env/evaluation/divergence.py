@@ -57,8 +57,8 @@ class DivergenceEvaluator(TextEvaluator):
 
     kind = "divergence"
 
-    def __init__(self, windows: torch.Tensor, name: str) -> None:
-        super().__init__(windows, name)
+    def __init__(self, windows: torch.Tensor, name: str, target_tokens: int | None = None) -> None:
+        super().__init__(windows, name, target_tokens)
         self.setup_tokens = windows.numel()
         self._dense: tuple[SwitchableLLM, dict[int, torch.Tensor]] | None = None  # of each batch's first window
 
@@ -67,7 +67,8 @@ class DivergenceEvaluator(TextEvaluator):
             self._dense = llm, {}
         dense = self._dense[1]
         if batch.start not in dense:
-            dense[batch.start] = llm.run(llm.shape.sites, *self.open_streams(llm, batch))
+            stream = llm.run(llm.shape.sites, *self.open_streams(llm, batch))
+            dense[batch.start] = stream[:, self.scored].clone()
         return token_divergences(llm, dense[batch.start], hidden)
 
     def metrics(self, mean: float) -> dict[str, float]:

@@ -26,6 +26,20 @@ def tokens_digest(windows: torch.Tensor) -> str:
     return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
+def cut_contexts(windows: torch.Tensor, context_tokens: int, target_tokens: int) -> torch.Tensor:
+    """The last tokens of windows [N, T], with a shorter context in front of them [N, context + targets].
+
+    Raises:
+        InvalidWorkload: The windows are shorter, or nothing stands in front of the targets.
+    """
+    if context_tokens < 1 or target_tokens < 1 or context_tokens + target_tokens > windows.shape[1]:
+        raise InvalidWorkload(
+            f"expected at least one token of context and of target, and at most {windows.shape[1]:,} together;"
+            f" got {context_tokens:,} and {target_tokens:,}"
+        )
+    return windows[:, windows.shape[1] - context_tokens - target_tokens :]
+
+
 def logit_tile(llm: SwitchableLLM) -> tuple[int, int]:
     """Rows and words of the float32 logits that are alive at once."""
     if llm.device.type == "cpu":
@@ -84,29 +98,35 @@ def _losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, til
 class TextEvaluator(Evaluator):
     """Evaluates by what is measured over fixed windows of text; the score is minus the mean over all scored tokens.
 
-    Shapes: N windows of T tokens, B of them in a batch, H hidden size.
+    Shapes: N windows of T tokens, the last S of which are scored; B windows in a batch, H hidden size.
 
     Args:
         windows: Tokens [N, T].
         name: What reports call the text.
+        target_tokens: How many of the last tokens of each window are scored, S; None for all but the first. With the
+            same last tokens behind contexts of several lengths, only the length differs (`cut_contexts`).
 
     Raises:
-        InvalidWorkload: There is no window, or none with a token to predict.
+        InvalidWorkload: There is no window, none with a token to predict, or not as many tokens as are to be scored.
     """
 
     kind: str  # in the identity
 
-    def __init__(self, windows: torch.Tensor, name: str) -> None:
+    def __init__(self, windows: torch.Tensor, name: str, target_tokens: int | None = None) -> None:
         check_windows(*windows.shape)
+        most = windows.shape[1] - 1
+        if target_tokens is not None and not 1 <= target_tokens <= most:
+            raise InvalidWorkload(f"expected 1 to {most} scored tokens in windows of {most + 1}; got {target_tokens}")
         self.windows, self.name = windows, name
+        self.target_tokens = most if target_tokens is None else target_tokens
         self._held: tuple[SwitchableLLM, list[HeldStreams]] | None = None
 
     def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
-        """A number for every token but the first of each window [B, T - 1], lower is better.
+        """A number for every scored token [B, S], lower is better.
 
         Args:
             llm: The model whose head is used.
-            hidden: The residual stream behind the last site [B, T, H].
+            hidden: The residual stream behind the last site, at the last S + 1 tokens [B, S + 1, H].
             batch: Which windows these are.
         """
         raise NotImplementedError
@@ -117,14 +137,23 @@ class TextEvaluator(Evaluator):
 
     @property
     def identity(self) -> dict:
-        return {"evaluator": self.kind, "name": self.name, "windows": tokens_digest(self.windows)}
+        identity = {"evaluator": self.kind, "name": self.name, "windows": tokens_digest(self.windows)}
+        scores_all = self.target_tokens == self.windows.shape[1] - 1
+        return identity if scores_all else identity | {"target_tokens": self.target_tokens}
 
     def tokens(self, llm: SwitchableLLM) -> int:
         return self.windows.numel()
 
     def first(self, fraction: float) -> "TextEvaluator":
         n_windows = math.ceil(fraction * len(self.windows))
-        return self if n_windows == len(self.windows) else type(self)(self.windows[:n_windows], self.name)
+        if n_windows == len(self.windows):
+            return self
+        return type(self)(self.windows[:n_windows], self.name, self.target_tokens)
+
+    @property
+    def scored(self) -> slice:
+        """The places of the scored tokens, and the one in front of them, in a window."""
+        return slice(self.windows.shape[1] - self.target_tokens - 1, None)
 
     def batches(self) -> list[slice]:
         """Windows that are forwarded at once."""
@@ -148,12 +177,12 @@ class TextEvaluator(Evaluator):
         self, llm: SwitchableLLM, masks: Sequence[PruningMask], near: PruningMask | None = None
     ) -> Iterator[tuple[PruningMask, Evaluation]]:
         started, sums, batches = time.perf_counter(), dict.fromkeys(masks, 0.0), self.batches()
-        n_scored = len(self.windows) * (self.windows.shape[1] - 1)
+        n_scored = len(self.windows) * self.target_tokens
         for number, batch in enumerate(batches):
             held = None if near is None else self._held_streams(llm, near)[number]
             hidden, context = self.open_streams(llm, batch) if held is None else (held.first, held.context)
             for mask, stream in llm.run_masks(masks, hidden, context, held):
-                sums[mask] += self.measure(llm, stream, batch).sum().item()
+                sums[mask] += self.measure(llm, stream[:, self.scored], batch).sum().item()
                 if number == len(batches) - 1:
                     mean = sums[mask] / n_scored
                     metrics = self.metrics(mean) | {"items": len(self.windows)}
@@ -179,7 +208,7 @@ class PerplexityEvaluator(TextEvaluator):
     kind = "perplexity"
 
     def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
-        return token_losses(llm, hidden, self.windows[batch].to(llm.device))
+        return token_losses(llm, hidden, self.windows[batch, self.scored].to(llm.device))
 
     def metrics(self, mean: float) -> dict[str, float]:
         """The loss, and the perplexity unless that is beyond a float's range."""

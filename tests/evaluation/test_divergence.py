@@ -81,3 +81,14 @@ def test_the_dense_model_runs_once_for_each_model(windows):
             executions.append(model.site_executions - before)
         assert executions == [2 * n_components - 1, n_components - 1]
         assert -values[mask].score == pytest.approx(divergence_of(model, windows, mask), abs=1e-5)
+
+
+def test_the_last_tokens_alone_have_their_own_divergences(tiny_llm, windows):
+    mask = PruningMask.all_kept(tiny_llm.shape).drop("layer1.mlp")
+    with torch.inference_mode():
+        dense = tiny_llm.model(windows).logits[:, -5:-1].double().log_softmax(-1)
+        with tiny_llm.pruned(mask):
+            masked = tiny_llm.model(windows).logits[:, -5:-1].double().log_softmax(-1)
+    expected = functional.kl_div(masked, dense, reduction="none", log_target=True).sum(-1).mean().item()
+    measured = dict(DivergenceEvaluator(windows, "toy text", 4).evaluate_many(tiny_llm, [mask]))
+    assert -measured[mask].score == pytest.approx(expected, abs=1e-5)

@@ -49,8 +49,10 @@ def words(text: str) -> list[str]:
 
 
 def test_every_yaml_is_a_task_of_a_known_subject_and_carries_the_tag_of_its_half(manager):
-    assert sorted(manager.all_subtasks) == sorted(NAMES)
-    assert {tag: len(manager.task_index[tag].tags) for tag in manager.all_tags} == {"rap_search": 6, "rap_report": 6}
+    recall = [f"rap_recall_{tokens}_{half}" for tokens in (128, 256, 512, 1024, 2048) for half in HALVES]
+    assert sorted(manager.all_subtasks) == sorted(NAMES + recall)
+    tags = {"rap_search": 6, "rap_report": 6, "rap_recall_search": 5, "rap_recall_report": 5}
+    assert {tag: len(manager.task_index[tag].tags) for tag in manager.all_tags} == tags
 
 
 def test_tasks_score_both_accuracies_over_multiple_choice(loaded):

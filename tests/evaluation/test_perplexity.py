@@ -187,3 +187,29 @@ def test_the_first_part_of_an_evaluator_has_the_first_windows_and_an_identity_of
         assert torch.equal(part.windows, windows[:n_windows]) and type(part) is PerplexityEvaluator
         assert part.tokens(tiny_llm) == n_windows * 12
         assert (part.identity == evaluator.identity) == (n_windows == 5)
+
+
+def test_the_same_last_tokens_are_scored_behind_contexts_of_several_lengths(tiny_llm, windows):
+    for context_tokens in (1, 5, 9):
+        cut = perplexity.cut_contexts(windows, context_tokens, 3)
+        assert cut.shape == (5, context_tokens + 3) and torch.equal(cut[:, -3:], windows[:, -3:])
+        evaluator = PerplexityEvaluator(cut, "toy text", 3)
+        with torch.inference_mode():
+            logits = tiny_llm.model(cut).logits[:, -4:-1].double().log_softmax(-1)
+        expected = -logits.gather(-1, cut[:, -3:, None]).mean().item()
+        assert -evaluator.evaluate(tiny_llm).score == pytest.approx(expected, abs=1e-5)
+        assert evaluator.tokens(tiny_llm) == 5 * (context_tokens + 3), "context is paid for"
+        assert evaluator.first(0.5).target_tokens == 3
+
+
+def test_which_tokens_are_scored_is_in_the_identity_unless_it_is_all_of_them(windows):
+    some, all_of_them = (PerplexityEvaluator(windows, "toy text", n).identity for n in (4, 11))
+    assert some != all_of_them == PerplexityEvaluator(windows, "toy text").identity
+
+
+@pytest.mark.parametrize("target_tokens", [0, 12])
+def test_windows_that_do_not_hold_the_scored_tokens_are_refused(windows, target_tokens):
+    with pytest.raises(InvalidWorkload, match=f"expected 1 to 11 scored tokens in windows of 12; got {target_tokens}"):
+        PerplexityEvaluator(windows, "toy text", target_tokens)
+    with pytest.raises(InvalidWorkload, match=f"at most 12 together; got 12 and {target_tokens}"):
+        perplexity.cut_contexts(windows, 12, target_tokens)

@@ -1,14 +1,16 @@
 """Search and report halves share no text, follow the perplexity protocol, and come from each evaluation's YAML."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from experiments.evaluators import packaged_text_halves, task_halves, text_halves
+from experiments.evaluators import halves_at_length, packaged_text_halves, task_halves, text_halves, without_overlaps
 from experiments.recipes.build import build_corpus, build_halves, build_windows
 from rap_env.calibration import Corpus, consecutive_windows, local_text, packaged_corpus, refuse_contamination
+from rap_env.calibration.kinds import prose
 from rap_env.errors import ContaminationFound, CorpusUnavailable, InvalidWorkload, UnknownName
 from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.perplexity import PerplexityEvaluator
@@ -176,13 +178,64 @@ def test_a_tilde_in_include_path_is_the_home_folder(benchmark, monkeypatch):
     assert task_halves(["quiz"], include_path="~").search.item_texts == {"quiz": ["a yes"]}
 
 
-@pytest.mark.parametrize("name", ["packaged_text", "text", "embedded"])
-def test_each_evaluations_yaml_builds_both_halves(name, tiny_llm, paths):
+def at_length(llm, paths: dict, **changes):
+    corpora = prose(**paths)
+    sizes = {"context_tokens": 20, "target_tokens": 8, "longest_tokens": 40, "search_windows": 3, "report_windows": 2}
+    return halves_at_length(llm, corpora, **sizes | changes)
+
+
+def test_at_every_length_the_same_tokens_are_scored(tiny_llm, paths):
+    long, short = (at_length(tiny_llm, paths, context_tokens=tokens) for tokens in (40, 5))
+    for half in ("search", "report"):
+        windows, cut = (getattr(halves, half).windows for halves in (long, short))
+        assert windows.shape[1] == 48 and cut.shape[1] == 13 and (windows[:, -13:] == cut).all()
+        assert getattr(long, half).target_tokens == getattr(short, half).target_tokens == 8
+        assert getattr(long, half).identity != getattr(short, half).identity
+    assert short.held_out == long.held_out, "none may search on what is context elsewhere"
+
+
+def test_the_seed_draws_what_is_searched_on_only(tiny_llm, paths):
+    one, other = (at_length(tiny_llm, paths, seed=seed) for seed in (0, 1))
+    assert one.search.identity != other.search.identity and one.report.identity == other.report.identity
+    assert isinstance(at_length(tiny_llm, paths, fitness="divergence").search, DivergenceEvaluator)
+
+
+def test_lengths_that_do_not_fit_are_refused(tiny_llm, paths):
+    with pytest.raises(InvalidWorkload, match="at most 48 together; got 41 and 8"):
+        at_length(tiny_llm, paths, context_tokens=41)
+    with pytest.raises(InvalidWorkload, match="beyond the model's context"):
+        at_length(tiny_llm, paths, longest_tokens=tiny_llm.shape.context_tokens)
+    with pytest.raises(UnknownName, match="unknown fitness 'los'"):
+        at_length(tiny_llm, paths, fitness="los")
+
+
+def test_documents_that_are_reported_on_are_not_searched_on():
+    own, shared = (" ".join(f"{word}{number}" for number in range(20)) for word in ("own", "shared"))
+    corpus = Corpus("notes", (own, f"and {shared}"))
+    assert without_overlaps(corpus, {"report": [shared]}).documents == (own,)
+    with pytest.raises(CorpusUnavailable, match="holds no text"):
+        without_overlaps(corpus, {"report": [shared, own]})
+
+
+@pytest.mark.parametrize(
+    "name", ["packaged_text", "text", "embedded", "prose", "code", "dialogue", "questions", "recall"]
+)
+def test_each_evaluations_yaml_builds_both_halves(name, tiny_llm, paths, tmp_path):
+    chats = [{"question": f"q{n} " * 20, "choices": [f"a{n} " * 30], "gold": 0} for n in range(60)]
+    passages = [{"question": f"is {n}", "passage": f"p{n} " * 60, "label": n % 2} for n in range(20)]
+    for file, rows in (("chats", chats), ("passages", passages)):
+        (tmp_path / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = ["context_tokens=16", "longest_tokens=32", "target_tokens=8", "search_windows=2", "report_windows=2"]
     windows = ["search_windows=[2,16]", "report_windows=[2,16]"]
     changes = {
         "packaged_text": windows,
         "text": [f"{key}={value}" for key, value in paths.items()] + windows,
         "embedded": ["limit=2"],
+        "prose": [f"corpora.{key}={value}" for key, value in paths.items()] + lengths,
+        "code": lengths,
+        "dialogue": [f"corpora.path={tmp_path}/chats.jsonl", *lengths],
+        "questions": [f"corpora.path={tmp_path}/passages.jsonl", *lengths],
+        "recall": ["limit=2"],
     }
     overrides = [f"evaluation={name}", "calibration=search", *(f"evaluation.{change}" for change in changes[name])]
     config = composed(*overrides)

@@ -12,6 +12,9 @@ facts. Each choice is one token for SmolLM2, so a half costs 330 forwards of 5.5
 | elements | 52 | 4 | The chemical symbol for gold is: Ge, Cu, Au, Mn |
 | opposites | 52 | 4 | The opposite of up is: pessimistic, down, dry, dangerous |
 | properties | 67 | 4 | You can use a ladder to: weigh, climb, write, bake |
+
+Beside them, with tags of their own (`rap_recall_search`, `rap_recall_report`): recall over long contexts
+(`rap_env/evaluation/tasks/recall.py`), 64 items of 4 choices at each of about 128, 256, 512, 1024 and 2048 tokens.
 """
 
 from pathlib import Path

@@ -3,18 +3,19 @@
 from rap_env.evaluation.tasks.splits import Item, as_task, make_item, take_half
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of a list that is written as text."""
     return text.split()
 
 
-THINGS = _words("""
+THINGS = words("""
     key table door window bridge river carpet box picture wall road village garden room house tree song film island
     book painting rock tower city apple basket machine factory lamp desk bottle shop clock street wagon mountain
     cloud plate coat chair engine truck mine hill barn report novel museum ticket camera button pencil kettle bucket
     bell candle curtain jacket tunnel statue farm medal poster valley lake ribbon helicopter fence mirror pillow
     blanket computer cup map cake flag
 """)
-PEOPLE = _words("""
+PEOPLE = words("""
     student farmer soldier child hunter lawyer singer customer visitor neighbor officer manager worker patient nurse
     captain dancer writer painter driver engineer prisoner tourist reporter
 """)
@@ -23,17 +24,17 @@ PRESENT_AND_PAST = (("is", "are"), ("was", "were"), ("has", "have"))  # singular
 THING_TEMPLATES = ("The {head} near the {other}", "The {head} behind the {other}", "The {head} beside the {other}")
 PERSON_TEMPLATES = ("The {head} that the {other} liked", "The {head} seen by the {other}")
 
-MEN = _words("""
+MEN = words("""
     king boy father uncle husband prince son brother man grandfather nephew steward monk gentleman hero duke lord
     widower groom wizard emperor policeman salesman cowboy Mark David John Robert Peter Thomas James Michael Richard
     George Daniel Henry William Edward Charles Philip Martin Andrew
 """)
-WOMEN = _words("""
+WOMEN = words("""
     queen girl mother aunt wife princess daughter sister woman grandmother niece stewardess nun lady heroine duchess
     goddess widow bride witch empress policewoman actress housewife Susan Mary Emily Linda Jessica Sarah Anna Laura
     Helen Alice Julia Emma Karen Margaret Elizabeth Rachel Barbara Nancy
 """)
-TRANSITIVE_VERBS = _words("""
+TRANSITIVE_VERBS = words("""
     admired blamed saw praised trusted defended introduced taught asked convinced helped found washed dressed
     enjoyed promised hid described
 """)

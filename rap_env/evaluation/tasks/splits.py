@@ -1,6 +1,7 @@
 """What the subjects share: the item, the division of facts into two halves, and the form lm-eval reads."""
 
 import functools
+import inspect
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -69,15 +70,16 @@ def take_half(rows: Sequence[Row], half: str, table: str) -> list[Row]:
     return taken
 
 
-def as_task(generate: Callable[[str], list[Item]]) -> Callable[..., dict[str, Dataset]]:
+def as_task(generate: Callable[..., list[Item]]) -> Callable[..., dict[str, Dataset]]:
     """Turns a generator of items into what a task YAML's `custom_dataset` calls with `dataset_kwargs`.
 
     The items are shuffled, so that the first few of a task, which a limit takes, are a sample of all its questions.
     """
 
     @functools.wraps(generate)
-    def load(half: str, **_metadata) -> dict[str, Dataset]:  # lm-eval also passes the YAML's metadata
-        items = generate(half)
+    def load(half: str, **given) -> dict[str, Dataset]:
+        taken = inspect.signature(generate).parameters  # lm-eval also passes the YAML's metadata
+        items = generate(half, **{name: value for name, value in given.items() if name in taken})
         random.Random(DEAL).shuffle(items)
         return {"validation": Dataset.from_list([asdict(item) for item in items])}
 
