@@ -1,6 +1,6 @@
 """NDCG@10, sums of scores, and intervals: worked out by hand."""
 
-from math import log2
+from math import log, log2
 
 import numpy as np
 import pytest
@@ -64,3 +64,13 @@ def test_bm25_returns_only_documents_that_share_a_word_best_first():
     assert set(found) == {"a", "b"}
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert list(bm25.best("lift wing", 1)) == list(found)[:1]
+
+
+def test_bm25_scores_texts_of_the_collection_as_its_index_does_and_others_too():
+    texts = {"a": "lift of a wing", "b": "wing wing wing lift", "c": "heat transfer"}
+    bm25 = Bm25(texts)
+    found = bm25.best("lift wing lift", 10)
+    assert bm25.scores("lift wing lift", [texts[name] for name in found]) == pytest.approx(list(found.values()))
+    rarity = log(1 + (3 - 2 + 0.5) / (2 + 0.5))  # of "lift", in two of three documents of 2, 4 and 2 words
+    expected = rarity * 1 / (1 + 1.5 * (0.25 + 0.75 * 4 / (8 / 3)))
+    assert bm25.scores("lift", ["lift heat heat heat", "heat", ""]) == [pytest.approx(expected), 0, 0]
