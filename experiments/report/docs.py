@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments.records import read_records
 from experiments.report import benchmark_lines
-from experiments.report.rerank_training import rerank_training_table
+from experiments.report.rerank_training import rerank_teachers_table, rerank_training_table
 from experiments.report.reranking import RERANKING_TABLES
 from experiments.report.selection_learners import selection_learners_table
 from experiments.report.serving import SERVING_TABLES
@@ -28,6 +28,7 @@ from rap_env.files import write_over
 _OF_ONE_RECORD = {
     **SERVING_TABLES,
     **RERANKING_TABLES,
+    "rerank_teachers": rerank_teachers_table,
     "rerank_training": rerank_training_table,
     "serving_learners": serving_learners_table,
     "serving_validation": serving_validation_table,

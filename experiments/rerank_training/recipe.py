@@ -10,7 +10,7 @@ from pathlib import Path
 from experiments.progress import phase
 from experiments.records import model_provenance, provenance
 from experiments.rerank_training.data import Collection, load_collection, split_queries
-from experiments.rerank_training.evaluation import best_weight, compared
+from experiments.rerank_training.evaluation import best_weight, compared, compared_sums
 from experiments.rerank_training.lists import ListSettings, TrainingLists
 from experiments.rerank_training.rivals import Bm25, Scores, encoder_scores, fused
 from experiments.rerank_training.scoring import ListScorer
@@ -125,6 +125,13 @@ class Run:
                 "losses": self._trainer.losses,
             },
         }
+
+    def teachers(self) -> dict:
+        """What may be learned from: sums of three signals, over the queries to learn from and to choose on."""
+        runs = {"bm25": self._candidates((*self.split.training, *self.split.validation))}
+        runs["likelihood"] = self._model_scores("likelihood", runs["bm25"], tuned=False)
+        runs["encoder"] = self._encoder_scores(runs["bm25"])
+        return {"queries": len(runs["bm25"]), "sums": compared_sums(self._collection.grades, runs, "likelihood")}
 
     def record(self, results: Mapping) -> dict:
         """The record of these results."""

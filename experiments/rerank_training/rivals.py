@@ -76,10 +76,16 @@ def encoder_scores(
 
 def fused(first: Scores, second: Scores, second_weight: float) -> dict[str, float]:
     """Weighted sums of two scorers' scores for the same documents, each standardised over these documents."""
-    names = list(first)
-    sums = (1 - second_weight) * standardised([first[name] for name in names])
-    sums = sums + second_weight * standardised([second[name] for name in names])
-    return dict(zip(names, sums.tolist(), strict=True))
+    return summed((first, second), (1 - second_weight, second_weight))
+
+
+def summed(scores: Sequence[Scores], weights: Sequence[float]) -> dict[str, float]:
+    """The same of any number of scorers."""
+    names = list(scores[0])
+    parts = [
+        weight * standardised([each[name] for name in names]) for each, weight in zip(scores, weights, strict=True)
+    ]
+    return dict(zip(names, np.sum(parts, axis=0).tolist(), strict=True))
 
 
 def standardised(values: Sequence[float]) -> np.ndarray:

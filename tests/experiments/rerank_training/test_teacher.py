@@ -5,9 +5,13 @@ from math import exp, sqrt
 import pytest
 import torch
 
-from experiments.rerank_training import teacher
+from experiments.records import read_record
+from experiments.rerank_training import recipe, teacher
 from experiments.rerank_training.rivals import Bm25
 from experiments.rerank_training.teacher import Teacher, TeacherWeights
+from rap_env.llm.loading import build_tiny_llm
+from scripts import compare_teachers
+from tests.experiments.rerank_training.conftest import shared_words
 
 
 def teacher_of(collection, **weights) -> Teacher:
@@ -53,3 +57,17 @@ def test_no_text_is_encoded_twice_and_none_where_cosines_count_nothing(collectio
     counted.shares("q", ["a", "b"], [0.0, 0.0])
     counted.shares("q", ["b", "c"], [0.0, 0.0])
     assert encoded == ["q", "a", "b", "c"]
+
+
+def test_the_script_compares_teachers_without_the_reported_queries(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "encoder_scores", shared_words)
+    monkeypatch.setattr(recipe, "load_llm", lambda _name, _dtype: build_tiny_llm())
+    options = [f"data={folder}", f"record={tmp_path / 'record.json'}", "first_layer=2", "candidates=5"]
+    options += ["validation_queries=4", "report_queries=6"]
+    compare_teachers.main(options)
+    assert "1.0 likelihood" in capsys.readouterr().out
+    record = read_record(tmp_path / "record.json")
+    assert record["results"]["queries"] == 14 and len(record["results"]["sums"]) == 66
+    assert str(tmp_path) not in str(record)
+    with pytest.raises(SystemExit, match="records are written once"):
+        compare_teachers.main(options)
