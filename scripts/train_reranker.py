@@ -9,9 +9,8 @@ from pathlib import Path
 
 from experiments.records import write_record
 from experiments.rerank_training.evaluation import lines
-from experiments.rerank_training.lists import ListSettings
-from experiments.rerank_training.recipe import Recipe, Run
-from experiments.rerank_training.training import TrainingSettings
+from experiments.rerank_training.options import add_recipe_options, chosen_recipe
+from experiments.rerank_training.recipe import Run
 from rap_env.errors import RapError
 
 
@@ -20,30 +19,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with corpus.jsonl, queries.jsonl, qrels.tsv")
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the adapter")
     parser.add_argument("--record", type=Path, required=True, help="where the record goes; it must not be there yet")
+    parser.add_argument("--start", type=Path, help="folder of an adapter to go on from; by default an untrained one")
     parser.add_argument("--minutes", type=float, default=45, help="that training may take before it stops")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--first_layer", type=int, default=10, help="layers before it stay as they are")
-    parser.add_argument("--document_tokens", type=int, default=128, help="where documents are cut at the end")
-    parser.add_argument("--label_share", type=float, default=0.4, help="share of lists from labelled queries")
-    parser.add_argument("--candidates", type=int, default=30, help="BM25's best, which are reranked")
-    parser.add_argument("--validation_queries", type=int, default=20, help="for weights of fused scores")
-    parser.add_argument("--report_queries", type=int, default=50, help="that nothing is learned from or chosen on")
-    parser.add_argument("--report", choices=("report", "validation"), default="report", help="which queries")
+    add_recipe_options(parser)
     options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
-    training = TrainingSettings(
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        first_layer=options.first_layer,
-        max_document_tokens=options.document_tokens,
-    )
-    lists = ListSettings(label_share=options.label_share)
-    chosen = {name: getattr(options, name) for name in ("validation_queries", "report_queries", "candidates", "report")}
-    recipe = Recipe(training, lists, **chosen)
     try:
         if options.record.exists():
             raise FileExistsError(f"{options.record} exists, and records are written once; name another file")
-        run = Run(recipe, options.data)
+        run = Run(chosen_recipe(options), options.data, options.start)
         if not run.train(options.out / "checkpoint.pt", options.minutes):
             sys.exit("the time is up before all steps are done: run the same command again to go on")
         run.save_adapter(options.out / "adapter")

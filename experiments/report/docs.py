@@ -16,7 +16,7 @@ from pathlib import Path
 from experiments.records import read_records
 from experiments.report import benchmark_lines
 from experiments.report.contexts import CONTEXT_TABLES
-from experiments.report.rerank_training import rerank_training_table
+from experiments.report.rerank_training import rerank_teachers_table, rerank_training_table
 from experiments.report.reranking import RERANKING_TABLES
 from experiments.report.selection_learners import selection_learners_table
 from experiments.report.serving import SERVING_TABLES
@@ -30,6 +30,7 @@ _OF_ONE_RECORD = {
     **SERVING_TABLES,
     **RERANKING_TABLES,
     **CONTEXT_TABLES,
+    "rerank_teachers": rerank_teachers_table,
     "rerank_training": rerank_training_table,
     "serving_learners": serving_learners_table,
     "serving_validation": serving_validation_table,

@@ -1,11 +1,11 @@
 """NDCG@10 of rankings, and how sure a difference between two of them is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import ir_measures
 import numpy as np
 
-from experiments.rerank_training.rivals import Scores, fused
+from experiments.rerank_training.rivals import Scores, fused, summed
 
 MEASURE = ir_measures.nDCG @ 10
 _WEIGHTS = tuple(step / 10 for step in range(11))
@@ -75,6 +75,44 @@ def compared(
             "by_query": by_query,
         }
     return rows
+
+
+def compared_sums(
+    grades: Mapping[str, Mapping[str, int]], runs: Mapping[str, Mapping[str, Scores]], baseline: str
+) -> list[dict]:
+    """Sums of standardised scores with all weights in tenths, the best first.
+
+    Args:
+        grades: By query and document.
+        runs: By system, all over the same queries.
+        baseline: One of the systems, for itself.
+
+    Returns:
+        For each its weights by system, its mean NDCG@10, and the difference to the baseline with interval.
+    """
+    names = list(runs)
+    sums = {
+        weights: {query: summed([runs[name][query] for name in names], weights) for query in runs[baseline]}
+        for weights in _tenths(len(names), 10)
+    }
+    alone = tuple(float(name == baseline) for name in names)
+    rows = [
+        {"weights": dict(zip(names, weights, strict=True)), **row}
+        for weights, row in compared(grades, sums, alone).items()
+    ]
+    for row in rows:
+        del row["by_query"]
+    return sorted(rows, key=lambda row: -row["ndcg_at_10"])
+
+
+def _tenths(n_weights: int, left: int) -> Iterator[tuple[float, ...]]:
+    """All weights in tenths that sum to so many of them."""
+    if n_weights == 1:
+        yield (left / 10,)
+        return
+    for first in range(left + 1):
+        for others in _tenths(n_weights - 1, left - first):
+            yield (first / 10, *others)
 
 
 def lines(rows: Mapping[str, Mapping]) -> list[str]:

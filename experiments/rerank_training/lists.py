@@ -56,10 +56,11 @@ class TrainingLists:
 
     Attributes:
         settings: The same.
+        bm25: Likewise.
     """
 
     def __init__(self, collection: Collection, settings: ListSettings, bm25: Bm25) -> None:
-        self._collection, self.settings, self._bm25 = collection, settings, bm25
+        self._collection, self.settings, self.bm25 = collection, settings, bm25
         self._texts = {name: document.text for name, document in collection.documents.items() if document.text}
         self._queries = list(collection.queries)
         self._pseudo = pseudo_queries(collection.documents, settings.seed)
@@ -91,7 +92,7 @@ class TrainingLists:
     def _negatives(self, query: str, excluded: Sequence[str], rng: np.random.Generator) -> list[str]:
         """Of BM25's best as many as there should be, the rest from the whole corpus."""
         n_negatives = self.settings.documents - 1
-        best = [name for name in self._bm25.best(query, self.settings.pool) if name not in excluded]
+        best = [name for name in self.bm25.best(query, self.settings.pool) if name not in excluded]
         hard = _drawn(best, n_negatives - self.settings.random_documents, rng)
         left = [name for name in self._texts if name not in hard and name not in excluded]
         return hard + _drawn(left, n_negatives - len(hard), rng)

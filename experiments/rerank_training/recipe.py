@@ -3,18 +3,18 @@
 import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from experiments.progress import phase
 from experiments.records import model_provenance, provenance
 from experiments.rerank_training.data import Collection, load_collection, split_queries
-from experiments.rerank_training.evaluation import best_weight, compared
+from experiments.rerank_training.evaluation import best_weight, compared, compared_sums
 from experiments.rerank_training.lists import ListSettings, TrainingLists
 from experiments.rerank_training.rivals import Bm25, Scores, encoder_scores, fused
 from experiments.rerank_training.scoring import ListScorer
-from experiments.rerank_training.training import Trainer, TrainingSettings, save_adapter, with_adapter
+from experiments.rerank_training.training import Trainer, TrainingSettings, load_adapter, save_adapter, with_adapter
 from rap_env.llm.loading import load_llm
 from rap_env.rerank.prompts import SMOLLM2
 
@@ -37,6 +37,7 @@ class Recipe:
         candidates: How many of BM25's best documents are reranked.
         scored_tokens: Where documents are cut that are reranked.
         report: `report`, or `validation` to compare settings.
+        plain_model: Whether the model without an adapter is scored too, by its answer and by likelihoods.
     """
 
     training: TrainingSettings
@@ -49,6 +50,7 @@ class Recipe:
     candidates: int = 50
     scored_tokens: int = 256
     report: str = "report"
+    plain_model: bool = True
 
 
 class Run:
@@ -57,19 +59,28 @@ class Run:
     Args:
         recipe: What is learned, and what is reported.
         data: The collection's folder.
+        start: Folder of an adapter that training starts with; None starts with one that changes nothing.
+
+    Attributes:
+        recipe: The same, with the start's digest.
+        split: Which queries are for what.
     """
 
-    def __init__(self, recipe: Recipe, data: Path) -> None:
+    def __init__(self, recipe: Recipe, data: Path, start: Path | None = None) -> None:
         self._collection = load_collection(data)
         self._digests = {name: hashlib.sha256((data / name).read_bytes()).hexdigest() for name in _FILES}
         self._data_name = data.resolve().name
         names = list(self._collection.queries)
         self.split = split_queries(names, recipe.validation_queries, recipe.report_queries, recipe.split_seed)
         self._texts = {name: document.text for name, document in self._collection.documents.items()}
-        self._bm25, self.recipe = Bm25(self._texts), recipe
+        self._bm25 = Bm25(self._texts)
         self._llm = load_llm(recipe.model, recipe.dtype)
         self._base_provenance = model_provenance(self._llm, self._digests["corpus.jsonl"])
         self._adapted = with_adapter(self._llm, recipe.training)
+        if start is not None:
+            digest = load_adapter(self._adapted, start)
+            recipe = replace(recipe, training=replace(recipe.training, start_digest=digest))
+        self.recipe = recipe
         learnable = only_queries(self._collection, self.split.training)
         lists = TrainingLists(learnable, recipe.lists, self._bm25)
         self._trainer = Trainer(self._llm, self._adapted, lists, recipe.training)
@@ -88,12 +99,14 @@ class Run:
         validation, report = self.split.validation, getattr(self.split, self.recipe.report)
         runs = {"bm25": self._candidates(report)}
         runs["sentence_encoder"] = self._encoder_scores(runs["bm25"])
-        runs["untuned"] = self._model_scores("untuned", runs["bm25"], tuned=False)
-        runs["likelihood"] = self._model_scores("likelihood", runs["bm25"], tuned=False)
+        for name in ("untuned", "likelihood") if self.recipe.plain_model else ():
+            runs[name] = self._model_scores(name, runs["bm25"], tuned=False)
         runs["tuned"] = self._model_scores("tuned", runs["bm25"])
-        chosen_on = {"bm25": self._candidates(validation)}
-        chosen_on["tuned"] = self._model_scores("validation", chosen_on["bm25"])
-        chosen_on["sentence_encoder"] = self._encoder_scores(chosen_on["bm25"])
+        chosen_on = runs.copy()
+        if report != validation:
+            chosen_on = {"bm25": self._candidates(validation)}
+            chosen_on["tuned"] = self._model_scores("validation", chosen_on["bm25"])
+            chosen_on["sentence_encoder"] = self._encoder_scores(chosen_on["bm25"])
         weights = {}
         for first, second in (("bm25", "tuned"), ("bm25", "sentence_encoder"), ("sentence_encoder", "tuned")):
             name = f"{first} + {second}"
@@ -101,6 +114,7 @@ class Run:
             runs[name] = {query: fused(runs[first][query], runs[second][query], weights[name]) for query in runs[first]}
         return {
             "systems": compared(self._collection.grades, runs, "bm25"),
+            "validation": compared(self._collection.grades, chosen_on, "bm25"),
             "weights_of_the_second": weights,
             "reported": self.recipe.report,
             "split": asdict(self.split),
@@ -111,6 +125,13 @@ class Run:
                 "losses": self._trainer.losses,
             },
         }
+
+    def teachers(self) -> dict:
+        """What may be learned from: sums of three signals, over the queries to learn from and to choose on."""
+        runs = {"bm25": self._candidates((*self.split.training, *self.split.validation))}
+        runs["likelihood"] = self._model_scores("likelihood", runs["bm25"], tuned=False)
+        runs["encoder"] = self._encoder_scores(runs["bm25"])
+        return {"queries": len(runs["bm25"]), "sums": compared_sums(self._collection.grades, runs, "likelihood")}
 
     def record(self, results: Mapping) -> dict:
         """The record of these results."""

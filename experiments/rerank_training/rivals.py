@@ -1,6 +1,8 @@
 """Rankings that need no training: BM25, the packaged sentence encoder, and sums of standardised scores."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import log
 
 import bm25s
 import numpy as np
@@ -8,6 +10,7 @@ import numpy as np
 from rap_env.llm.sentences import encode_sentences
 
 Scores = Mapping[str, float]  # of documents, by their names
+_K1, _B = 1.5, 0.75
 
 
 class Bm25:
@@ -19,8 +22,12 @@ class Bm25:
 
     def __init__(self, texts: Mapping[str, str]) -> None:
         self._names = list(texts)
-        self._index = bm25s.BM25()
-        self._index.index(_words(list(texts.values())), show_progress=False)
+        words = _words(list(texts.values()))
+        self._index = bm25s.BM25(k1=_K1, b=_B)
+        self._index.index(words, show_progress=False)
+        self._mean_words = float(np.mean([len(each) for each in words.ids]))
+        spelled = {index: word for word, index in words.vocab.items()}
+        self._frequencies = Counter(spelled[index] for each in words.ids for index in set(each))
 
     def best(self, query: str, n_documents: int) -> dict[str, float]:
         """The documents with the highest scores above 0, best first."""
@@ -29,9 +36,26 @@ class Bm25:
         pairs = zip(found[0].tolist(), scores[0].tolist(), strict=True)
         return {self._names[index]: score for index, score in pairs if score > 0}
 
+    def scores(self, query: str, texts: Sequence[str]) -> list[float]:
+        """Scores of texts that need not be among the documents; how rare a word is, the documents say."""
+        asked = _spelled(query)
+        return [self._score(asked, Counter(_spelled(text))) for text in texts]
+
+    def _score(self, asked: Sequence[str], counts: Counter) -> float:
+        length = _K1 * (1 - _B + _B * counts.total() / self._mean_words)
+        return sum(self._rarity(word) * counts[word] / (counts[word] + length) for word in asked if counts[word])
+
+    def _rarity(self, word: str) -> float:
+        frequency = self._frequencies[word]
+        return log(1 + (len(self._names) - frequency + 0.5) / (frequency + 0.5))
+
 
 def _words(texts: Sequence[str]) -> bm25s.tokenization.Tokenized:
     return bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
+
+
+def _spelled(text: str) -> list[str]:
+    return bm25s.tokenize([text], stopwords="en", show_progress=False, return_ids=False)[0]
 
 
 def encoder_scores(
@@ -52,12 +76,19 @@ def encoder_scores(
 
 def fused(first: Scores, second: Scores, second_weight: float) -> dict[str, float]:
     """Weighted sums of two scorers' scores for the same documents, each standardised over these documents."""
-    names = list(first)
-    sums = (1 - second_weight) * _standardised([first[name] for name in names])
-    sums = sums + second_weight * _standardised([second[name] for name in names])
-    return dict(zip(names, sums.tolist(), strict=True))
+    return summed((first, second), (1 - second_weight, second_weight))
 
 
-def _standardised(values: Sequence[float]) -> np.ndarray:
+def summed(scores: Sequence[Scores], weights: Sequence[float]) -> dict[str, float]:
+    """The same of any number of scorers."""
+    names = list(scores[0])
+    parts = [
+        weight * standardised([each[name] for name in names]) for each, weight in zip(scores, weights, strict=True)
+    ]
+    return dict(zip(names, np.sum(parts, axis=0).tolist(), strict=True))
+
+
+def standardised(values: Sequence[float]) -> np.ndarray:
+    """Values less their mean, over their standard deviation; zeros where they are equal."""
     centred = np.asarray(values) - np.mean(values)
     return centred / (centred.std() or 1.0)

@@ -1,19 +1,22 @@
 """Trains LoRA matrices on lists; a run that was stopped goes on where its last checkpoint was written."""
 
 import contextlib
+import hashlib
 import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from experiments.rerank_training.lists import TrainingLists
+from experiments.rerank_training.lists import TrainingList, TrainingLists
 from experiments.rerank_training.scoring import ListScorer
+from experiments.rerank_training.teacher import Teacher, TeacherWeights
 from rap_env.files import write_over
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rerank.prompts import SMOLLM2
@@ -36,9 +39,9 @@ class TrainingSettings:
         max_document_tokens: Where documents are cut at the end.
         first_document_tokens: Where they are cut at the start; in between it grows with the steps. Short documents cost
             little, and whether their words match a query is easy to see, so that the model soon learns to look for it.
-        likelihood_weight: Of the likelihoods in what is learned, see `wanted_shares`.
-        first_weight: Of the first document in it.
+        teacher: What a list's scores are to be.
         seed: Of the LoRA matrices at the start.
+        start_digest: SHA-256 of the adapter file that they were taken from instead; empty where they were drawn.
     """
 
     steps: int = 400
@@ -48,25 +51,9 @@ class TrainingSettings:
     first_layer: int = 10
     max_document_tokens: int = 128
     first_document_tokens: int = 32
-    likelihood_weight: float = 2.0
-    first_weight: float = 2.0
+    teacher: TeacherWeights = field(default_factory=TeacherWeights)
     seed: int = 0
-
-
-def wanted_shares(likelihoods: torch.Tensor, settings: TrainingSettings) -> torch.Tensor:
-    """What the softmax of a list's scores is to be [N]: by the query's likelihood after each document, and the label.
-
-    The plain model knows by these likelihoods what it can't say yet with yes and no: so it learns from itself.
-
-    Args:
-        likelihoods: Of the query, by the model without what is learned [N].
-        settings: `likelihood_weight` is that of the standardised likelihoods, `first_weight` is added to the first
-            document, which is the one to choose.
-    """
-    centred = likelihoods - likelihoods.mean()
-    logits = settings.likelihood_weight * centred / centred.std(correction=0).clamp_min(1e-6)
-    logits[0] += settings.first_weight
-    return logits.softmax(0)
+    start_digest: str = ""
 
 
 def list_loss(scores: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -88,6 +75,21 @@ def with_adapter(llm: SwitchableLLM, settings: TrainingSettings) -> nn.Module:
         adapted = peft.get_peft_model(llm.model, config, autocast_adapter_dtype=False)
     adapted.peft_config["default"].base_model_name_or_path = llm.name  # else the folder that it was loaded from
     return adapted
+
+
+def load_adapter(adapted: nn.Module, folder: Path) -> str:
+    """Puts the matrices of a saved adapter in place of those that were drawn; returns the SHA-256 of its file.
+
+    Raises:
+        ValueError: It has other matrices.
+    """
+    path = folder / "adapter_model.safetensors"
+    saved, own = load_file(path), peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    shapes, expected = ({name: tuple(each.shape) for name, each in group.items()} for group in (saved, own))
+    if shapes != expected:
+        raise ValueError(f"{path}: expected {len(expected)} matrices of this rank and these layers; it has others")
+    peft.set_peft_model_state_dict(adapted, saved)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def save_adapter(adapted: nn.Module, folder: Path) -> None:
@@ -133,6 +135,7 @@ class Trainer:
         self._learned = {name: each for name, each in adapted.named_parameters() if each.requires_grad}
         self._exact = [each.detach().float().clone() for each in self._learned.values()]
         self._optimizer = torch.optim.AdamW(self._exact, weight_decay=0.0)
+        self._teacher = Teacher(settings.teacher, lists.bm25)
         self._scorer = ListScorer(llm.model, llm.tokenizer, SMOLLM2, settings.max_document_tokens)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.losses: list[float] = []
@@ -171,9 +174,7 @@ class Trainer:
         self._scorer.max_document_tokens = self._document_tokens()
         for number in range(self.step * n_lists, (self.step + 1) * n_lists):
             each = self._lists[number]
-            with self._adapted.disable_adapter():
-                likelihoods = self._scorer.likelihoods(each.query, each.texts)
-            shares = wanted_shares(likelihoods, self._settings)
+            shares = self._teacher.shares(each.query, each.texts, self._likelihoods(each))
             loss = list_loss(self._scorer.scores(each.query, each.texts), shares) / n_lists
             loss.backward()
             total += loss.item()
@@ -188,6 +189,13 @@ class Trainer:
         self.step += 1
         self.tokens += self._scorer.tokens - tokens
         self.losses.append(total)
+
+    def _likelihoods(self, each: TrainingList) -> list[float]:
+        """By the model without what is learned; zeros where they count nothing."""
+        if not self._settings.teacher.likelihood:
+            return [0.0] * len(each.texts)
+        with self._adapted.disable_adapter():
+            return self._scorer.likelihoods(each.query, each.texts).tolist()
 
     def _learning_rate(self) -> float:
         steps = self._settings.steps

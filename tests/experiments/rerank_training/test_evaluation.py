@@ -1,12 +1,13 @@
 """NDCG@10, sums of scores, and intervals: worked out by hand."""
 
-from math import log2
+from math import log, log2
 
 import numpy as np
 import pytest
 
-from experiments.rerank_training.evaluation import best_weight, bootstrap_interval, compared, lines, ndcg
-from experiments.rerank_training.rivals import Bm25, fused
+from experiments.report.rerank_training import rerank_teachers_table
+from experiments.rerank_training.evaluation import best_weight, bootstrap_interval, compared, compared_sums, lines, ndcg
+from experiments.rerank_training.rivals import Bm25, fused, summed
 
 GRADES = {"q": {"a": 3, "b": 1, "missed": 2}}
 
@@ -40,6 +41,33 @@ def test_a_fused_score_is_the_weighted_sum_of_standardised_scores():
     assert fused(first, {"a": 7.0, "b": 7.0}, 0.5) == {"a": -0.5, "b": 0.5}, "equal scores say nothing"
 
 
+def test_a_sum_of_three_weighs_each_after_standardising():
+    scores = [{"a": 1.0, "b": 3.0}, {"a": 10.0, "b": 0.0}, {"a": -5.0, "b": 5.0}]
+    assert summed(scores, (0.5, 0.3, 0.2)) == {"a": pytest.approx(-0.4), "b": pytest.approx(0.4)}
+
+
+def test_sums_of_all_weights_are_compared_with_one_signal_alone():
+    grades = {"q": {"a": 1}}
+    right, wrong = {"q": {"a": 1.0, "b": 0.0}}, {"q": {"a": 0.0, "b": 1.0}}
+    rows = compared_sums(grades, {"wrong": wrong, "right": right, "bad": wrong}, "bad")
+    assert len(rows) == 66 and all(sum(row["weights"].values()) == pytest.approx(1) for row in rows)
+    best = {tuple(row["weights"].values()): row["ndcg_at_10"] for row in rows}
+    assert best[0.2, 0.6, 0.2] == 1.0 == rows[0]["ndcg_at_10"]
+    assert best[0.3, 0.4, 0.3] == pytest.approx(1 / log2(3)) == rows[-1]["ndcg_at_10"]
+    assert rows[0]["difference"] == pytest.approx(1 - 1 / log2(3)) and "by_query" not in rows[0]
+
+
+def test_the_table_of_teachers_has_the_best_weights_of_each_choice_of_signals():
+    def row(value, **weights):
+        return {"weights": weights, "ndcg_at_10": value, "difference": value - 0.5, "interval": [0.0, 0.1]}
+
+    sums = [row(0.6, bm25=0.4, encoder=0.6), row(0.55, bm25=0.5, encoder=0.5), row(0.5, bm25=0.0, encoder=1.0)]
+    assert rerank_teachers_table({"results": {"sums": sums}}).rows == [
+        ["0.4 bm25 + 0.6 encoder", "0.600", "+0.100 [+0.000, +0.100]"],
+        ["1.0 encoder", "0.500", "+0.000 [+0.000, +0.100]"],
+    ]
+
+
 def test_the_best_weight_is_the_lowest_that_ranks_best():
     grades = {"q": {"a": 1}}
     right, wrong = {"q": {"a": 1.0, "b": 0.0}}, {"q": {"a": 0.0, "b": 1.0}}
@@ -64,3 +92,13 @@ def test_bm25_returns_only_documents_that_share_a_word_best_first():
     assert set(found) == {"a", "b"}
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert list(bm25.best("lift wing", 1)) == list(found)[:1]
+
+
+def test_bm25_scores_texts_of_the_collection_as_its_index_does_and_others_too():
+    texts = {"a": "lift of a wing", "b": "wing wing wing lift", "c": "heat transfer"}
+    bm25 = Bm25(texts)
+    found = bm25.best("lift wing lift", 10)
+    assert bm25.scores("lift wing lift", [texts[name] for name in found]) == pytest.approx(list(found.values()))
+    rarity = log(1 + (3 - 2 + 0.5) / (2 + 0.5))  # of "lift", in two of three documents of 2, 4 and 2 words
+    expected = rarity * 1 / (1 + 1.5 * (0.25 + 0.75 * 4 / (8 / 3)))
+    assert bm25.scores("lift", ["lift heat heat heat", "heat", ""]) == [pytest.approx(expected), 0, 0]

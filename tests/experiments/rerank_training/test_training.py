@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from hashlib import sha256
 from math import exp, log
 
 import peft
@@ -13,12 +14,13 @@ from experiments.rerank_training import recipe
 from experiments.rerank_training.lists import ListSettings, TrainingLists
 from experiments.rerank_training.rivals import Bm25
 from experiments.rerank_training.scoring import ListScorer
+from experiments.rerank_training.teacher import TeacherWeights
 from experiments.rerank_training.training import (
     Trainer,
     TrainingSettings,
     list_loss,
+    load_adapter,
     save_adapter,
-    wanted_shares,
     with_adapter,
 )
 from rap_env.llm.loading import build_tiny_llm
@@ -104,13 +106,14 @@ def test_tokens_are_counted_without_padding_and_what_all_share_once():
     assert scorer.tokens == len(prompt.prefix) + sum(map(len, prompt.endings))
 
 
-def test_what_is_wanted_goes_by_likelihoods_and_the_first_document_is_worth_more():
-    likelihoods = torch.tensor([-2.0, -1.0, -3.0])  # standardised: 0, 1.22, -1.22
-    shares = wanted_shares(likelihoods, replace(SETTINGS, likelihood_weight=2.0, first_weight=1.0))
-    weights = [exp(1.0), exp(6.0**0.5), exp(-(6.0**0.5))]
-    assert shares.tolist() == pytest.approx([weight / sum(weights) for weight in weights], rel=1e-4)
-    alike = wanted_shares(torch.tensor([-1.0, -1.0]), replace(SETTINGS, first_weight=0.0))
-    assert alike.tolist() == pytest.approx([0.5, 0.5])
+def test_likelihoods_that_count_nothing_are_not_computed(collection, tmp_path, monkeypatch):
+    settings = replace(SETTINGS, steps=2, teacher=TeacherWeights(likelihood=0.0, bm25=2.0))
+    expected, _llm, _adapted = trainer_of(collection, settings=replace(settings, teacher=TeacherWeights()))
+    expected.train(tmp_path / "both.pt", minutes=5, every=100, progress=ignore_progress)
+    monkeypatch.setattr(ListScorer, "likelihoods", None)
+    trainer, _llm, _adapted = trainer_of(collection, settings=settings)
+    assert trainer.train(tmp_path / "one.pt", minutes=5, every=100, progress=ignore_progress)
+    assert trainer.tokens == expected.tokens / 2
 
 
 def test_the_loss_is_how_far_the_softmax_is_from_what_is_wanted():
@@ -205,6 +208,28 @@ def test_a_saved_adapter_computes_the_same_and_names_the_model_not_a_folder(coll
     assert not torch.allclose(build_tiny_llm().model(tokens).logits, llm.model(tokens).logits, atol=1e-3)
 
 
+def test_training_goes_on_from_a_saved_adapter(collection, tmp_path):
+    trainer, llm, adapted = trainer_of(collection)
+    trainer.train(tmp_path / "c.pt", minutes=5, every=100, progress=ignore_progress)
+    save_adapter(adapted, tmp_path / "adapter")
+    next_llm = build_tiny_llm()
+    next_adapted = with_adapter(next_llm, SETTINGS)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert load_adapter(next_adapted, tmp_path / "adapter") == sha256(file.read_bytes()).hexdigest()
+    assert {name: value.tolist() for name, value in learned(next_adapted).items()} == {
+        name: value.tolist() for name, value in learned(adapted).items()
+    }
+    tokens = torch.arange(20)[None]
+    assert torch.equal(next_llm.model(tokens).logits, llm.model(tokens).logits)
+
+
+@pytest.mark.parametrize("other", [{"rank": 3}, {"first_layer": 1}])
+def test_an_adapter_of_another_form_is_no_start(collection, tmp_path, other):
+    save_adapter(with_adapter(build_tiny_llm(), SETTINGS), tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: expected \d+ matrices of this rank"):
+        load_adapter(with_adapter(build_tiny_llm(), replace(SETTINGS, **other)), tmp_path)
+
+
 def test_the_script_trains_saves_and_records(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipe, "encoder_scores", shared_words)
     monkeypatch.setattr(recipe, "load_llm", lambda _name, _dtype: build_tiny_llm())
@@ -218,5 +243,18 @@ def test_the_script_trains_saves_and_records(folder, tmp_path, monkeypatch, caps
     assert record["config"]["data"] == "toy" and str(tmp_path) not in str(record)
     assert len(record["results"]["systems"]["tuned"]["by_query"]) == 6
     assert record["results"]["training"]["steps"] == 2
+    assert {"untuned", "likelihood"} <= record["results"]["systems"].keys()
+    assert len(record["results"]["validation"]["tuned"]["by_query"]) == 4
     with pytest.raises(SystemExit, match="records are written once"):
         train_reranker.main(options)
+    start = tmp_path / "out" / "adapter"
+    options[1:3] = [f"out={tmp_path / 'next'}", f"record={tmp_path / 'next.json'}"]
+    options += [f"start={start}", "likelihood=0", "bm25=1.5"]
+    train_reranker.main([*options, "steps=0", "report=validation", "plain_model=no"])
+    results = read_record(tmp_path / "next.json")["results"]
+    assert results["systems"]["tuned"] == record["results"]["validation"]["tuned"], "the adapter that it starts with"
+    assert not {"untuned", "likelihood"} & results["systems"].keys()
+    training = read_record(tmp_path / "next.json")["config"]["training"]
+    assert training["teacher"] == {"likelihood": 0.0, "bm25": 1.5, "encoder": 0.0, "first": 2.0}
+    assert training["start_digest"] == sha256((start / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert record["config"]["training"]["start_digest"] == ""
