@@ -90,6 +90,11 @@ class Components(tuple[Component, ...]):
         runs = [(site, list(positions)) for site, positions in groups]
         return tuple((site, slice(positions[0], positions[-1] + 1)) for site, positions in runs)
 
+    @functools.cached_property
+    def costs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Weight bytes, and KV bytes per token, of every component."""
+        return tuple(row.weight_bytes for row in self), tuple(row.kv_bytes_per_token for row in self)
+
     @property
     def have_parts(self) -> bool:
         """Whether there is a site of several components."""
@@ -163,13 +168,14 @@ class PruningMask:
         sites, widths = shared(shape.components).sites, list(map(int, widths))
         if len(widths) != len(sites):
             raise InvalidMask(f"expected {len(sites)} widths, one for each site; got {len(widths)}")
-        keep: list[bool] = []
+        rows = []
         for (site, positions), width in zip(sites, widths, strict=True):
-            n_parts = positions.stop - positions.start
-            if not 0 <= width <= n_parts:
+            if not 0 <= width <= (n_parts := positions.stop - positions.start):
                 raise InvalidMask(f"expected a width of 0 to {n_parts} for {site}; got {width}")
-            keep += [True] * width + [False] * (n_parts - width)
-        return cls(shape.components, tuple(keep))
+            rows.append((True,) * width + (False,) * (n_parts - width))
+        mask = cls(shape.components, tuple(itertools.chain.from_iterable(rows)))
+        vars(mask)["widths"] = tuple(widths)  # as the cached property has it
+        return mask
 
     def _positions(self, name: str | Site | Component) -> tuple[int, ...]:
         positions = self.components.positions
@@ -209,12 +215,12 @@ class PruningMask:
     @functools.cached_property
     def weight_bytes(self) -> int:
         """What the weights of the kept components take."""
-        return sum(component.weight_bytes for component in self.kept)
+        return sum(compress(self.components.costs[0], self.keep))
 
     @functools.cached_property
     def kv_bytes_per_token(self) -> int:
         """What each cached token takes in the KV cache of the kept components."""
-        return sum(component.kv_bytes_per_token for component in self.kept)
+        return sum(compress(self.components.costs[1], self.keep))
 
     @functools.cached_property
     def kept_parts(self) -> tuple[tuple[Site, tuple[bool, ...]], ...]:
@@ -266,13 +272,6 @@ class PruningMask:
 
     def __str__(self) -> str:
         return f"{len(self.kept)} of {len(self.keep)} components kept"
-
-
-def parting(masks: Sequence[PruningMask], start: int) -> int:
-    """The first site from `start` on of which masks keep different parts; the number of sites if there is none."""
-    first, *others = (mask.kept_parts for mask in masks)
-    differing = (site for site in range(start, len(first)) if any(parts[site] != first[site] for parts in others))
-    return next(differing, len(first))
 
 
 def kept_sites(mask: PruningMask, start: int = 0, stop: int | None = None) -> list[Site]:
