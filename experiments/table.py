@@ -65,7 +65,7 @@ def table_of(
             differences.append(abs(losses[widths] - loss))
         losses[widths] = min(loss, losses.get(widths, loss))  # whatever comes first
     if max(differences, default=0.0) > _ROUNDED:
-        raise InvalidTable(f"expected equal losses for equal masks; they differ by up to {max(differences)} nats")
+        raise InvalidTable(f"expected equal losses for equal masks; they differ by up to {max(differences):.3f} nats")
     twice = {"masks": len(differences), "largest_difference": max(differences, default=0.0)}
     return losses, {"identities": list(seen.values()), "skipped": skipped, "twice": twice}
 

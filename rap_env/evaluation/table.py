@@ -121,7 +121,8 @@ class TableModel:
         self.dtype, self.device = getattr(torch, about["dtype"]), torch.device("cpu")
         self.preparation = Preparation(**about["preparation"])
         self.mask, self.tokenizer = PruningMask.all_kept(self.shape), None
-        self.tables, self._evaluators = tuple(tables), [TableEvaluator(table, digest) for table in tables]
+        self.tables, self._about = tuple(tables), about
+        self._evaluators = [TableEvaluator(table, digest) for table in tables]
         self.evaluator = self._evaluators[0]
 
     def check(self, mask: PruningMask) -> None:
@@ -134,6 +135,11 @@ class TableModel:
             raise InvalidMask(
                 f"expected a mask over this table's {len(self.shape.components)} components; got {len(mask.keep)}"
             )
+
+    def with_tables(self, tables: Sequence[ScoreTable]) -> "TableModel":
+        """The same with other tables, of an identity of their own."""
+        content = b"".join(table.widths.tobytes() + table.losses.tobytes() for table in tables)
+        return TableModel(tables, self._about, hashlib.sha256(content).hexdigest())
 
     def answering(self, evaluator: Evaluator) -> TableEvaluator:
         """What answers for an evaluator: itself, or the table of as many tokens.
