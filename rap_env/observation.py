@@ -66,10 +66,10 @@ def observe_widths(shape, scenario: Scenario, mask: PruningMask) -> dict[str, np
     """
     fixed, smallest = _scenario_entries(shape, scenario)
     freed, of_sites = _site_entries(shape, scenario)
-    starts, parts, relative_parts, place_in_site = _site_parts(shape)
+    starts, n_parts, relative_parts, place_in_site = _site_parts(shape)
     if "widths" in vars(mask):  # known already, and shorter
         widths = np.array(mask.widths, dtype=np.float64)
-        kept = (place_in_site < widths.repeat(parts.astype(np.int64))).astype(np.float64)
+        kept = (place_in_site < widths.repeat(n_parts)).astype(np.float64)
     else:
         kept = np.array(mask.keep, dtype=np.float64)
         widths = np.add.reduceat(kept, starts)
@@ -78,7 +78,7 @@ def observe_widths(shape, scenario: Scenario, mask: PruningMask) -> dict[str, np
         "footprint": _scalar(smallest + float(kept @ freed)),
         "site_bytes": of_sites.copy(),
         "site_parts": relative_parts.copy(),
-        "widths": (widths / parts).astype(np.float32),
+        "widths": (widths / n_parts).astype(np.float32),
     }
 
 
@@ -128,7 +128,7 @@ def _site_entries(shape, scenario: Scenario) -> tuple[np.ndarray, np.ndarray]:
 def _site_parts(shape) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
     """Of each site its first component, its parts, and these over the most that a site has; places of all parts."""
     places = [positions for _site, positions in shape.components.sites]
-    parts = np.array([place.stop - place.start for place in places], dtype=np.float64)
+    parts = np.array([place.stop - place.start for place in places])
     place_in_site = np.concatenate([np.arange(n) for n in parts])
     return [place.start for place in places], parts, (parts / parts.max()).astype(np.float32), place_in_site
 

@@ -4,6 +4,7 @@ import functools
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,9 +155,9 @@ def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes
         free_bytes: Bytes that all sites may take together.
         p_min: Smallest fraction.
     """
-    deficit = free_bytes - sum(fraction * size for fraction, size in zip(fractions, sizes, strict=True))
+    deficit = free_bytes - sum(map(operator.mul, fractions, sizes))
     if deficit >= 0:
-        headroom = sum((1.0 - fraction) * size for fraction, size in zip(fractions, sizes, strict=True))
+        headroom = sum([(1.0 - fraction) * size for fraction, size in zip(fractions, sizes, strict=True)])
         share = min(1.0, deficit / headroom) if headroom > 0 else 1.0
         return [fraction + (1.0 - fraction) * share for fraction in fractions]
     surplus, meeting = -deficit, []
@@ -179,9 +180,12 @@ def whole_widths(
         free_bytes: Bytes that all sites may take together.
     """
     wishes = [fraction * (len(of_site) - 1) for fraction, of_site in zip(fractions, parts, strict=True)]
-    widths = [max(floor, int(wish + 0.5)) for wish, floor in zip(wishes, floors, strict=True)]
-    free_bytes -= sum(of_site[width] for of_site, width in zip(parts, widths, strict=True))
+    rounded = [int(wish + 0.5) for wish in wishes]
+    widths = list(map(max, rounded, floors))
+    free_bytes -= sum(map(operator.getitem, parts, widths))
     for lowest in (floors, [0] * len(parts)):  # below the floors only when all sites have come down to theirs
+        if free_bytes >= 0:
+            break
         above = [(wishes[site] - width, site) for site, width in enumerate(widths) if width > lowest[site]]
         heapq.heapify(above)  # what was rounded up most, the first of equals
         while free_bytes < 0 and above:
@@ -190,8 +194,8 @@ def whole_widths(
             free_bytes += parts[site][widths[site] + 1] - parts[site][widths[site]]
             if widths[site] > lowest[site]:
                 heapq.heappush(above, (wishes[site] - widths[site], site))
-    rounded_down = [(width - wish, site) for site, (width, wish) in enumerate(zip(widths, wishes, strict=True))]
-    for _excess, site in sorted(one for one in rounded_down if one[0] < 0.0):
+    rounded_down = list(zip(map(operator.sub, widths, wishes), range(len(parts)), strict=True))
+    for _excess, site in sorted([one for one in rounded_down if one[0] < 0.0]):
         width = widths[site]
         if width + 1 < len(parts[site]) and (added := parts[site][width + 1] - parts[site][width]) <= free_bytes:
             free_bytes -= added
