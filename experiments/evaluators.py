@@ -171,7 +171,7 @@ def _text_halves(
 
 def table_halves(llm: TableModel) -> Halves:
     """What a table of finished evaluations knows, for both halves: it has no text that was only reported on."""
-    return Halves(llm.evaluator, llm.evaluator, Corpus(llm.evaluator.name, ("",)), {}, {})
+    return Halves(llm.evaluator, llm.evaluator, Corpus(llm.evaluator.name, ("none",)), {}, {})
 
 
 def table_windows(corpus: Corpus, tokenizer: None, n_windows: int, n_tokens: int, seed: int) -> torch.Tensor:

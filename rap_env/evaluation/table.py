@@ -74,11 +74,12 @@ class TableEvaluator(Evaluator):
     Args:
         table: Where it looks.
         digest: That of the file.
+        name: Of the text; by default the table's.
     """
 
-    def __init__(self, table: ScoreTable, digest: str) -> None:
+    def __init__(self, table: ScoreTable, digest: str, name: str | None = None) -> None:
         self.table, self._digest = table, digest
-        self.name = f"table of {table.about['name']}"
+        self.name = f"table of {name or table.about['name']}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,9 +122,8 @@ class TableModel:
         self.dtype, self.device = getattr(torch, about["dtype"]), torch.device("cpu")
         self.preparation = Preparation(**about["preparation"])
         self.mask, self.tokenizer = PruningMask.all_kept(self.shape), None
-        self.tables, self._about = tuple(tables), about
-        self._evaluators = [TableEvaluator(table, digest) for table in tables]
-        self.evaluator = self._evaluators[0]
+        self.tables, self._about, self._file_digest = tuple(tables), about, digest
+        self.evaluator = TableEvaluator(tables[0], digest)
 
     def check(self, mask: PruningMask) -> None:
         """Refuses masks of other models.
@@ -149,10 +149,10 @@ class TableModel:
         """
         if isinstance(evaluator, TableEvaluator):
             return evaluator
-        known = {each.table.about["tokens"]: each for each in self._evaluators}
+        known = {table.about["tokens"]: table for table in self.tables}
         if (tokens := evaluator.tokens(self)) not in known:
             raise InvalidWorkload(f"no table of {tokens} tokens an evaluation; there are tables of {sorted(known)}")
-        return known[tokens]
+        return TableEvaluator(known[tokens], self._file_digest, evaluator.name)
 
 
 def save_tables(path: Path, tables: Sequence[ScoreTable], about: Mapping[str, Any]) -> None:

@@ -65,6 +65,7 @@ def test_an_evaluator_by_text_is_answered_by_the_table_of_as_many_tokens(model):
         Meter(model, PerplexityEvaluator(part, "calibration")).evaluate([dense])[0] for part in (windows, windows[:1])
     )
     assert whole.score == pytest.approx(-DENSE_LOSS) and first.score == pytest.approx(-DENSE_LOSS - 1.0)
+    assert Meter(model, PerplexityEvaluator(windows, "calibration")).owner != Meter(model, model.evaluator).owner
     with pytest.raises(InvalidWorkload, match=r"no table of 48 tokens an evaluation; there are tables of \[16, 32\]"):
         Meter(model, PerplexityEvaluator(torch.zeros((3, 16), dtype=torch.long), "calibration"))
 
