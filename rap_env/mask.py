@@ -95,6 +95,12 @@ class Components(tuple[Component, ...]):
         """Weight bytes, and KV bytes per token, of every component."""
         return tuple(row.weight_bytes for row in self), tuple(row.kv_bytes_per_token for row in self)
 
+    @functools.cached_property
+    def prefixes(self) -> tuple[tuple[tuple[bool, ...], ...], ...]:
+        """For each site the keep-bits of its first 0, 1, ... parts."""
+        parts = (positions.stop - positions.start for _site, positions in self.sites)
+        return tuple(tuple((True,) * n + (False,) * (of - n) for n in range(of + 1)) for of in parts)
+
     @property
     def have_parts(self) -> bool:
         """Whether there is a site of several components."""
@@ -128,10 +134,8 @@ class PruningMask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", shared(self.components))
-        if len(self.keep) != len(self.components):
-            raise InvalidMask(
-                f"expected {len(self.components)} keep-bits, one for each component; got {len(self.keep)}"
-            )
+        if len(self.keep) != (n := len(self.components)):
+            raise InvalidMask(f"expected {n} keep-bits, one for each component; got {len(self.keep)}")
 
     def __hash__(self) -> int:
         return hash(self.keep)  # the bits alone: hashing every row would take longer than a forward of a tiny model
@@ -165,16 +169,14 @@ class PruningMask:
         Raises:
             InvalidMask: There is not exactly one number for each site, or a site does not have as many parts.
         """
-        sites, widths = shared(shape.components).sites, list(map(int, widths))
-        if len(widths) != len(sites):
-            raise InvalidMask(f"expected {len(sites)} widths, one for each site; got {len(widths)}")
-        rows = []
-        for (site, positions), width in zip(sites, widths, strict=True):
-            if not 0 <= width <= (n_parts := positions.stop - positions.start):
-                raise InvalidMask(f"expected a width of 0 to {n_parts} for {site}; got {width}")
-            rows.append((True,) * width + (False,) * (n_parts - width))
-        mask = cls(shape.components, tuple(itertools.chain.from_iterable(rows)))
-        vars(mask)["widths"] = tuple(widths)  # as the cached property has it
+        components, widths = shared(shape.components), tuple(map(int, widths))
+        if len(widths) != len(components.sites):
+            raise InvalidMask(f"expected {len(components.sites)} widths, one for each site; got {len(widths)}")
+        for (site, _positions), rows, width in zip(components.sites, components.prefixes, widths, strict=True):
+            if not 0 <= width < len(rows):
+                raise InvalidMask(f"expected a width of 0 to {len(rows) - 1} for {site}; got {width}")
+        mask = cls(components, tuple(itertools.chain.from_iterable(map(operator.getitem, components.prefixes, widths))))
+        vars(mask)["widths"] = widths  # as the cached property has it
         return mask
 
     def _positions(self, name: str | Site | Component) -> tuple[int, ...]:
@@ -265,10 +267,9 @@ class PruningMask:
             n_components, dropped = data["n_components"], list(data["dropped"])
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidMask(f"expected the JSON of a pruning mask; got {text[:80]!r}") from error
-        mask = cls.all_kept(shape)
-        if n_components != len(mask.keep):
-            raise InvalidMask(f"expected a mask over {len(mask.keep)} components; got {n_components}")
-        return mask.drop(*dropped)
+        if n_components != len(shape.components):
+            raise InvalidMask(f"expected a mask over {len(shape.components)} components; got {n_components}")
+        return cls.all_kept(shape).drop(*dropped)
 
     def __str__(self) -> str:
         return f"{len(self.kept)} of {len(self.keep)} components kept"

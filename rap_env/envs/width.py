@@ -75,7 +75,7 @@ class WidthEnv(MaskEnv):
 
     def act(self, action: np.ndarray) -> tuple[bool, bool]:
         scenario = self.scenario
-        values = np.asarray(action, dtype=np.float64).ravel().tolist()
+        values = np.asarray(action, dtype=np.float64).ravel()
         self._mask = self.projection.mask(self.shape, values, scenario.workload, scenario.budget_bytes)
         return True, False
 

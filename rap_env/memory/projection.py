@@ -93,10 +93,10 @@ class Projection:
         Raises:
             InvalidMask: There is not exactly one finite number for each site.
         """
-        values = np.array([*action], dtype=np.float64)
+        values = np.asarray(action, dtype=np.float64)
         if values.shape != (n_sites,) or not np.isfinite(values).all():
             raise InvalidMask(f"expected {n_sites} finite numbers, one for each site; got {values[:8].tolist()}")
-        return np.clip(_READINGS[self.reading](values), self.p_min, 1.0).tolist()
+        return np.minimum(np.maximum(_READINGS[self.reading](values), self.p_min), 1.0).tolist()
 
     def dropping_order(self, shape, action: Sequence[float]) -> list[str]:
         """All component names, the last of the nested projection's order first: what shrinking budgets cost, in turn.
