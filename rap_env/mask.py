@@ -153,9 +153,8 @@ class PruningMask:
             InvalidMask: The length is wrong, or a value is neither 0 nor 1.
         """
         values = bits.tolist() if hasattr(bits, "tolist") else list(bits)  # Python's numbers compare ten times faster
-        for value in values:
-            if value not in (0, 1):
-                raise InvalidMask(f"expected keep-bits of 0 or 1; got {value!r}")
+        if wrong := [value for value in values if value not in (0, 1)]:
+            raise InvalidMask(f"expected keep-bits of 0 or 1; got {wrong[0]!r}")
         return cls(shape.components, tuple(map(bool, values)))
 
     @classmethod
@@ -172,9 +171,10 @@ class PruningMask:
         components, widths = shared(shape.components), tuple(map(int, widths))
         if len(widths) != len(components.sites):
             raise InvalidMask(f"expected {len(components.sites)} widths, one for each site; got {len(widths)}")
-        for (site, _positions), rows, width in zip(components.sites, components.prefixes, widths, strict=True):
-            if not 0 <= width < len(rows):
-                raise InvalidMask(f"expected a width of 0 to {len(rows) - 1} for {site}; got {width}")
+        if min(widths) < 0 or not all(map(operator.lt, widths, map(len, components.prefixes))):
+            for (site, _positions), rows, width in zip(components.sites, components.prefixes, widths, strict=True):
+                if not 0 <= width < len(rows):
+                    raise InvalidMask(f"expected a width of 0 to {len(rows) - 1} for {site}; got {width}")
         mask = cls(components, tuple(itertools.chain.from_iterable(map(operator.getitem, components.prefixes, widths))))
         vars(mask)["widths"] = widths  # as the cached property has it
         return mask

@@ -51,6 +51,7 @@ class Simulator:
             widths: Kept parts of each site.
             with_floor: Whether nothing is predicted to be better than what was measured with as little kept.
         """
+        widths = widths.astype(np.int64)
         dropped = 1.0 - widths / self.n_parts
         added = self.sites[self._rows, widths].sum(axis=1) + bumps(dropped, self.centres, self._lengths) @ self.weights
         losses = np.exp(added) - _OFFSET + self.dense_loss

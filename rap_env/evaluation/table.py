@@ -131,7 +131,7 @@ class TableModel:
         Raises:
             InvalidMask: The mask's components are not this model's.
         """
-        if mask.components != self.shape.components:
+        if mask.components is not self.shape.components and mask.components != self.shape.components:
             raise InvalidMask(
                 f"expected a mask over this table's {len(self.shape.components)} components; got {len(mask.keep)}"
             )

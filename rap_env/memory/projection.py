@@ -2,7 +2,6 @@
 
 import functools
 import heapq
-import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import numpy as np
 
 from rap_env.errors import InvalidConfig, InvalidMask, check_known
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import check_feasible, smallest_bytes
+from rap_env.memory.footprint import check_feasible, running_costs, smallest_bytes
 from rap_env.memory.workload import Workload
 
 EXACT, NESTED = "exact", "nested"
@@ -135,11 +134,9 @@ def _running_costs(shape) -> tuple[list[tuple[list[int] | None, int]], np.ndarra
 
     Of sites with a KV cache the former are None; their weight bytes, and KV bytes per token, are rows of the arrays.
     """
-    sites, rows = [], []
-    for _site, place in shape.components.sites:
-        weights, kv = ([*itertools.accumulate(column[place], initial=0)] for column in shape.components.costs)
-        sites.append((None if kv[-1] else weights, len(weights)))
-        rows += [(weights, kv)] if kv[-1] else []
+    running = list(zip(*running_costs(shape), strict=True))
+    sites = [(None if kv[-1] else weights, len(weights)) for weights, kv in running]
+    rows = [row for row in running if row[1][-1]]
     longest = max((len(weights) for weights, _kv in rows), default=0)
     padded = np.array([[column + column[-1:] * (longest - len(column)) for column in row] for row in rows], np.int64)
     padded = padded.reshape(len(rows), 2, longest)
