@@ -37,7 +37,7 @@ _BEST = 0.1  # part of each cell
 _CELLS = (25, 6)  # of the share of MLP parts kept, and of attention parts
 _LEAST = 10
 _WAYS = ("same_seed", "other_seed", "without_own")
-_OTHER_SEEDS = 100  # what is added to a record's seed
+OTHER_SEEDS = 100  # what is added to a record's seed
 
 
 def errors(table: ScoreTable, least: int = _LEAST) -> dict[str, Any]:
@@ -102,7 +102,9 @@ def _summary(predicted: np.ndarray, measured: np.ndarray, dense_loss: float) -> 
     }
 
 
-def searched(model: TableModel, record: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], set[PruningMask]]:
+def searched(
+    model: TableModel, record: Mapping[str, Any], seed: int
+) -> tuple[dict[str, Any], list[PruningMask], set[PruningMask]]:
     """Lets a recorded run's agent search on tables.
 
     Args:
@@ -112,7 +114,7 @@ def searched(model: TableModel, record: Mapping[str, Any], seed: int) -> tuple[d
 
     Returns:
         The mean loss over dense of the masks for the record's scenarios, as the main table has it, in nats, and what
-        the search cost; and all masks that it learned anything about.
+        the search cost; these masks; and all masks that it asked about.
     """
     config, dense = record["config"], model.evaluator.table.simulator.dense_loss
     workload, calibration = config["workload"], config["calibration"]
@@ -131,14 +133,18 @@ def searched(model: TableModel, record: Mapping[str, Any], seed: int) -> tuple[d
     masks = [result.policy.decide(one.workload, one.budget_bytes) for one in report]
     found = model.evaluator.table.look_up(masks)
     asked = {entry.key for entry in budget.history if isinstance(entry.key, PruningMask)}
-    return {
-        "loss": statistics.mean(loss for loss, _is_measured in found) - dense,
-        "measured_masks": sum(is_measured for _loss, is_measured in found),
-        "asked": len(asked),
-        "measured_of_asked": sum(is_measured for _loss, is_measured in model.evaluator.table.look_up(list(asked))),
-        "tokens": result.tokens,
-        "cpu_seconds": time.process_time() - started,
-    }, asked | set(masks)
+    return (
+        {
+            "loss": statistics.mean(loss for loss, _is_measured in found) - dense,
+            "measured_masks": sum(is_measured for _loss, is_measured in found),
+            "asked": len(asked),
+            "measured_of_asked": sum(is_measured for _loss, is_measured in model.evaluator.table.look_up(list(asked))),
+            "tokens": result.tokens,
+            "cpu_seconds": time.process_time() - started,
+        },
+        masks,
+        asked,
+    )
 
 
 def without(model: TableModel, masks: Iterable[PruningMask]) -> TableModel:
@@ -157,15 +163,15 @@ def compared(model: TableModel, record: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded run on the model, and its agent on tables; see the module. Losses over dense in nats."""
     own, seed = record["results"], record["config"]["seed"]
     first = next(iter(own["evaluators"]))
-    same, asked = searched(model, record, seed)
+    same, masks, asked = searched(model, record, seed)
     return {
         "agent": own["agent"],
         "seed": own["seed"],
         "model": own["dense"]["search"] - statistics.mean(row["search"]["score"] for row in own["rows"]),
         "model_report": own["dense"][first] - statistics.mean(row["reports"][first]["score"] for row in own["rows"]),
         "same_seed": same,
-        "other_seed": searched(model, record, seed + _OTHER_SEEDS)[0],
-        "without_own": searched(without(model, asked), record, seed)[0],
+        "other_seed": searched(model, record, seed + OTHER_SEEDS)[0],
+        "without_own": searched(without(model, asked.union(masks)), record, seed)[0],
     }
 
 
