@@ -84,7 +84,7 @@ class Projection:
         if self.kind == NESTED:
             return PruningMask.from_widths(shape, nested_widths(fractions, parts, floors, free_bytes))
         meeting = exact_fractions(fractions, [of_site[-1] for of_site in parts], free_bytes, self.p_min)
-        return PruningMask.from_widths(shape, whole_widths(meeting, parts, floors, free_bytes))
+        return PruningMask.from_widths(shape, whole_widths(meeting, parts, floors, free_bytes, least_part_bytes(shape)))
 
     def fractions(self, action: Sequence[float], n_sites: int) -> list[float]:
         """The keep fractions [S] that an action asks for, between `p_min` and 1.
@@ -119,6 +119,12 @@ def smallest_width(n_parts: int, p_min: float) -> int:
 def smallest_widths(shape, p_min: float) -> list[int]:
     """`smallest_width` of each site [S]; not to be changed."""
     return [smallest_width(place.stop - place.start, p_min) for _site, place in shape.components.sites]
+
+
+@functools.lru_cache(maxsize=32)
+def least_part_bytes(shape) -> int:
+    """Weight bytes of the smallest part: no part takes less at any workload."""
+    return min(shape.components.costs[0])
 
 
 def site_bytes(shape, cached_tokens: int) -> list[list[int]]:
@@ -166,7 +172,11 @@ def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes
 
 
 def whole_widths(
-    fractions: Sequence[float], parts: Sequence[Sequence[int]], floors: Sequence[int], free_bytes: int
+    fractions: Sequence[float],
+    parts: Sequence[Sequence[int]],
+    floors: Sequence[int],
+    free_bytes: int,
+    least_bytes: int = 0,
 ) -> list[int]:
     """Keep fractions rounded to whole parts that fit.
 
@@ -175,6 +185,7 @@ def whole_widths(
         parts: Bytes of the first 0, 1, ... parts of each site.
         floors: Parts that each site keeps at least, unless the bytes do not suffice [S].
         free_bytes: Bytes that all sites may take together.
+        least_bytes: No part takes less.
     """
     wishes = [fraction * (len(of_site) - 1) for fraction, of_site in zip(fractions, parts, strict=True)]
     rounded = [int(wish + 0.5) for wish in wishes]
@@ -191,6 +202,8 @@ def whole_widths(
             free_bytes += parts[site][widths[site] + 1] - parts[site][widths[site]]
             if widths[site] > lowest[site]:
                 heapq.heappush(above, (wishes[site] - widths[site], site))
+    if free_bytes < least_bytes:
+        return widths
     rounded_down = list(zip(map(operator.sub, widths, wishes), range(len(parts)), strict=True))
     for _excess, site in sorted([one for one in rounded_down if one[0] < 0.0]):
         width = widths[site]
