@@ -4,6 +4,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from rap_env.calibration import (
     Corpus,
     consecutive_windows,
@@ -21,6 +23,7 @@ from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.evaluator import Evaluator
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.perplexity import PerplexityEvaluator, TextEvaluator, cut_contexts
+from rap_env.evaluation.table import TableModel
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
 
@@ -222,6 +225,16 @@ def without_overlaps(corpus: Corpus, reported: Mapping[str, Sequence[str]]) -> C
     """
     shared = {overlap.document for overlap in find_overlaps(corpus.documents, reported)}
     return Corpus(corpus.name, tuple(text for number, text in enumerate(corpus.documents) if number not in shared))
+
+
+def table_halves(llm: TableModel) -> Halves:
+    """What a table of finished evaluations knows, for both halves: it has no text that was only reported on."""
+    return Halves(llm.evaluator, llm.evaluator, Corpus(llm.evaluator.name, ("none",)), {}, {})
+
+
+def table_windows(corpus: Corpus, tokenizer: None, n_windows: int, n_tokens: int, seed: int) -> torch.Tensor:
+    """Windows [N, T] for `calibration=table`: only their size counts, for a table looks at no tokens."""
+    return torch.zeros((n_windows, n_tokens), dtype=torch.long)
 
 
 def searched_corpus(search_text: Callable[[], Corpus]) -> Corpus:

@@ -163,7 +163,7 @@ class TraceUnreadable(RapError, ValueError):
 
 
 class InvalidTable(RapError, ValueError):
-    """A table of what serving costs with a number that can't be, or levels that are no ladder."""
+    """A table of measurements that can't be: numbers out of range, levels that are no ladder, masks measured twice."""
 
 
 class FolderInUse(RapError, OSError):

@@ -90,6 +90,17 @@ class Components(tuple[Component, ...]):
         runs = [(site, list(positions)) for site, positions in groups]
         return tuple((site, slice(positions[0], positions[-1] + 1)) for site, positions in runs)
 
+    @functools.cached_property
+    def costs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Weight bytes, and KV bytes per token, of every component."""
+        return tuple(row.weight_bytes for row in self), tuple(row.kv_bytes_per_token for row in self)
+
+    @functools.cached_property
+    def prefixes(self) -> tuple[tuple[tuple[bool, ...], ...], ...]:
+        """For each site the keep-bits of its first 0, 1, ... parts."""
+        parts = (positions.stop - positions.start for _site, positions in self.sites)
+        return tuple(tuple((True,) * n + (False,) * (of - n) for n in range(of + 1)) for of in parts)
+
     @property
     def have_parts(self) -> bool:
         """Whether there is a site of several components."""
@@ -123,10 +134,8 @@ class PruningMask:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", shared(self.components))
-        if len(self.keep) != len(self.components):
-            raise InvalidMask(
-                f"expected {len(self.components)} keep-bits, one for each component; got {len(self.keep)}"
-            )
+        if len(self.keep) != (n := len(self.components)):
+            raise InvalidMask(f"expected {n} keep-bits, one for each component; got {len(self.keep)}")
 
     def __hash__(self) -> int:
         return hash(self.keep)  # the bits alone: hashing every row would take longer than a forward of a tiny model
@@ -144,9 +153,8 @@ class PruningMask:
             InvalidMask: The length is wrong, or a value is neither 0 nor 1.
         """
         values = bits.tolist() if hasattr(bits, "tolist") else list(bits)  # Python's numbers compare ten times faster
-        for value in values:
-            if value not in (0, 1):
-                raise InvalidMask(f"expected keep-bits of 0 or 1; got {value!r}")
+        if wrong := [value for value in values if value not in (0, 1)]:
+            raise InvalidMask(f"expected keep-bits of 0 or 1; got {wrong[0]!r}")
         return cls(shape.components, tuple(map(bool, values)))
 
     @classmethod
@@ -160,16 +168,16 @@ class PruningMask:
         Raises:
             InvalidMask: There is not exactly one number for each site, or a site does not have as many parts.
         """
-        sites, widths = shared(shape.components).sites, list(map(int, widths))
-        if len(widths) != len(sites):
-            raise InvalidMask(f"expected {len(sites)} widths, one for each site; got {len(widths)}")
-        keep: list[bool] = []
-        for (site, positions), width in zip(sites, widths, strict=True):
-            n_parts = positions.stop - positions.start
-            if not 0 <= width <= n_parts:
-                raise InvalidMask(f"expected a width of 0 to {n_parts} for {site}; got {width}")
-            keep += [True] * width + [False] * (n_parts - width)
-        return cls(shape.components, tuple(keep))
+        components, widths = shared(shape.components), tuple(map(int, widths))
+        if len(widths) != len(components.sites):
+            raise InvalidMask(f"expected {len(components.sites)} widths, one for each site; got {len(widths)}")
+        if min(widths) < 0 or not all(map(operator.lt, widths, map(len, components.prefixes))):
+            for (site, _positions), rows, width in zip(components.sites, components.prefixes, widths, strict=True):
+                if not 0 <= width < len(rows):
+                    raise InvalidMask(f"expected a width of 0 to {len(rows) - 1} for {site}; got {width}")
+        mask = cls(components, tuple(itertools.chain.from_iterable(map(operator.getitem, components.prefixes, widths))))
+        vars(mask)["widths"] = widths  # as the cached property has it
+        return mask
 
     def _positions(self, name: str | Site | Component) -> tuple[int, ...]:
         positions = self.components.positions
@@ -209,12 +217,12 @@ class PruningMask:
     @functools.cached_property
     def weight_bytes(self) -> int:
         """What the weights of the kept components take."""
-        return sum(component.weight_bytes for component in self.kept)
+        return sum(compress(self.components.costs[0], self.keep))
 
     @functools.cached_property
     def kv_bytes_per_token(self) -> int:
         """What each cached token takes in the KV cache of the kept components."""
-        return sum(component.kv_bytes_per_token for component in self.kept)
+        return sum(compress(self.components.costs[1], self.keep))
 
     @functools.cached_property
     def kept_parts(self) -> tuple[tuple[Site, tuple[bool, ...]], ...]:
@@ -259,20 +267,12 @@ class PruningMask:
             n_components, dropped = data["n_components"], list(data["dropped"])
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidMask(f"expected the JSON of a pruning mask; got {text[:80]!r}") from error
-        mask = cls.all_kept(shape)
-        if n_components != len(mask.keep):
-            raise InvalidMask(f"expected a mask over {len(mask.keep)} components; got {n_components}")
-        return mask.drop(*dropped)
+        if n_components != len(shape.components):
+            raise InvalidMask(f"expected a mask over {len(shape.components)} components; got {n_components}")
+        return cls.all_kept(shape).drop(*dropped)
 
     def __str__(self) -> str:
         return f"{len(self.kept)} of {len(self.keep)} components kept"
-
-
-def parting(masks: Sequence[PruningMask], start: int) -> int:
-    """The first site from `start` on of which masks keep different parts; the number of sites if there is none."""
-    first, *others = (mask.kept_parts for mask in masks)
-    differing = (site for site in range(start, len(first)) if any(parts[site] != first[site] for parts in others))
-    return next(differing, len(first))
 
 
 def kept_sites(mask: PruningMask, start: int = 0, stop: int | None = None) -> list[Site]:

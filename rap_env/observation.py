@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import component_bytes, smallest_bytes
+from rap_env.memory.footprint import dense_bytes, smallest_bytes
 from rap_env.memory.scenario import Scenario
 
 _LARGEST_BATCH = 1024  # scales `batch_size`; larger batches are clipped to 1
@@ -65,15 +65,20 @@ def observe_widths(shape, scenario: Scenario, mask: PruningMask) -> dict[str, np
         mask: What is kept now.
     """
     fixed, smallest = _scenario_entries(shape, scenario)
-    freed, kept = fixed["component_bytes"].astype(np.float64), np.array(mask.keep, dtype=np.float64)
-    starts = [positions.start for _site, positions in shape.components.sites]
-    parts = np.add.reduceat(np.ones_like(kept), starts)
+    freed, of_sites = _site_entries(shape, scenario)
+    starts, n_parts, relative_parts, place_in_site = _site_parts(shape)
+    if "widths" in vars(mask):  # known already, and shorter
+        widths = np.array(mask.widths, dtype=np.float64)
+        kept = (place_in_site < widths.repeat(n_parts)).astype(np.float64)
+    else:
+        kept = np.array(mask.keep, dtype=np.float64)
+        widths = np.add.reduceat(kept, starts)
     return {
         **{name: fixed[name].copy() for name in ("memory_budget", "batch_size", "sequence_length")},
         "footprint": _scalar(smallest + float(kept @ freed)),
-        "site_bytes": np.add.reduceat(freed, starts).astype(np.float32),
-        "site_parts": (parts / parts.max()).astype(np.float32),
-        "widths": (np.add.reduceat(kept, starts) / parts).astype(np.float32),
+        "site_bytes": of_sites.copy(),
+        "site_parts": relative_parts.copy(),
+        "widths": (widths / n_parts).astype(np.float32),
     }
 
 
@@ -100,15 +105,39 @@ def _scalar(value: float) -> np.ndarray:
 def _scenario_entries(shape, scenario: Scenario) -> tuple[dict[str, np.ndarray], float]:
     """Entries that no mask changes, and the footprint with every component dropped, both relative to the dense one."""
     workload = scenario.workload
-    sizes, smallest = component_bytes(shape, workload), smallest_bytes(shape, workload)
-    dense = smallest + sum(sizes)
+    weights, kv_bytes_per_token = _costs(shape)
+    sizes = weights + kv_bytes_per_token * workload.cached_tokens(shape.attention_window)
+    smallest, dense = smallest_bytes(shape, workload), dense_bytes(shape, workload)
     entries = {
         "memory_budget": _scalar(scenario.budget_bytes / dense),
         "batch_size": _scalar(math.log2(workload.batch_size) / math.log2(_LARGEST_BATCH)),
         "sequence_length": _scalar(math.log2(workload.sequence_tokens) / math.log2(shape.context_tokens)),
-        "component_bytes": np.array(sizes, dtype=np.float32) / np.float32(dense),
+        "component_bytes": sizes.astype(np.float32) / np.float32(dense),
     }
     return entries, smallest / dense
+
+
+@functools.lru_cache(maxsize=256)
+def _site_entries(shape, scenario: Scenario) -> tuple[np.ndarray, np.ndarray]:
+    """Relative bytes of each component in double precision, and of each whole site."""
+    freed = _scenario_entries(shape, scenario)[0]["component_bytes"].astype(np.float64)
+    return freed, np.add.reduceat(freed, _site_parts(shape)[0]).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=32)
+def _site_parts(shape) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Of each site its first component, its parts, and these over the most that a site has; places of all parts."""
+    places = [positions for _site, positions in shape.components.sites]
+    parts = np.array([place.stop - place.start for place in places])
+    place_in_site = np.concatenate([np.arange(n) for n in parts])
+    return [place.start for place in places], parts, (parts / parts.max()).astype(np.float32), place_in_site
+
+
+@functools.lru_cache(maxsize=32)
+def _costs(shape) -> tuple[np.ndarray, np.ndarray]:
+    """Weight bytes, and KV bytes per token, of every component."""
+    weights, kv_bytes_per_token = shape.components.costs
+    return np.array(weights, dtype=np.int64), np.array(kv_bytes_per_token, dtype=np.int64)
 
 
 @functools.lru_cache(maxsize=256)

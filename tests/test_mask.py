@@ -15,7 +15,8 @@ import torch
 
 from rap_env.errors import InvalidMask, UnknownName
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import KINDS, Component, PruningMask, Site, full_order, kept_sites, parting
+from rap_env.llm.streams import parting
+from rap_env.mask import KINDS, Component, PruningMask, Site, full_order, kept_sites
 
 
 def row(layer: int, kind: str, part: int | None = None) -> Component:

@@ -5,7 +5,7 @@ from types import ModuleType
 
 from rap_env.errors import UnknownName
 
-PARTS = ("gsi", "scoring", "population", "env", "scaling", "quantised", "bits", "live", "peaks", "memory")
+PARTS = ("gsi", "scoring", "population", "env", "scaling", "quantised", "bits", "live", "peaks", "memory", "table")
 
 
 def part(name: str) -> ModuleType:

@@ -123,7 +123,7 @@ def build_llm(config: DictConfig) -> tuple[SwitchableLLM, Corpus | None]:
 
 
 def _of_whole_sites(model: DictConfig) -> bool:
-    return model.granularity == "block"
+    return model.get("granularity", "block") == "block"  # a table has its parts in order
 
 
 def _load(model: DictConfig, whole: bool) -> SwitchableLLM:

@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from rap_env.envs.defaults import embedded_defaults, embedded_problem
+from rap_env.envs.defaults import EMBEDDED, EVALUATIONS, default_importance, default_problem
 from rap_env.envs.render import Scene, render_ansi
 from rap_env.errors import check_known
 from rap_env.importance.source import ImportanceSource
@@ -35,16 +35,19 @@ class MaskEnv(gymnasium.Env):
         problem: PruningProblem | None = None,
         sampler: ScenarioSampler | None = None,
         render_mode: str | None = None,
+        evaluation: str = EMBEDDED,
     ) -> None:
+        self._evaluation = check_known("evaluation", evaluation, EVALUATIONS)
         if render_mode is not None:
             check_known("render mode", render_mode, self.metadata["render_modes"])
-        self.problem = problem or self._default_problem()
+        self.problem = problem or default_problem(evaluation)
         self.sampler = sampler or ScenarioSampler()
         self.shape = self.problem.shape
         self.sampler.check(self.shape)
         self.render_mode = render_mode
         self.scenario: Scenario | None = None
-        self._mask = PruningMask.all_kept(self.shape)
+        self._mask = self._dense = PruningMask.all_kept(self.shape)
+        _ = self._dense.widths  # once, for all episodes begin with it
         self._outcome: Outcome | None = None
         self._is_running = False
 
@@ -54,8 +57,7 @@ class MaskEnv(gymnasium.Env):
         if given is not None:
             check_feasible(self.shape, given.workload, given.budget_bytes)
         self.scenario = given or self.sampler.sample(self.shape, self.np_random)
-        self._mask = PruningMask.all_kept(self.shape)
-        self._outcome = None
+        self._mask, self._outcome = self._dense, None
         self._is_running = True
         return self._observe(), self._info()
 
@@ -83,9 +85,6 @@ class MaskEnv(gymnasium.Env):
         self._outcome, self._is_running = outcome, outcome is None
         reward = self.problem.reward(outcome) if outcome else 0.0
         return self._observe(), reward, terminated, truncated, self._info()
-
-    def _default_problem(self) -> PruningProblem:
-        return embedded_problem()
 
     def _observe(self) -> dict[str, np.ndarray]:
         """The observation of the present scenario and mask."""
@@ -137,22 +136,12 @@ class MaskEnv(gymnasium.Env):
 class RankedMaskEnv(MaskEnv):
     """A `MaskEnv` that observes an importance ranking and acts on components."""
 
-    def __init__(
-        self,
-        problem: PruningProblem | None = None,
-        importance: ImportanceSource | None = None,
-        sampler: ScenarioSampler | None = None,
-        gsi: str = "static",
-        render_mode: str | None = None,
-    ) -> None:
+    def __init__(self, importance: ImportanceSource | None = None, gsi: str = "static", **arguments: Any) -> None:
         self._gsi = check_known("gsi mode", gsi, ("static", "current"))
-        super().__init__(problem, sampler, render_mode)
-        self.importance = importance or embedded_defaults().importance
+        super().__init__(**arguments)
+        self.importance = importance or default_importance(self._evaluation)
         full_order(self.shape.components, self.importance.static)
         self.observation_space = observation_space(self.shape)
-
-    def _default_problem(self) -> PruningProblem:
-        return embedded_defaults().problem
 
     def _observe(self) -> dict[str, np.ndarray]:
         order = self.importance.static if self._gsi == "static" else self.importance.current(self._mask)

@@ -1,8 +1,9 @@
-"""What an environment stands on when nothing is given: the embedded model, tasks and calibration text."""
+"""What an environment stands on when nothing is given: the embedded model, tasks and text, or a table of its scores."""
 
 import functools
 from dataclasses import dataclass
 
+from rap_env.envs.table import table_importance, table_problem
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
@@ -12,6 +13,8 @@ from rap_env.importance.source import ImportanceSource
 from rap_env.llm.embedded import cache_folder
 from rap_env.llm.loading import load_llm
 from rap_env.problem import PruningProblem
+
+EMBEDDED, TABLE = EVALUATIONS = ("embedded", "table")
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,13 @@ def embedded_defaults() -> Defaults:
     ranking = greedy_sequential_importance(llm, windows, exact=False, store=store)
     meter = Meter(llm, PerplexityEvaluator(windows, CALIBRATION), store)
     return Defaults(problem, ImportanceSource(ranking.order, meter))
+
+
+def default_problem(evaluation: str) -> PruningProblem:
+    """The problem of an environment that is given none, by one of `EVALUATIONS`."""
+    return table_problem() if evaluation == TABLE else embedded_problem()
+
+
+def default_importance(evaluation: str) -> ImportanceSource:
+    """The ranking of one that is given none."""
+    return table_importance() if evaluation == TABLE else embedded_defaults().importance

@@ -56,6 +56,7 @@ class SequentialPruningEnv(RankedMaskEnv):
     | `importance` | greedy sequential importance on packaged text | the `ImportanceSource` of the ranking |
     | `sampler` | 1 to 16 sequences of 128 to 2048 tokens, 60% to 95% of the dense bytes | draws scenarios |
     | `gsi` | `"static"` | `"current"` measures the ranking anew for the present mask; the source needs a `Meter` |
+    | `evaluation` | `"embedded"` | what `problem` and `importance` are by default; `"table"` needs no model |
     | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |
 
     ## Version History

@@ -59,6 +59,7 @@ class WidthEnv(MaskEnv):
     | `projection` | `"exact"` | `"nested"` gives masks of one action that are subsets of one another |
     | `p_min` | 0.1 | smallest keep fraction of a site, unless the budget does not pay for it |
     | `reading` | `"magnitude"` | `"affine"` reads -1 to 1 as fractions from 0 to 1 instead of absolute values |
+    | `evaluation` | `"embedded"` | what `problem` is by default; `"table"` (docs/table.md) needs no model |
     | `render_mode` | `None` | `"ansi"` or `"rgb_array"` |
 
     ## Version History

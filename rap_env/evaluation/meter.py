@@ -100,7 +100,9 @@ class Meter:
         store: ResultStore | None = None,
         budget: TokenBudget | None = None,
     ) -> None:
-        self.llm, self.evaluator, self.store = llm, evaluator, store
+        answering = getattr(llm, "answering", None)  # a table's model, on which nothing can be run
+        self.llm, self.store = llm, store
+        self.evaluator = answering(evaluator) if answering else evaluator
         self.budget = TokenBudget() if budget is None else budget
         self.known: dict[PruningMask, Evaluation] = {}
         self.fresh_evaluations = 0

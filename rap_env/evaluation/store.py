@@ -7,7 +7,7 @@ measuring what, so that nobody measures it twice.
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -76,6 +76,14 @@ class ResultStore:
             return json.loads(row.result)
         except (TypeError, ValueError) as error:
             raise damaged(self._database.name, f"holds no JSON result under {digest}: {error}") from error
+
+    def evaluations(self, part: str) -> Iterator[tuple[dict, dict]]:
+        """Identity and result of each finished evaluation whose identity, as JSON, holds a text; in no order."""
+        holding = sa.select(EVALUATIONS.c.identity, EVALUATIONS.c.result).where(EVALUATIONS.c.identity.contains(part))
+        with self._database.connection() as connection:
+            rows = connection.execute(holding).all()
+        for row in rows:
+            yield json.loads(row.identity), json.loads(row.result)
 
     def put(self, identity: Mapping, result: Mapping) -> None:
         """Stores a result; on disk when this returns, and the claim on it ends. The first result of an identity stays.

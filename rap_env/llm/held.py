@@ -2,8 +2,9 @@
 
 import torch
 
+from rap_env.llm.streams import parting
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import PruningMask, kept_sites, parting
+from rap_env.mask import PruningMask, kept_sites
 
 
 class HeldStreams:

@@ -7,6 +7,7 @@ import torch
 
 from rap_env.llm.lanes import cut, n_lanes
 from rap_env.llm.packing import Packing
+from rap_env.mask import PruningMask
 
 Stream = tuple[torch.Tensor, Mapping[str, Any]]  # hidden states, and upstream's keyword arguments to a layer
 
@@ -65,3 +66,10 @@ def _of_part(value: Any, dim: int, part: slice | torch.Tensor) -> Any:
     if not isinstance(value, torch.Tensor) or value.shape[dim] == 1:
         return value
     return value[part] if dim == 0 else value[:, part]
+
+
+def parting(masks: Sequence[PruningMask], start: int) -> int:
+    """The first site from `start` on of which masks keep different parts; the number of sites if there is none."""
+    first, *others = (mask.kept_parts for mask in masks)
+    differing = (site for site in range(start, len(first)) if any(parts[site] != first[site] for parts in others))
+    return next(differing, len(first))

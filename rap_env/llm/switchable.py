@@ -16,9 +16,9 @@ from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.prepared import Preparation, Refits, Residency
 from rap_env.llm.shape import ModelShape
-from rap_env.llm.streams import cut_stream, join_streams
+from rap_env.llm.streams import cut_stream, join_streams, parting
 from rap_env.llm.tokenizer import tokenizer_digest
-from rap_env.mask import ATTENTION, KINDS, PruningMask, Site, kept_sites, parting
+from rap_env.mask import ATTENTION, KINDS, PruningMask, Site, kept_sites
 
 
 class _StreamCaptured(Exception):

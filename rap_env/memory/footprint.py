@@ -1,7 +1,9 @@
 """The memory model: bytes that a masked model needs for a workload. Pure arithmetic on a `ModelShape`."""
 
 import functools
-from dataclasses import asdict, dataclass
+import operator
+from dataclasses import dataclass
+from itertools import accumulate
 
 from rap_env.errors import InfeasibleBudget, InvalidMask
 from rap_env.mask import PruningMask
@@ -33,7 +35,7 @@ class Footprint:
         return self.peak_bytes + self.activation_bytes
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self) | {"peak_bytes": self.peak_bytes}
+        return {**vars(self), "peak_bytes": self.peak_bytes}
 
 
 def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
@@ -63,11 +65,12 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
         InvalidWorkload: A sequence is longer than the model's context.
     """
     workload.check_context(shape.context_tokens)
-    if mask.components != shape.components:
+    if mask.components is not shape.components and mask.components != shape.components:
         raise InvalidMask(f"expected a mask over this model's {len(shape.components)} components; got {len(mask.keep)}")
+    weight_bytes, kv_bytes_per_token = _kept_costs(shape, mask)
     return Footprint(
-        weights_bytes=shape.fixed_bytes + mask.weight_bytes,
-        kv_cache_bytes=mask.kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
+        weights_bytes=shape.fixed_bytes + weight_bytes,
+        kv_cache_bytes=kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
         activation_bytes=activation_bytes(
             shape, mask, workload.batch_size * workload.prompt_tokens, workload.batch_size
         ),
@@ -83,9 +86,32 @@ def activation_bytes(shape, mask: PruningMask, n_tokens: int, n_sequences: int) 
         n_tokens: Tokens that are read at once, of all sequences together.
         n_sequences: Sequences of which the next token is wanted.
     """
-    widths = (shape.activation_width(site.kind) * sum(bits) // len(bits) for site, bits in mask.kept_parts)
+    kept = vars(mask).get("widths") or [sum(bits) for _site, bits in mask.kept_parts]
+    widths = map(operator.getitem, _activation_widths(shape), kept)
     read_bytes = shape.bytes_per_parameter * n_tokens * (4 * shape.hidden_size + max(widths))
     return read_bytes + 4 * n_sequences * shape.vocab_size
+
+
+def _kept_costs(shape, mask: PruningMask) -> tuple[int, int]:
+    """Weight bytes, and KV bytes per token, of the kept components; by sites where a mask has its widths only."""
+    if "weight_bytes" in vars(mask) or "widths" not in vars(mask):
+        return mask.weight_bytes, mask.kv_bytes_per_token
+    weights, kv_bytes_per_token = (sum(map(operator.getitem, of, mask.widths)) for of in running_costs(shape))
+    return weights, kv_bytes_per_token
+
+
+@functools.lru_cache(maxsize=32)
+def running_costs(shape) -> list[list[list[int]]]:
+    """Weight bytes of the first 0, 1, ... parts of each site, and their KV bytes per token; not to be changed."""
+    places = [place for _site, place in shape.components.sites]
+    return [[list(accumulate(of[place], initial=0)) for place in places] for of in shape.components.costs]
+
+
+@functools.lru_cache(maxsize=32)
+def _activation_widths(shape) -> tuple[tuple[int, ...], ...]:
+    """Channels of each site that keeps 0, 1, ... parts."""
+    whole = ((shape.activation_width(site.kind), place.stop - place.start) for site, place in shape.components.sites)
+    return tuple(tuple(width * n // n_parts for n in range(n_parts + 1)) for width, n_parts in whole)
 
 
 @functools.lru_cache(maxsize=256)
@@ -95,7 +121,7 @@ def component_bytes(shape, workload: Workload) -> tuple[int, ...]:
     A footprint is a sum over rows, so these are exact for every mask.
     """
     tokens = workload.cached_tokens(shape.attention_window)
-    return tuple(row.weight_bytes + row.kv_bytes_per_token * tokens for row in shape.components)
+    return tuple(weights + kv_bytes * tokens for weights, kv_bytes in zip(*shape.components.costs, strict=True))
 
 
 def bytes_by_name(shape, workload: Workload) -> dict[str, int]:
@@ -132,4 +158,13 @@ def dense_bytes(shape, workload: Workload) -> int:
     Raises:
         InvalidWorkload: A sequence is longer than the model's context.
     """
-    return smallest_bytes(shape, workload) + sum(component_bytes(shape, workload))
+    weights, kv_bytes_per_token = _all_costs(shape)
+    tokens = workload.cached_tokens(shape.attention_window)
+    return smallest_bytes(shape, workload) + weights + kv_bytes_per_token * tokens
+
+
+@functools.lru_cache(maxsize=32)
+def _all_costs(shape) -> tuple[int, int]:
+    """Weight bytes, and KV bytes per token, of all components together."""
+    weights, kv_bytes_per_token = shape.components.costs
+    return sum(weights), sum(kv_bytes_per_token)

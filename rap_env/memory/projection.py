@@ -1,23 +1,28 @@
 """From one number for each site to widths that meet a memory budget: FastForward's projection, and a nested one."""
 
+import functools
+import heapq
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rap_env.errors import InvalidConfig, InvalidMask, check_known
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import check_feasible, component_bytes, smallest_bytes
+from rap_env.memory.footprint import check_feasible, running_costs, smallest_bytes
 from rap_env.memory.workload import Workload
 
 EXACT, NESTED = "exact", "nested"
-_READINGS = {"magnitude": abs, "affine": lambda value: (value + 1.0) / 2.0}
+_READINGS = {"magnitude": np.abs, "affine": lambda values: (values + 1.0) / 2.0}
 
 
 @dataclass(frozen=True)
 class Projection:
     """Turns an action into a mask that fits, of which each site keeps the first parts.
 
-    Bytes are those of `component_bytes` at a workload. One of a single token makes the KV cache vanish, and the budget
+    Bytes are those of a footprint at a workload. One of a single token makes the KV cache vanish, and the budget
     one of parameters, as in FastForward (arXiv 2511.18977).
 
     Keep fractions are `clip(|action|, p_min, 1)` in the paper, the reading "magnitude". An action and its opposite are
@@ -72,15 +77,14 @@ class Projection:
             InfeasibleBudget: No mask can meet the budget.
         """
         check_feasible(shape, workload, budget_bytes)
-        sites, freed = shape.components.sites, component_bytes(shape, workload)
-        parts = [freed[positions] for _site, positions in sites]
-        fractions = self.fractions(action, len(sites))
-        floors = [smallest_width(len(of_site), self.p_min) for of_site in parts]
+        parts = site_bytes(shape, workload.cached_tokens(shape.attention_window))
+        fractions = self.fractions(action, len(parts))
+        floors = smallest_widths(shape, self.p_min)
         free_bytes = budget_bytes - smallest_bytes(shape, workload)
         if self.kind == NESTED:
             return PruningMask.from_widths(shape, nested_widths(fractions, parts, floors, free_bytes))
-        meeting = exact_fractions(fractions, [sum(of_site) for of_site in parts], free_bytes, self.p_min)
-        return PruningMask.from_widths(shape, whole_widths(meeting, parts, floors, free_bytes))
+        meeting = exact_fractions(fractions, [of_site[-1] for of_site in parts], free_bytes, self.p_min)
+        return PruningMask.from_widths(shape, whole_widths(meeting, parts, floors, free_bytes, least_part_bytes(shape)))
 
     def fractions(self, action: Sequence[float], n_sites: int) -> list[float]:
         """The keep fractions [S] that an action asks for, between `p_min` and 1.
@@ -88,10 +92,10 @@ class Projection:
         Raises:
             InvalidMask: There is not exactly one finite number for each site.
         """
-        values = [float(value) for value in action]
-        if len(values) != n_sites or not all(map(math.isfinite, values)):
-            raise InvalidMask(f"expected {n_sites} finite numbers, one for each site; got {values[:8]}")
-        return [min(max(_READINGS[self.reading](value), self.p_min), 1.0) for value in values]
+        values = np.asarray(action, dtype=np.float64)
+        if values.shape != (n_sites,) or not np.isfinite(values).all():
+            raise InvalidMask(f"expected {n_sites} finite numbers, one for each site; got {values[:8].tolist()}")
+        return np.minimum(np.maximum(_READINGS[self.reading](values), self.p_min), 1.0).tolist()
 
     def dropping_order(self, shape, action: Sequence[float]) -> list[str]:
         """All component names, the last of the nested projection's order first: what shrinking budgets cost, in turn.
@@ -111,6 +115,40 @@ def smallest_width(n_parts: int, p_min: float) -> int:
     return math.ceil(p_min * n_parts - 1e-9) if n_parts > 1 else 0
 
 
+@functools.lru_cache(maxsize=32)
+def smallest_widths(shape, p_min: float) -> list[int]:
+    """`smallest_width` of each site [S]; not to be changed."""
+    return [smallest_width(place.stop - place.start, p_min) for _site, place in shape.components.sites]
+
+
+@functools.lru_cache(maxsize=32)
+def least_part_bytes(shape) -> int:
+    """Weight bytes of the smallest part: no part takes less at any workload."""
+    return min(shape.components.costs[0])
+
+
+def site_bytes(shape, cached_tokens: int) -> list[list[int]]:
+    """Peak bytes that the first 0, 1, ... parts of each site take, with so many tokens in the KV cache."""
+    sites, weights, kv_bytes_per_token = _running_costs(shape)
+    with_kv = iter((weights + kv_bytes_per_token * cached_tokens).tolist())
+    return [next(with_kv)[:stop] if own is None else own for own, stop in sites]
+
+
+@functools.lru_cache(maxsize=32)
+def _running_costs(shape) -> tuple[list[tuple[list[int] | None, int]], np.ndarray, np.ndarray]:
+    """Weight bytes of the first 0, 1, ... parts of each site, and how many numbers these are.
+
+    Of sites with a KV cache the former are None; their weight bytes, and KV bytes per token, are rows of the arrays.
+    """
+    running = list(zip(*running_costs(shape), strict=True))
+    sites = [(None if kv[-1] else weights, len(weights)) for weights, kv in running]
+    rows = [row for row in running if row[1][-1]]
+    longest = max((len(weights) for weights, _kv in rows), default=0)
+    padded = np.array([[column + column[-1:] * (longest - len(column)) for column in row] for row in rows], np.int64)
+    padded = padded.reshape(len(rows), 2, longest)
+    return sites, padded[:, 0], padded[:, 1]
+
+
 def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes: int, p_min: float) -> list[float]:
     """Keep fractions [S] that together take exactly the free bytes, as far as they may lie between `p_min` and 1.
 
@@ -120,9 +158,9 @@ def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes
         free_bytes: Bytes that all sites may take together.
         p_min: Smallest fraction.
     """
-    deficit = free_bytes - sum(fraction * size for fraction, size in zip(fractions, sizes, strict=True))
+    deficit = free_bytes - sum(map(operator.mul, fractions, sizes))
     if deficit >= 0:
-        headroom = sum((1.0 - fraction) * size for fraction, size in zip(fractions, sizes, strict=True))
+        headroom = sum([(1.0 - fraction) * size for fraction, size in zip(fractions, sizes, strict=True)])
         share = min(1.0, deficit / headroom) if headroom > 0 else 1.0
         return [fraction + (1.0 - fraction) * share for fraction in fractions]
     surplus, meeting = -deficit, []
@@ -134,29 +172,43 @@ def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes
 
 
 def whole_widths(
-    fractions: Sequence[float], parts: Sequence[Sequence[int]], floors: Sequence[int], free_bytes: int
+    fractions: Sequence[float],
+    parts: Sequence[Sequence[int]],
+    floors: Sequence[int],
+    free_bytes: int,
+    least_bytes: int = 0,
 ) -> list[int]:
     """Keep fractions rounded to whole parts that fit.
 
     Args:
         fractions: Between 0 and 1 [S].
-        parts: Bytes of the parts of each site.
+        parts: Bytes of the first 0, 1, ... parts of each site.
         floors: Parts that each site keeps at least, unless the bytes do not suffice [S].
         free_bytes: Bytes that all sites may take together.
+        least_bytes: No part takes less.
     """
-    wishes = [fraction * len(of_site) for fraction, of_site in zip(fractions, parts, strict=True)]
-    widths = [max(floor, int(wish + 0.5)) for wish, floor in zip(wishes, floors, strict=True)]
-    free_bytes -= sum(sum(of_site[:width]) for of_site, width in zip(parts, widths, strict=True))
-    sites = range(len(parts))
-    while free_bytes < 0:
-        shrinkable = [site for site in sites if widths[site] > floors[site]] or [site for site in sites if widths[site]]
-        site = max(shrinkable, key=lambda site: widths[site] - wishes[site])  # the first of equals
-        widths[site] -= 1
-        free_bytes += parts[site][widths[site]]
-    rounded_down = [site for site in sites if widths[site] < len(parts[site]) and wishes[site] > widths[site]]
-    for site in sorted(rounded_down, key=lambda site: widths[site] - wishes[site]):
-        if parts[site][widths[site]] <= free_bytes:
-            free_bytes -= parts[site][widths[site]]
+    wishes = [fraction * (len(of_site) - 1) for fraction, of_site in zip(fractions, parts, strict=True)]
+    rounded = [int(wish + 0.5) for wish in wishes]
+    widths = list(map(max, rounded, floors))
+    free_bytes -= sum(map(operator.getitem, parts, widths))
+    for lowest in (floors, [0] * len(parts)):  # below the floors only when all sites have come down to theirs
+        if free_bytes >= 0:
+            break
+        above = [(wishes[site] - width, site) for site, width in enumerate(widths) if width > lowest[site]]
+        heapq.heapify(above)  # what was rounded up most, the first of equals
+        while free_bytes < 0 and above:
+            site = heapq.heappop(above)[1]
+            widths[site] -= 1
+            free_bytes += parts[site][widths[site] + 1] - parts[site][widths[site]]
+            if widths[site] > lowest[site]:
+                heapq.heappush(above, (wishes[site] - widths[site], site))
+    if free_bytes < least_bytes:
+        return widths
+    rounded_down = list(zip(map(operator.sub, widths, wishes), range(len(parts)), strict=True))
+    for _excess, site in sorted([one for one in rounded_down if one[0] < 0.0]):
+        width = widths[site]
+        if width + 1 < len(parts[site]) and (added := parts[site][width + 1] - parts[site][width]) <= free_bytes:
+            free_bytes -= added
             widths[site] += 1
     return widths
 
@@ -166,8 +218,8 @@ def nested_widths(
 ) -> list[int]:
     """Widths of the longest beginning of `nested_order` that fits; arguments as those of `whole_widths`."""
     widths = [0] * len(parts)
-    for site, part in nested_order(fractions, [len(of_site) for of_site in parts], floors):
-        free_bytes -= parts[site][part]
+    for site, part in nested_order(fractions, [len(of_site) - 1 for of_site in parts], floors):
+        free_bytes -= parts[site][part + 1] - parts[site][part]
         if free_bytes < 0:
             break
         widths[site] += 1

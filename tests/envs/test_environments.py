@@ -16,7 +16,7 @@ from gymnasium.utils.env_checker import check_env
 from numpy.testing import assert_equal
 from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
-import rap_env.envs.base
+import rap_env.envs.defaults
 from rap_env.envs.base import MaskEnv
 from rap_env.envs.defaults import Defaults
 from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidWorkload, UnknownName
@@ -197,8 +197,8 @@ def test_text_and_pixels_are_rendered_before_and_after_an_episode(make, name, sc
 
 @pytest.mark.parametrize("name", IDS)
 def test_nothing_given_means_the_embedded_parts(monkeypatch, name, toy_problem, toy_importance):
-    monkeypatch.setattr(rap_env.envs.base, "embedded_defaults", lambda: Defaults(toy_problem, toy_importance))
-    monkeypatch.setattr(rap_env.envs.base, "embedded_problem", lambda: toy_problem)
+    monkeypatch.setattr(rap_env.envs.defaults, "embedded_defaults", lambda: Defaults(toy_problem, toy_importance))
+    monkeypatch.setattr(rap_env.envs.defaults, "embedded_problem", lambda: toy_problem)
     env = gymnasium.make(name)
     env.reset(seed=0)
     assert env.unwrapped.problem is toy_problem

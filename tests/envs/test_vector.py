@@ -8,7 +8,7 @@ from gymnasium.spaces import Box, MultiDiscrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.testing import assert_equal
 
-import rap_env.envs.base
+import rap_env.envs.defaults
 from rap_env.envs.defaults import Defaults
 from rap_env.envs.vector import PruningVectorEnv, SequentialPruningVectorEnv, WidthVectorEnv
 from rap_env.errors import InfeasibleBudget, InvalidMask, SearchExhausted
@@ -255,7 +255,8 @@ def test_every_environment_is_rendered(make, name):
 
 
 def test_nothing_given_means_the_embedded_parts_once_for_all(monkeypatch, toy_problem, toy_importance):
-    monkeypatch.setattr(rap_env.envs.base, "embedded_defaults", lambda: Defaults(toy_problem, toy_importance))
+    monkeypatch.setattr(rap_env.envs.defaults, "embedded_problem", lambda: toy_problem)
+    monkeypatch.setattr(rap_env.envs.defaults, "embedded_defaults", lambda: Defaults(toy_problem, toy_importance))
     envs = gymnasium.make_vec(ONE_STEP, num_envs=3)
     assert all(env.problem is toy_problem and env.importance is toy_importance for env in envs.envs)
 

@@ -54,6 +54,8 @@ TINY = [
     "peaks.decoded_batches=[2]",
     "peaks.decoded_tokens=2",
     "peaks.repeats=2",
+    "table.steps=3",
+    "table.repeats=1",
     "bits.formats=[full]",  # INT4 groups don't divide its sizes
     "bits.table.windows=2",
     "bits.table.window_tokens=32",
@@ -237,7 +239,7 @@ def test_mutants_keep_as_many_of_each_kind(tiny_llm):
 
 def test_every_comment_of_the_config_composes():
     commands = [line for line in (CONF / "benchmark.yaml").read_text().splitlines() if line.startswith("# python -m")]
-    assert len(commands) == 5
+    assert len(commands) == 6
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for command in commands:
             overrides = [word for word in command.split("  ")[0].split() if "=" in word]
@@ -251,3 +253,9 @@ def test_a_folder_that_holds_a_parts_record_is_refused_before_anything_is_measur
     with pytest.raises(SystemExit, match=r"env.json exists, and records are written once; leave the part out"):
         benchmark.main()
     assert [path.name for path in tmp_path.iterdir()] == ["env.json"]
+
+
+def test_steps_on_a_table_are_counted(results_of):
+    results = results_of("table")
+    assert len(results["seconds"]) == 1 and results["steps_per_second"] == 3 / results["seconds"][0]
+    assert 0 <= results["measured_masks"] <= 3
