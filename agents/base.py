@@ -14,7 +14,6 @@ from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.importance.gsi import CALIBRATION, ImportanceRanking, greedy_sequential_importance
 from rap_env.importance.source import ImportanceSource
 from rap_env.mask import PruningMask, full_order
-from rap_env.memory.footprint import Footprint
 from rap_env.memory.scenario import Scenario, ScenarioSampler
 from rap_env.memory.workload import Workload
 from rap_env.policies import ArchivePolicy, OrderPolicy, Policy, PricedPolicy
@@ -97,8 +96,7 @@ class Task:
         if _without_name(searched) == _without_name(self.calibration.evaluator):
             for mask, loss in ranking.known.items():
                 evaluation = Evaluation(-loss, {}, searched.tokens(self.problem.llm), 0.0)
-                outcome = Outcome(evaluation, Footprint(0, 0, 0), 1, True, 0.0, dense_score=self.problem.dense_score)
-                self.archive[mask] = self.problem.reward(outcome)
+                self.archive[mask] = self.problem.reward_within_budget(evaluation)
         return ranking
 
     def rank(self, workload: Workload | None = None) -> ImportanceRanking:

@@ -11,10 +11,8 @@ from agents.widths import UniformAgent
 from rap_env.evaluation.width_predictor import WidthPredictor
 from rap_env.importance.site_curves import measure_site_curves
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import Footprint
 from rap_env.memory.scenario import Scenario
 from rap_env.policies import ArchivePolicy, OrderPolicy, Policy, PricedPolicy
-from rap_env.problem import Outcome
 
 _STARTS = 3  # evaluated masks that a climb may start from, beside the greedy and the uniform one
 _NEIGHBOURS, _CLIMBS = 48, 12  # masks that are looked at in a step of a climb, and steps
@@ -58,7 +56,7 @@ class FamilySurrogateAgent(Agent):
         super().begin(task)
         problem = task.problem
         curves = measure_site_curves(problem.meter, self._levels, self._curve_part)
-        rewards = {mask: self._reward(mask) for mask in curves.known}
+        rewards = {mask: problem.reward_within_budget(problem.meter.known[mask]) for mask in curves.known}
         self._curves = dataclasses.replace(curves, known=rewards)
         self._greedy, uniform = PricedPolicy(problem.shape, self._curves.costs), UniformAgent()
         uniform.task = task
@@ -70,12 +68,6 @@ class FamilySurrogateAgent(Agent):
         self._predictor: WidthPredictor | None = None
         self._fitted_to = self._sized_by = 0
         self.details |= {"levels": curves.levels, "prediction_errors": []}
-
-    def _reward(self, mask: PruningMask) -> float:
-        """Of a mask that was evaluated, in a context that it fits."""
-        problem = self.task.problem
-        evaluation = problem.meter.known[mask]
-        return problem.reward(Outcome(evaluation, Footprint(0, 0, 0), 1, True, 0.0, dense_score=problem.dense_score))
 
     def ask(self, n: int) -> list[Case]:
         cases = []

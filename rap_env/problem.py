@@ -158,3 +158,7 @@ class PruningProblem:
             InvalidReward: A weight names no term, or a weighted term is not finite.
         """
         return weighted_reward(outcome.reward_terms, self.reward_weights)
+
+    def reward_within_budget(self, evaluation: Evaluation) -> float:
+        """The reward of an evaluated mask in any context that it fits; raises what `reward` raises."""
+        return self.reward(Outcome(evaluation, Footprint(0, 0, 0), 1, True, 0.0, dense_score=self.dense_score))

@@ -99,9 +99,8 @@ def fitted(
     of_sites = site_features(dropped).reshape(len(widths), -1)
     columns = np.concatenate([of_sites, bumps(dropped, centres, (centres**2).sum(axis=1))], axis=1)
     mean, deviation = columns.mean(axis=0), columns.std(axis=0) + 1e-9
-    deviation[of_sites.shape[1] :] = (
-        deviation[of_sites.shape[1] :].mean() / 3.0
-    )  # of all bumps the same: wide ones count
+    of_bumps = slice(of_sites.shape[1], None)
+    deviation[of_bumps] = deviation[of_bumps].mean() / 3.0  # of all bumps the same: wide ones count
     scaled = (columns - mean) / deviation
     wanted = np.log(np.maximum(losses - dense_loss, -0.9 * _OFFSET) + _OFFSET)
     ridge = _RIDGE * len(widths) * np.eye(columns.shape[1])

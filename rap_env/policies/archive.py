@@ -1,5 +1,6 @@
 """The policy that remembers: of all masks that were ever evaluated, the best one that fits."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,11 +48,16 @@ class ArchivePolicy(Policy):
         if dense_bytes(self.shape, workload) <= budget_bytes:
             return dense
         smallest, tokens = smallest_bytes(self.shape, workload), workload.cached_tokens(self.shape.attention_window)
-        needed = {mask: smallest + weights + kv * tokens for (mask, _score), (weights, kv) in self._entries.items()}
-        mask = next((mask for mask in needed if needed[mask] <= budget_bytes), None)  # the highest score first
-        if mask is not None and not self._fill:
-            return mask
-        start = mask or (min(needed, key=needed.__getitem__) if self._fill and needed else dense)
+        start, least_bytes = dense, math.inf
+        for (mask, _score), (weights, kv) in self._entries.items():  # the highest score first
+            needed = smallest + weights + kv * tokens
+            if needed <= budget_bytes:
+                if not self._fill:
+                    return mask
+                start = mask
+                break
+            if self._fill and needed < least_bytes:
+                start, least_bytes = mask, needed
         return fit_to_budget(start, self.shape, self._order, workload, budget_bytes)
 
     def parameters(self) -> dict[str, Any]:
@@ -69,8 +75,7 @@ def _pareto_front(evaluated: Iterable[tuple[PruningMask, float]]) -> dict[tuple[
     """Masks that are better than all that need no more of either sum, the best first, with these sums."""
     costs = {}
     for mask, score in evaluated:
-        weights, kv = sum(row.weight_bytes for row in mask.kept), sum(row.kv_bytes_per_token for row in mask.kept)
-        costs[mask, score] = weights, kv
+        costs[mask, score] = mask.weight_bytes, mask.kv_bytes_per_token
     front: dict[tuple[PruningMask, float], tuple[int, int]] = {}
     for entry in sorted(costs, key=lambda entry: (-entry[1], costs[entry], entry[0].digest)):
         weights, kv = costs[entry]
