@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from rap_env.evaluation.meter import Meter
 from rap_env.importance.rounds import price
+from rap_env.importance.single_drops import increases_of
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import ATTENTION, PruningMask, Site
 from rap_env.memory.footprint import bytes_by_name, dense_bytes, footprint
@@ -17,23 +18,18 @@ def head_costs(meter: Meter) -> dict[str, float]:
     """By how much the dense model's score falls without each KV head, by name."""
     dense = PruningMask.all_kept(meter.llm.shape)
     heads = [component for component in dense.components if component.site.kind == ATTENTION]
-    return _falls(meter, {head.name: dense.drop(head) for head in heads})
+    return increases_of(meter, {head.name: dense.drop(head) for head in heads})
 
 
 def half_costs(meter: Meter) -> dict[Site, float]:
     """By how much it falls without the last half of the channel groups of each MLP."""
     shape = meter.llm.shape
-    return _falls(meter, {site: _without_half(shape, site) for site in shape.sites if site.kind != ATTENTION})
+    return increases_of(meter, {site: _without_half(shape, site) for site in shape.sites if site.kind != ATTENTION})
 
 
 def _without_half(shape: ModelShape, site: Site) -> PruningMask:
     parts = [component for component in shape.components if component.site == site]
     return PruningMask.all_kept(shape).drop(*parts[len(parts) // 2 :])
-
-
-def _falls(meter: Meter, masks: Mapping) -> dict:
-    dense, *evaluated = meter.evaluate([PruningMask.all_kept(meter.llm.shape), *masks.values()])
-    return {key: dense.score - evaluation.score for key, evaluation in zip(masks, evaluated, strict=True)}
 
 
 def part_costs(shape: ModelShape, halves: Mapping[Site, float], scores: Mapping[str, float]) -> dict[str, float]:
