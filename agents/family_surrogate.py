@@ -6,13 +6,15 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from agents.base import Agent, Case, Evaluated, Task
+from agents.family_answers import Answer, ClimbedTable
+from agents.family_critic import FamilyCritic, widths_of
 from agents.width_moves import WidthMoves
 from agents.widths import UniformAgent
 from rap_env.evaluation.width_predictor import WidthPredictor
 from rap_env.importance.site_curves import measure_site_curves
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario
-from rap_env.policies import ArchivePolicy, OrderPolicy, Policy, PricedPolicy
+from rap_env.policies import OrderPolicy, Policy, PricedPolicy
 
 _STARTS = 3  # evaluated masks that a climb may start from, beside the greedy and the uniform one
 _NEIGHBOURS, _CLIMBS = 48, 12  # masks that are looked at in a step of a climb, and steps
@@ -25,8 +27,8 @@ class FamilySurrogateAgent(Agent):
     It begins with curves of single sites, the prior of its predictor and its first data, and with masks of the greedy
     walk along them and of uniform widths. Then, batch by batch: for contexts drawn from the sampler, climb by shifts of
     widths from the best known masks to what is predicted to be best, as far as one may hope; evaluate those. In the end
-    it climbs once more for many contexts, to what is predicted to be best as far as one must fear, and serves these
-    masks and the evaluated ones as a table.
+    the predictor stands in for the model, with what one must fear, and an `Answer` makes a policy of it: as a rule it
+    climbs once more for many contexts, and serves these masks and the evaluated ones as a table.
 
     What it asks for does not depend on the token budget but through the levels of the curves, so that a larger budget
     repeats the evaluations of a smaller one.
@@ -36,8 +38,8 @@ class FamilySurrogateAgent(Agent):
         curve_part: Of the token budget, what the curves may take.
         batch: Masks that are evaluated between two fits.
         hope: Deviations below the predicted logarithm of a loss that a mask is given credit for when it is asked for.
-        fear: Deviations above that it is charged with in the table.
-        contexts: That the table is made for.
+        fear: Deviations above that it is charged with in the end.
+        answer: Makes the policy in the end; `ClimbedTable` by default.
     """
 
     def __init__(
@@ -47,10 +49,10 @@ class FamilySurrogateAgent(Agent):
         batch: int = 8,
         hope: float = 1.0,
         fear: float = 1.0,
-        contexts: int = 192,
+        answer: Answer | None = None,
     ) -> None:
         self._levels, self._curve_part, self._batch = levels, curve_part, batch
-        self._hope, self._fear, self._contexts = hope, fear, contexts
+        self._hope, self._fear, self._answer = hope, fear, answer or ClimbedTable()
 
     def begin(self, task: Task) -> None:
         super().begin(task)
@@ -85,27 +87,22 @@ class FamilySurrogateAgent(Agent):
     def tell(self, evaluated: Sequence[Evaluated]) -> None:
         new = {one.mask: one.reward for one in evaluated if one.outcome.fits}
         if self._predictor and new:
-            mean, _deviation = self._predictor.predict(_widths(new))
+            mean, _deviation = self._predictor.predict(widths_of(new))
             missed = np.abs(self._predictor.excess(mean) - self._excess(new.values()))
             self.details["prediction_errors"].append(float(missed.mean()))
         self._known |= new
 
-    def policy(self) -> ArchivePolicy:
-        """A table of the evaluated masks, and of predicted ones for contexts between them.
-
-        These stand in it with what they are feared to lose, and cost no evaluation. Bytes that are left over are used.
-        """
-        shape, generator = self.task.problem.shape, np.random.default_rng([self.task.seed, 1])
-        entries, dense = dict(self._known), self._known[self._curves.dense]
-        contexts = [self._draw(generator) for _ in range(self._contexts)]
-        for context in contexts:
-            mask = self._climbed(context, self._fear, generator)
-            if mask not in self._known:
-                mean, deviation = self._predictor.predict(_widths([mask]))
-                entries[mask] = dense - float(self._predictor.excess(mean + self._fear * deviation)[0])
-        contexts.sort(key=lambda each: each.workload.cached_tokens(shape.attention_window))
-        order = self._greedy.order(contexts[len(contexts) // 2].workload)
-        return ArchivePolicy(shape, entries.items(), order, fill=True)
+    def policy(self) -> Policy:
+        critic = FamilyCritic(
+            task=self.task,
+            predictor=self._fit(),
+            fear=self._fear,
+            known=self._known,
+            dense_reward=self._known[self._curves.dense],
+            climb=lambda context, generator: self._climbed(context, self._fear, generator),
+            greedy=self._greedy,
+        )
+        return self._answer.policy(critic, self.details)
 
     def _draw(self, generator: np.random.Generator) -> Scenario:
         return self.task.sampler.sample(self.task.problem.shape, generator)
@@ -117,7 +114,7 @@ class FamilySurrogateAgent(Agent):
         if self._fitted_to < len(self._known):
             settled = self._predictor if len(self._known) < _REFITTED * self._sized_by else None
             self._sized_by = self._sized_by if settled else len(self._known)
-            self._fitted_to, self._all_widths = len(self._known), _widths(self._known)
+            self._fitted_to, self._all_widths = len(self._known), widths_of(self._known)
             excess = self._excess(self._known.values())
             self._predictor = WidthPredictor(self._curves.increases, self._all_widths, excess, settled)
             self._by_excess = excess.argsort(kind="stable")
@@ -141,7 +138,7 @@ class FamilySurrogateAgent(Agent):
         predictor, moves = self._fit(), WidthMoves(self.task.problem.shape, context)
         fitting = self._by_excess[moves.slack(self._all_widths[self._by_excess]) >= 0.0][:_STARTS]
         walked = [walk.decide(context.workload, context.budget_bytes) for walk in self._walks]
-        seen = np.concatenate([_widths(walked), self._all_widths[fitting]])
+        seen = np.concatenate([widths_of(walked), self._all_widths[fitting]])
         seen = np.concatenate([seen, moves.fitted(seen, generator)])
         found: list[tuple[float, tuple[int, ...]]] = []
         for _ in range(1 + _CLIMBS):
@@ -150,8 +147,3 @@ class FamilySurrogateAgent(Agent):
             seen = moves.neighbours(np.array(min(found)[1]), _NEIGHBOURS, generator)
         best = min((each for each in found if each[1] not in without), default=None)
         return PruningMask.from_widths(self.task.problem.shape, best[1]) if best else None
-
-
-def _widths(masks: Iterable[PruningMask]) -> np.ndarray:
-    """How many parts of each site masks keep [N, S]."""
-    return np.array([mask.widths for mask in masks])

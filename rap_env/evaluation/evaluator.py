@@ -55,10 +55,12 @@ class Evaluator(Protocol):
     Attributes:
         name: What reports call it.
         setup_tokens: Tokens that it forwards once, before its first evaluation of a model.
+        runs_model: Whether it forwards anything; else what it is given may be the model of a table.
     """
 
     name: str
     setup_tokens: int = 0
+    runs_model: bool = True
 
     @property
     def identity(self) -> Mapping[str, Any]:

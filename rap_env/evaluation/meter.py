@@ -102,7 +102,7 @@ class Meter:
     ) -> None:
         answering = getattr(llm, "answering", None)  # a table's model, on which nothing can be run
         self.llm, self.store = llm, store
-        self.evaluator = answering(evaluator) if answering else evaluator
+        self.evaluator = answering(evaluator) if answering and evaluator.runs_model else evaluator
         self.budget = TokenBudget() if budget is None else budget
         self.known: dict[PruningMask, Evaluation] = {}
         self.fresh_evaluations = 0

@@ -77,6 +77,8 @@ class TableEvaluator(Evaluator):
         name: Of the text; by default the table's.
     """
 
+    runs_model = False
+
     def __init__(self, table: ScoreTable, digest: str, name: str | None = None) -> None:
         self.table, self._digest = table, digest
         self.name = f"table of {name or table.about['name']}"
@@ -142,13 +144,11 @@ class TableModel:
         return TableModel(tables, self._about, hashlib.sha256(content).hexdigest())
 
     def answering(self, evaluator: Evaluator) -> TableEvaluator:
-        """What answers for an evaluator: itself, or the table of as many tokens.
+        """The table that answers for an evaluator: that of as many tokens.
 
         Raises:
             InvalidWorkload: There is no such table.
         """
-        if isinstance(evaluator, TableEvaluator):
-            return evaluator
         known = {table.about["tokens"]: table for table in self.tables}
         if (tokens := evaluator.tokens(self)) not in known:
             raise InvalidWorkload(f"no table of {tokens} tokens an evaluation; there are tables of {sorted(known)}")

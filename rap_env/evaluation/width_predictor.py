@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
@@ -170,3 +171,50 @@ def _fitted_sizes(inputs: np.ndarray, values: np.ndarray, basis: np.ndarray) -> 
 
     bounds = [(-10.0, 5.0), (math.log(1e-4), 0.0), *[(math.log(0.05), math.log(100.0))] * inputs.shape[1]]
     return minimize(cost, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _STEPS}).x
+
+
+class ContinuousPredictor:
+    """A `WidthPredictor` between whole widths, to be differentiated: curves are linear between their points.
+
+    Args:
+        predictor: What it equals at whole widths.
+    """
+
+    def __init__(self, predictor: WidthPredictor) -> None:
+        self._offset = predictor.offset
+        self.n_parts = torch.from_numpy(predictor._n_parts)
+        most = int(self.n_parts.max()) + 1
+        curves = [np.pad(curve, (0, most - len(curve)), "edge") for curve in predictor._curves]
+        warped = [np.pad(curve, (0, most - len(curve)), "edge") for curve in predictor._warped]
+        self._curves, self._warped = torch.from_numpy(np.stack(curves)), torch.from_numpy(np.stack(warped))
+        sizes, ensemble = predictor.sizes, predictor._ensemble
+        self._scales, self._variance = torch.from_numpy(np.exp(sizes[2:])), math.exp(sizes[0])
+        self._known = torch.from_numpy(predictor._inputs) / self._scales
+        self._basis_known, self._weights, self._unmixing = map(
+            torch.from_numpy, (predictor._basis_inputs, predictor._weights, np.ascontiguousarray(predictor._unmixing))
+        )
+        self._mean, self._scale, self._members = map(
+            torch.from_numpy, (ensemble._mean, ensemble._scale, ensemble._members)
+        )
+
+    def predict(self, widths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [N] of log(excess + c) at widths [N, S], in float64."""
+        below = widths.detach().floor().clamp(max=self.n_parts - 1).long()
+        part, rows = widths - below, torch.arange(widths.shape[1])
+        added, warped = (
+            table[rows, below] + part * (table[rows, below + 1] - table[rows, below])
+            for table in (self._curves, self._warped)
+        )
+        prior = torch.log(added.sum(1).clamp(min=-self._offset / 2.0) + self._offset)
+        inputs = (1.0 - widths / self.n_parts + warped) / 2.0
+        level, gone = prior - math.log(self._offset), 4.0 * inputs.mean(1)
+        basis = torch.stack([torch.ones_like(level), level, gone, gone * level, gone**2], 1)
+        squares = torch.cdist(inputs / self._scales, self._known, compute_mode="use_mm_for_euclid_dist").square()
+        shared = self._variance * torch.exp(-squares / 2.0) + basis @ self._basis_known.T
+        mean = shared @ self._weights
+        variance = (self._variance + basis.square().sum(1) - (shared @ self._unmixing).square().sum(1)).clamp(min=0.0)
+        features = torch.cat([basis, inputs, inputs**2], 1)
+        of_members = ((features - self._mean) / self._scale) @ self._members[:, :-1].T + self._members[:, -1]
+        other, spread = of_members.mean(1), of_members.std(1, correction=0)
+        deviation = torch.sqrt((variance + spread**2) / 2.0 + ((mean - other) / 2.0) ** 2)
+        return prior + (mean + other) / 2.0, deviation

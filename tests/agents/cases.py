@@ -140,11 +140,17 @@ def make_task(
     return task
 
 
-SMALLER = {"family_surrogate": {"contexts": 12}}
+SMALLER = {
+    "family_surrogate": {"answer.contexts": 12},
+    "family_gradient": {"answer.steps": 40, "answer.contexts": 64},
+    "family_noise": {"answer.contexts": 6, "answer.draws": 4},
+    **{f"family_{name}": {"answer.learner.total_episodes": 30} for name in ("ppo", "sac", "td3")},
+    **{f"family_{name}": {"answer.learner.total_steps": 64, "answer.contexts": 2} for name in ("dqn", "maskable_ppo")},
+}
 
 
 def build_agent(name: str, **changes) -> Agent:
-    """The agent of a YAML; a table of masks is made for few contexts, which is quicker."""
+    """The agent of a YAML; what is made of a search over a family is made quicker."""
     changes = SMALLER.get(name, {}) | changes
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return instantiate(compose(name, overrides=[f"{key}={value}" for key, value in changes.items()]))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from agents.driver import evaluated_masks, run_search
+from agents.family_answers import ClimbedTable
 from agents.family_surrogate import FamilySurrogateAgent
 from agents.width_moves import WidthMoves
 from agents.widths import SingleSiteGreedyAgent
@@ -19,7 +20,7 @@ from rap_env.policies import ArchivePolicy
 from tests.agents.cases import LastIsLeast, decided, fits, make_task, mean_score
 from tests.conftest import CountingEvaluator
 
-SMALL = {"contexts": 12}
+SMALL = {"answer": ClimbedTable(12)}
 BETWEEN = ([(2, 300), (12, 1500)], [0.85, 0.75, 0.65])  # contexts that no task knows
 
 
@@ -73,7 +74,7 @@ def test_moves_fit_and_leave_no_room_for_another_part(grouped):
 def test_it_beats_the_greedy_walk_along_its_own_curves_on_budgets_that_it_was_never_asked_for(grouped):
     held_out = scenario_grid(grouped.shape, [(2, 300)], [0.85, 0.8, 0.75, 0.7])
     family = ScenarioSampler((2, 2), (300, 300), (0.65, 0.9))
-    agents = (FamilySurrogateAgent(contexts=24), SingleSiteGreedyAgent(4, "search"))
+    agents = (FamilySurrogateAgent(answer=ClimbedTable(24)), SingleSiteGreedyAgent(4, "search"))
     tasks = [replace(make_task(grouped, 90, Rivals()), sampler=family) for _agent in agents]
     surrogate, greedy = (
         score(run_search(agent, task).policy, held_out) for agent, task in zip(agents, tasks, strict=True)

@@ -4,9 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from rap_env.evaluation import width_predictor
-from rap_env.evaluation.width_predictor import WidthPredictor
+from rap_env.evaluation.width_predictor import ContinuousPredictor, WidthPredictor
 
 CURVES = [np.linspace(0.2 + 0.1 * site, 0.0, 5) for site in range(6)]
 
@@ -80,3 +81,11 @@ def test_losses_below_the_dense_one_and_flat_curves_are_no_trouble():
     predictor = WidthPredictor([np.zeros(5)] * 6, widths, np.full(12, -0.01))
     mean, deviation = predictor.predict(masks(5, 4))
     assert np.isfinite(mean).all() and np.isfinite(deviation).all()
+
+
+def test_between_whole_widths_it_is_continuous_and_at_them_the_same(fitted):
+    continuous, asked = ContinuousPredictor(fitted), masks(50, 2)
+    for own, other in zip(continuous.predict(torch.from_numpy(asked).double()), fitted.predict(asked), strict=True):
+        assert np.allclose(own.numpy(), other, rtol=0, atol=1e-8)
+    between = torch.from_numpy(asked).double().clamp(max=3) + 0.37
+    torch.autograd.gradcheck(lambda each: continuous.predict(each)[0], between[:4].requires_grad_())
