@@ -16,6 +16,7 @@ from torch import nn
 
 from agents.base import Learner, Task
 from agents.curriculum import Curriculum, CurriculumProblem, CurriculumSampler
+from agents.relabelling import RelabellingBuffer
 from agents.vec_env import TrainingVecEnv
 from rap_env.envs.vector import WidthVectorEnv
 from rap_env.errors import InvalidConfig, SearchExhausted, check_known
@@ -78,6 +79,8 @@ class FastForward(Learner):
             deviation of its exploration.
         hyperparameters: Further arguments of the algorithm's constructor.
         remember: Ends as the best evaluated mask for each budget instead, which is no longer the paper's method.
+        relabelled: For SAC and TD3, contexts that each evaluated mask is an example for besides its own, at most; see
+            `RelabellingBuffer`.
 
     Raises:
         UnknownName: No such algorithm, projection, activation or observation entry.
@@ -93,10 +96,17 @@ class FastForward(Learner):
         network: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         remember: bool = False,
+        relabelled: int = 0,
     ) -> None:
         check_known("algorithm", algorithm, _ALGORITHMS)
         if total_episodes < _N_ENVS:
             raise InvalidConfig(f"total_episodes: expected at least {_N_ENVS}, one batch; got {total_episodes}")
+        if relabelled and (algorithm == "ppo" or (projection or {}).get("reading") != "affine"):
+            raise InvalidConfig(
+                "relabelled: expected sac or td3 with projection.reading=affine, as PPO keeps no examples and a"
+                f" magnitude has two actions; got {algorithm} with {dict(projection or {})}"
+            )
+        self._relabelled = relabelled
         self._algorithm, self._total_episodes = algorithm, total_episodes - total_episodes % _N_ENVS
         self._projection, self._curriculum = Projection(**projection or {}), Curriculum(**curriculum or {})
         network = dict(network or {})
@@ -154,6 +164,12 @@ class FastForward(Learner):
         elif self._algorithm == "td3":
             zeros = np.zeros(envs.single_action_space.shape)
             arguments["action_noise"] = NormalActionNoise(zeros, zeros + self._noise)
+        if self._relabelled:
+            own = {"shape": self._problem.shape, "sampler": self.task.sampler, "copies": self._relabelled}
+            arguments |= {
+                "replay_buffer_class": RelabellingBuffer,
+                "replay_buffer_kwargs": own | {"seed": self.task.seed},
+            }
         return _ALGORITHMS[self._algorithm][0](
             "MultiInputPolicy",
             TrainingVecEnv(envs),

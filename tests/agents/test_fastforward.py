@@ -23,7 +23,7 @@ from rap_env.policies import ArchivePolicy, Policy, WidthPolicy, load_policy, sa
 from rap_env.problem import PruningProblem
 from tests.agents.cases import build_agent, decided, fits, make_task, mean_score, optimum
 
-AGENTS = ("fastforward", "fastforward_affine", "fastforward_nested", "fastforward_sac", "fastforward_td3")
+AGENTS = ("fastforward", "fastforward_affine", "fastforward_nested", "fastforward_sac", "fastforward_td3", "sac")
 WINDOWS = torch.randint(0, 256, (20, 8), generator=torch.Generator().manual_seed(0))
 
 
