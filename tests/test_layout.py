@@ -51,7 +51,7 @@ HOMES = {
 }
 # Agents that learn through Stable-Baselines3; every other one must not need it.
 LEARNING = (
-    *("agents/fastforward.py", "agents/sb3.py", "agents/sb3_policies.py", "agents/vec_env.py"),
+    *("agents/fastforward.py", "agents/relabelling.py", "agents/sb3.py", "agents/sb3_policies.py", "agents/vec_env.py"),
     *("agents/selection_learners.py", "agents/serving_learners.py"),
 )
 
