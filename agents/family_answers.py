@@ -19,7 +19,10 @@ class Answer(Protocol):
 
 
 class ClimbedTable:
-    """A table of the evaluated masks, and for contexts between them of what climbs predict to be best.
+    """A table of what climbs predict to be best, for contexts of the family.
+
+    An evaluated mask stands in it only where it is predicted to be best: one that was lucky on the text it was
+    evaluated on is not believed.
 
     Args:
         contexts: That it is made for.
@@ -30,9 +33,7 @@ class ClimbedTable:
 
     def policy(self, critic: FamilyCritic, details: dict[str, Any]) -> ArchivePolicy:
         generator = np.random.default_rng([critic.task.seed, 2])
-        contexts = critic.contexts(self._contexts)
-        answers = [(context, critic.climb(context, generator)) for context in contexts]
-        return critic.table(answers, with_known=True)
+        return critic.table([(each, critic.climb(each, generator)) for each in critic.contexts(self._contexts)])
 
 
 class NoiseTable:

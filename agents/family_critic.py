@@ -25,7 +25,6 @@ class FamilyCritic:
         task: What was searched.
         predictor: Fitted to all evaluated masks.
         fear: Deviations above the predicted logarithm of a loss that a mask is charged with.
-        known: Rewards of the evaluated masks.
         dense_reward: That of the dense model.
         climb: The mask that is predicted to be best for a context, among what a climb by moves looks at.
         greedy: The walk along the curves of single sites.
@@ -34,7 +33,6 @@ class FamilyCritic:
     task: Task
     predictor: WidthPredictor
     fear: float
-    known: dict[PruningMask, float]
     dense_reward: float
     climb: Callable[[Scenario, np.random.Generator], PruningMask]
     greedy: PricedPolicy
@@ -60,20 +58,16 @@ class FamilyCritic:
         by_cache = sorted(contexts, key=lambda each: each.workload.cached_tokens(window))
         return self.greedy.order(by_cache[len(by_cache) // 2].workload)
 
-    def table(self, answers: Sequence[tuple[Scenario, PruningMask]], with_known: bool = False) -> ArchivePolicy:
+    def table(self, answers: Sequence[tuple[Scenario, PruningMask]]) -> ArchivePolicy:
         """A policy of masks for contexts, with what they are feared to lose; bytes that they leave over are used.
 
         Args:
             answers: Masks, and what they were made for.
-            with_known: Whether the evaluated masks stand in it too.
         """
-        entries = dict(self.known) if with_known else {}
-        new = [mask for mask in dict.fromkeys(mask for _context, mask in answers) if mask not in entries]
-        if new:
-            losses = self.predictor.excess(self.logarithms(new))
-            entries |= dict(zip(new, (self.dense_reward - losses).tolist(), strict=True))
+        masks = list(dict.fromkeys(mask for _context, mask in answers))
+        rewards = self.dense_reward - self.predictor.excess(self.logarithms(masks))
         order = self.order([context for context, _mask in answers])
-        return ArchivePolicy(self.shape, entries.items(), order, fill=True)
+        return ArchivePolicy(self.shape, zip(masks, rewards.tolist(), strict=True), order, fill=True)
 
     def training_task(self) -> Task:
         """A task of its own, in which evaluations are predictions and cost nothing."""

@@ -28,7 +28,7 @@ class FamilySurrogateAgent(Agent):
     walk along them and of uniform widths. Then, batch by batch: for contexts drawn from the sampler, climb by shifts of
     widths from the best known masks to what is predicted to be best, as far as one may hope; evaluate those. In the end
     the predictor stands in for the model, with what one must fear, and an `Answer` makes a policy of it: as a rule it
-    climbs once more for many contexts, and serves these masks and the evaluated ones as a table.
+    climbs once more for many contexts, and serves these masks as a table.
 
     What it asks for does not depend on the token budget but through the levels of the curves, so that a larger budget
     repeats the evaluations of a smaller one.
@@ -97,7 +97,6 @@ class FamilySurrogateAgent(Agent):
             task=self.task,
             predictor=self._fit(),
             fear=self._fear,
-            known=self._known,
             dense_reward=self._known[self._curves.dense],
             climb=lambda context, generator: self._climbed(context, self._fear, generator),
             greedy=self._greedy,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -23,7 +23,6 @@ from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.evaluator import Evaluator
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.perplexity import PerplexityEvaluator, TextEvaluator, cut_contexts
-from rap_env.evaluation.rotating import RotatingEvaluator
 from rap_env.evaluation.table import TableModel
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
@@ -118,7 +117,6 @@ def text_halves(  # noqa: PLR0913 - its arguments are the keys of a YAML
     report_windows: tuple[int, int],
     seed: int = 0,
     fitness: str = "loss",
-    search_parts: int = 1,
 ) -> Halves:
     """Mean loss, or divergence from the dense model, on windows of local text files; perplexity on those of others.
 
@@ -130,11 +128,9 @@ def text_halves(  # noqa: PLR0913 - its arguments are the keys of a YAML
         report_windows: The first N windows of T tokens, or as many as there are.
         seed: Seed of the drawing.
         fitness: `"loss"` or `"divergence"`: what masks are searched by.
-        search_parts: Of the search windows; each mask is evaluated on one of them, see `RotatingEvaluator`.
 
     Raises:
         UnknownName: No such fitness.
-        InvalidConfig: The search windows can't be cut into so many parts.
         ContaminationFound: The search text shares 13 words in a row with a reported window.
         CorpusUnavailable: A file can't be read, or is too short.
         InvalidWorkload: No window, or windows of one token, or beyond the model's context.
@@ -143,8 +139,7 @@ def text_halves(  # noqa: PLR0913 - its arguments are the keys of a YAML
         raise UnknownName("fitness", fitness, _FITNESSES)
     report_text = Corpus(local_corpus(report_paths).name, (local_text(report_paths),))
     windows, evaluator = (search_windows, report_windows), _FITNESSES[fitness]
-    halves = _text_halves(llm, local_corpus(search_paths), report_text, windows, seed, evaluator)
-    return halves if search_parts == 1 else replace(halves, search=RotatingEvaluator(halves.search, search_parts))
+    return _text_halves(llm, local_corpus(search_paths), report_text, windows, seed, evaluator)
 
 
 def packaged_text_halves(
