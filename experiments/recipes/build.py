@@ -93,10 +93,7 @@ def build(config: DictConfig, main: str) -> Parts:
     corpus, windows = _once("calibration", config.calibration, lambda: _calibration(config, halves, llm))
     if not whole:
         _once("widths", config.widths, lambda: _prepare(config, corpus, llm))
-    searched, reported = (
-        call_with(instantiate(half, _partial_=True), shape=llm.shape, generated_tokens=config.workload.generated_tokens)
-        for half in (config.workload.search, config.workload.report)
-    )
+    searched, reported = build_contexts(config.workload, llm.shape)
     location = config.store or cache_folder() / "results.db"
     store = _once("store", str(location), lambda: ResultStore(location))
     weights = plain(config.reward)
@@ -166,6 +163,15 @@ def _calibration(config: DictConfig, halves: Mapping[str, Halves], llm: Switchab
     for texts in (main.held_out, *(other.reported for other in others)):
         refuse_contamination(corpus, texts)
     return corpus, build_windows(config, corpus, llm, config.calibration.seed)
+
+
+def build_contexts(workload: DictConfig, shape) -> tuple[list[Scenario], list[Scenario]]:
+    """The scenarios that a workload's YAML has searches know beforehand, and those that are reported on."""
+    searched, reported = (
+        call_with(instantiate(half, _partial_=True), shape=shape, generated_tokens=workload.generated_tokens)
+        for half in (workload.search, workload.report)
+    )
+    return searched, reported
 
 
 def build_halves(evaluation: DictConfig, llm: SwitchableLLM) -> Halves:
