@@ -201,9 +201,16 @@ def build_windows(
     return instantiate(config.calibration.sampling, _partial_=True)(corpus, llm.tokenizer, *size, seed)
 
 
-def build_tracker(config: DictConfig, folder: Path) -> Tracker:
-    """Where metrics go; trackers take the run's folder, and some the composed config."""
-    return call_with(instantiate(config.tracker, _partial_=True), folder=folder, config=plain(config))
+def build_tracker(config: DictConfig, folder: Path, choices: Mapping[str, str]) -> Tracker:
+    """Where metrics go; trackers take the run's folder, and some the composed config.
+
+    Args:
+        config: The composed config.
+        folder: The run's.
+        choices: Names of the agent and of the workload, which the config does not hold; trackers group runs by them.
+    """
+    named = {"agent_name": choices["agent"], "context_family": choices["workload"]}
+    return call_with(instantiate(config.tracker, _partial_=True), folder=folder, config=plain(config) | named)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.benchmarks import gpu, part
 from experiments.report.amortisation import amortisation_figure, is_family
+from experiments.report.closing import closing_metrics
 from experiments.report.comparison import Comparison
 from experiments.report.drawing import PageFigure, page_of_one
 from experiments.report.kept import kept_picture
@@ -14,7 +15,7 @@ from experiments.report.page import write_page
 from experiments.report.tables import run_table, table_lines
 from rap_env.files import write_over
 
-__all__ = ["benchmark_lines", "kept_picture", "report_on", "run_table"]
+__all__ = ["benchmark_lines", "closing_metrics", "kept_picture", "report_on", "run_table"]
 
 
 def report_on(records: Sequence[dict[str, Any]], page: Path | None) -> list[str]:

@@ -110,11 +110,9 @@ def texts(folder) -> tuple[str, str]:
     return f"evaluation.search_paths=[{folder / 'valid.txt'}]", f"evaluation.report_paths=[{folder / 'test.txt'}]"
 
 
-def shape_of(record: dict):
-    """A shape whose components are called as the record's are, which are in another order than the checkpoint's."""
-    shape = load_llm("tiny", "float32", granularity="group").shape
-    assert len(shape.components) == len(record["results"]["components"])
-    return shape
+def shape():
+    """That of the records' model, whose parts are called otherwise there: they are in another order."""
+    return load_llm("tiny", "float32", granularity="group").shape
 
 
 def test_a_row_holds_what_the_records_of_its_token_budget_say(records, enter, tmp_path):
@@ -133,17 +131,16 @@ def test_a_row_holds_what_the_records_of_its_token_budget_say(records, enter, tm
                 assert context["loss"] == -reported["reports"]["text"]["score"]
                 assert all(context[key] == reported[key] for key in ("batch_size", "prompt_tokens", "budget_bytes"))
                 dropped = [name.partition("@")[0] for name in reported["dropped"]]
-                mask = mask_of(context, shape_of(record))
+                mask = mask_of(context, shape())
                 assert [component.name for component in mask.dropped] == dropped
     evaluation = rows[0]["config"]["evaluation"]
     assert (evaluation["search_paths"], evaluation["report_paths"]) == (["valid.txt"], ["test.txt"])
 
 
 def test_masks_that_keep_other_parts_than_the_first_are_told_by_what_they_drop():
-    shape = load_llm("tiny", "float32", granularity="group").shape
-    mask = PruningMask.all_kept(shape).drop(shape.components[0].name)
-    assert mask_of({"dropped": [shape.components[0].name]}, shape) == mask
-    assert mask_of({"widths": PruningMask.all_kept(shape).widths}, shape) == PruningMask.all_kept(shape)
+    dense, first = PruningMask.all_kept(shape()), shape().components[0].name
+    assert mask_of({"dropped": [first]}, shape()) == dense.drop(first)
+    assert mask_of({"widths": dense.widths}, shape()) == dense
 
 
 def test_rows_can_be_checked_by_who_has_the_texts_elsewhere(records, enter, checked, texts):
@@ -163,8 +160,7 @@ def raise_loss(row: dict) -> None:
 
 
 def keep_all(row: dict) -> None:
-    shape = load_llm("tiny", "float32", granularity="group").shape
-    row["results"]["contexts"][1][2]["widths"] = list(PruningMask.all_kept(shape).widths)
+    row["results"]["contexts"][1][2]["widths"] = list(PruningMask.all_kept(shape()).widths)
 
 
 @pytest.mark.parametrize(
