@@ -3,6 +3,8 @@
 # make compare                      a small comparison of policies from nothing, with its page
 # make serve                        a request trace served by several systems while memory is taken away and given back
 # make rerank                       rerankers compared by seconds, memory and what they find
+# make validate ARGS="evaluation.search_paths=[valid.txt] evaluation.report_paths=[test.txt]"
+#                                   checks the leaderboard: bytes of all masks, losses of a sample of them
 # make test                         linters and the fast test suite
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train compare serve rerank test model clean
+.PHONY: train compare serve rerank validate test model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
@@ -24,6 +26,9 @@ serve: model
 
 rerank: model
 	$(BIN)/python -m experiments.rerank $(ARGS)
+
+validate: model
+	$(BIN)/python -m experiments.validate results/leaderboard.jsonl $(ARGS)
 
 test: model
 	$(BIN)/ruff check .

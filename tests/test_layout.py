@@ -32,6 +32,7 @@ HOMES = {
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
     "wandb": ("experiments/tracking.py",),
+    "wandb_workspaces": ("experiments/workspace.py",),
     "plotly": ("experiments/report/",),
     "gguf": ("rap_env/export/",),
     "peft": ("rap_env/export/recovery.py", "rap_env/rerank/adapter.py", "experiments/rerank_training/training.py"),

@@ -93,10 +93,7 @@ def build(config: DictConfig, main: str) -> Parts:
     corpus, windows = _once("calibration", config.calibration, lambda: _calibration(config, halves, llm))
     if not whole:
         _once("widths", config.widths, lambda: _prepare(config, corpus, llm))
-    searched, reported = (
-        call_with(instantiate(half, _partial_=True), shape=llm.shape, generated_tokens=config.workload.generated_tokens)
-        for half in (config.workload.search, config.workload.report)
-    )
+    searched, reported = build_contexts(config.workload, llm.shape)
     location = config.store or cache_folder() / "results.db"
     store = _once("store", str(location), lambda: ResultStore(location))
     weights = plain(config.reward)
@@ -168,6 +165,15 @@ def _calibration(config: DictConfig, halves: Mapping[str, Halves], llm: Switchab
     return corpus, build_windows(config, corpus, llm, config.calibration.seed)
 
 
+def build_contexts(workload: DictConfig, shape) -> tuple[list[Scenario], list[Scenario]]:
+    """The scenarios that a workload's YAML has searches know beforehand, and those that are reported on."""
+    searched, reported = (
+        call_with(instantiate(half, _partial_=True), shape=shape, generated_tokens=workload.generated_tokens)
+        for half in (workload.search, workload.report)
+    )
+    return searched, reported
+
+
 def build_halves(evaluation: DictConfig, llm: SwitchableLLM) -> Halves:
     """The search and the report half that an evaluation's YAML describes; some of them need the model."""
     return call_with(instantiate(evaluation, _partial_=True), llm=llm)
@@ -195,9 +201,16 @@ def build_windows(
     return instantiate(config.calibration.sampling, _partial_=True)(corpus, llm.tokenizer, *size, seed)
 
 
-def build_tracker(config: DictConfig, folder: Path) -> Tracker:
-    """Where metrics go; trackers take the run's folder, and some the composed config."""
-    return call_with(instantiate(config.tracker, _partial_=True), folder=folder, config=plain(config))
+def build_tracker(config: DictConfig, folder: Path, choices: Mapping[str, str]) -> Tracker:
+    """Where metrics go; trackers take the run's folder, and some the composed config.
+
+    Args:
+        config: The composed config.
+        folder: The run's.
+        choices: Names of the agent and of the workload, which the config does not hold; trackers group runs by them.
+    """
+    named = {"agent_name": choices["agent"], "context_family": choices["workload"]}
+    return call_with(instantiate(config.tracker, _partial_=True), folder=folder, config=plain(config) | named)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from experiments.recipes.build import build_llm
 from experiments.recipes.folder import RECORD_NAME
 from experiments.records import model_provenance, provenance, read_record
+from rap_env.calibration import Corpus
 from rap_env.errors import RapError, RunUnreadable
 from rap_env.export.save import read_mask
 from rap_env.llm.switchable import SwitchableLLM
@@ -88,28 +89,55 @@ def _line(number: int, row: Mapping[str, Any], dense: Mapping[str, float]) -> st
 
 
 def _built(record: Mapping[str, Any], path: Path, quantised: bool) -> SwitchableLLM:
-    config, then = OmegaConf.create(record["config"]), record["provenance"]
+    for name in _FORMATS:
+        chosen = record["config"].get("model", {}).get(name, "full")
+        if not quantised and chosen != "full":
+            raise RunUnreadable(
+                f"expected a run with the weights and KV cache of its checkpoint, which exports hold; {path} is of"
+                f" model.{name}={chosen}: run it again with model.{name}=full"
+            )
+    llm, corpus = rebuilt_model(OmegaConf.create(record["config"]), path)
+    if changes := changes_since(record["provenance"], llm, corpus):
+        raise RunUnreadable(f"the model is not what it was in the run of {path}; changed since: {changes}")
+    return llm
+
+
+def rebuilt_model(config: DictConfig, source: Path) -> tuple[SwitchableLLM, Corpus | None]:
+    """What `build_llm` makes of a recorded config.
+
+    Args:
+        config: The record's.
+        source: Where the record lies, for messages.
+
+    Raises:
+        RunUnreadable: The config lacks an entry, or its model can't be built.
+        RapError: Whatever the config names is not to be had.
+    """
     OmegaConf.set_struct(config, True)  # what is missing is an error
     try:
-        for name in _FORMATS:
-            if not quantised and config.model[name] != "full":
-                raise RunUnreadable(
-                    f"expected a run with the weights and KV cache of its checkpoint, which exports hold; {path} is of"
-                    f" model.{name}={config.model[name]}: run it again with model.{name}=full"
-                )
-        llm, corpus = build_llm(config)
+        return build_llm(config)
     except (ConfigAttributeError, ConfigKeyError) as error:
         raise RunUnreadable(
-            f"expected a config that the model can be built from; {path} has none for {error.full_key}"
+            f"expected a config that the model can be built from; {source} has none for {error.full_key}"
         ) from error
     except InstantiationException as error:
         if isinstance(error.__cause__, RapError):
             raise error.__cause__ from None
-        raise RunUnreadable(f"the model can't be built from the config in {path}: {error}") from error
-    if llm.digest != then["model_digest"]:
-        now = provenance() | model_provenance(llm, then["corpus_digest"] if corpus is None else corpus.digest)
-        raise RunUnreadable(f"the model is not what it was in the run of {path}; changed since: {_changes(then, now)}")
-    return llm
+        raise RunUnreadable(f"the model can't be built from the config in {source}: {error}") from error
+
+
+def changes_since(then: Mapping[str, Any], llm: SwitchableLLM, corpus: Corpus | None) -> str:
+    """Why a rebuilt model has another digest than a record's; empty where it has the same.
+
+    Args:
+        then: The record's provenance.
+        llm: What `rebuilt_model` returned.
+        corpus: The text that its parts are ordered on, if they are.
+    """
+    if llm.digest == then["model_digest"]:
+        return ""
+    now = provenance() | model_provenance(llm, then["corpus_digest"] if corpus is None else corpus.digest)
+    return _changes(then, now)
 
 
 def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def _run(config: DictConfig, folder: Path) -> dict:
     choices = HydraConfig.get().runtime.choices
     agent: Agent = instantiate(config.agent)
     parts = build(config, choices.evaluation)
-    with build_tracker(config, folder) as tracker, phase(f"{choices.agent} {config.seed}") as progress:
+    with build_tracker(config, folder, choices) as tracker, phase(f"{choices.agent} {config.seed}") as progress:
         seed_everything(config.seed)
         task = search_task(config, parts, progress=progress, log=tracker.log)
         result = run_search(agent, task, config.in_flight)
@@ -82,8 +82,9 @@ def search_task(config: DictConfig, parts: Parts, **reports: Callable) -> Task:
 
 
 def _show(record: dict[str, Any], tracker: Tracker) -> None:
-    from experiments.report import kept_picture, run_table  # here, for plotting takes long to import
+    from experiments.report import closing_metrics, kept_picture, run_table  # here, for plotting takes long to import
 
+    tracker.log(record["results"]["search"]["tokens"], closing_metrics(record))
     columns, rows = run_table(record)
     tracker.log_table("summary", columns, rows)
     tracker.log_image("kept_components", kept_picture(record))

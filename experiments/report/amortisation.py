@@ -99,10 +99,14 @@ class Amortisation:
 
 def within_family(record: Mapping[str, Any]) -> np.ndarray:
     """Which of a record's reported contexts lie within the ranges of its sampler [scenarios]."""
-    ranges = {key: value for key, value in record["config"]["workload"]["sampler"].items() if key[0] != "_"}
-    sampler = ScenarioSampler(**ranges)
+    return within_ranges(record["config"]["workload"]["sampler"], record["results"]["rows"])
+
+
+def within_ranges(sampler: Mapping[str, Any], contexts: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Which contexts lie within the ranges of a sampler's config [contexts]."""
+    covers = ScenarioSampler(**{key: value for key, value in sampler.items() if key[0] != "_"}).covers
     keys = ("batch_size", "prompt_tokens", "budget_ratio")
-    return np.array([sampler.covers(*(row[key] for key in keys)) for row in record["results"]["rows"]])
+    return np.array([covers(*(context[key] for key in keys)) for context in contexts])
 
 
 def is_family(records: Sequence[Mapping[str, Any]]) -> bool:

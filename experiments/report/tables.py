@@ -10,6 +10,7 @@ import numpy as np
 from experiments.report.amortisation import family_table
 from experiments.report.comparison import SEARCH, Comparison, decided, distinct, has_loss
 from experiments.report.frontier import frontier_table
+from experiments.report.leaderboard import leaderboard_table
 from experiments.report.metrics import SPREAD, interquartile_mean, loss_over_dense, plain_mean, regret, with_spread
 from experiments.report.table import Table, number
 from experiments.report.widths import compensation_table
@@ -25,8 +26,8 @@ def table_lines(kind: str, named: Named) -> list[str]:
     """Markdown lines of a table with the notes under it.
 
     Args:
-        kind: `metrics`, `spending`, `run`, `compensation`, `frontier`, `family`: of all records together; `compact`,
-            `perplexity`: each name's records are a comparison of its own.
+        kind: `metrics`, `spending`, `run`, `compensation`, `frontier`, `family`, `leaderboard`: of all records
+            together; `compact`, `perplexity`: each name's records are a comparison of its own.
         named: Records by name.
 
     Raises:
@@ -209,4 +210,5 @@ KINDS = {
     "compensation": lambda named: compensation_table(_all(named)),
     "frontier": lambda named: frontier_table(_all(named)),
     "family": lambda named: family_table(_all(named)),
+    "leaderboard": lambda named: leaderboard_table(_all(named)),
 }
