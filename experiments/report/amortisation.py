@@ -9,7 +9,7 @@ import numpy as np
 from plotly.colors import qualitative
 from plotly.graph_objects import Figure, Scatter
 
-from experiments.report.comparison import Comparison
+from experiments.report.comparison import Comparison, draws_own_text
 from experiments.report.drawing import SYMBOLS, PageFigure, error_bars, finite
 from experiments.report.metrics import SPREAD, best_known, loss_over_dense, plain_mean, with_spread
 from experiments.report.table import Table, number
@@ -178,6 +178,8 @@ def _shared(comparison: Comparison) -> dict[str, Any]:
     config = comparison.records[0]["config"]
     own = ("agent", "seed", "decisions", "tracker", "store", "in_flight", "workload", *_MAY_DIFFER)
     shared = {key: value for key, value in config.items() if key not in own}
+    if draws_own_text(comparison.records[0]):
+        shared["evaluation"] = {key: value for key, value in config["evaluation"].items() if key != "seed"}
     scenarios = [row["budget_bytes"] for row in comparison.records[0]["results"]["rows"]]
     family = {"sampler": config["workload"]["sampler"], "scenarios": comparison.scenarios, "bytes": scenarios}
     return shared | family | {"evaluators": comparison.evaluators}

@@ -25,7 +25,8 @@ class Comparison:
         records: In the order of agent and seed.
         scenarios: (workload as text, budget ratio) of each row.
         evaluators: Names of the report's evaluators; the first is the main one.
-        dense: The dense model's score on each evaluator and on the search half.
+        dense: The dense model's score on each evaluator and on the search half. Where each seed draws search text of
+            its own, that is the first record's, and search scores are shifted as if the dense model had it on all.
         is_text: Whether a report evaluator's score is minus a loss instead of an accuracy.
         token_budget: Tokens that each search may forward.
 
@@ -58,7 +59,12 @@ class Comparison:
 
     def scores(self, agent: str, evaluator: str) -> np.ndarray:
         """An agent's scores [seeds, scenarios]; minus infinity where the mask does not fit."""
-        return np.array([[_score(row, evaluator) for row in run["rows"]] for run in self.runs(agent)])
+        scores = np.array([[_score(row, evaluator) for row in run["rows"]] for run in self.runs(agent)])
+        return scores + [[self.shift(run)] for run in self.runs(agent)] if evaluator == SEARCH else scores
+
+    def shift(self, run: Mapping[str, Any]) -> float:
+        """What has to be added to the search scores of a run, so that they compare with those on other search text."""
+        return self.dense[SEARCH] - run["dense"][SEARCH]
 
     def curves(self, agent: str) -> list[list[list[float]]]:
         """For each seed [tokens spent, mean of the best search scores so far].
@@ -67,7 +73,11 @@ class Comparison:
         """
         policies = self.scores(agent, SEARCH).mean(axis=1)
         runs = zip(self.runs(agent), policies, strict=True)
-        return [run["anytime"] or [[run["search"]["tokens"], float(score)]] for run, score in runs]
+        return [
+            [[tokens, score + self.shift(run)] for tokens, score in run["anytime"]]
+            or [[run["search"]["tokens"], float(policy)]]
+            for run, policy in runs
+        ]
 
     def best_after(self, agent: str, tokens: float) -> float:
         """Mean over the seeds of the search score after so many tokens; minus infinity before there is one."""
@@ -88,10 +98,16 @@ def _check(records: Sequence[dict[str, Any]]) -> None:
     names = Counter(f"{record['results']['agent']} {record['results']['seed']}" for record in records)
     if twice := sorted(name for name, count in names.items() if count > 1):
         raise ValueError(f"expected one record for each agent and seed; there are several of {', '.join(twice)}")
-    first, *others = map(_shared, records)
+    own_text = all(map(draws_own_text, records))
+    first, *others = [_shared(record, own_text) for record in records]
     for other in others:
         if differing := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
             raise ValueError(f"expected records of one comparison; their {', '.join(differing)} differ")
+
+
+def draws_own_text(record: Mapping[str, Any]) -> bool:
+    """Whether a run's search text is drawn by its own seed."""
+    return record["config"].get("evaluation", {}).get("seed") == record["results"]["seed"]
 
 
 def distinct(runs: list, outcome: Callable) -> tuple[list, str]:
@@ -126,11 +142,20 @@ def _score(row: Mapping[str, Any], evaluator: str) -> float:
     return (row["search"] if evaluator == SEARCH else row["reports"][evaluator])["score"]
 
 
-def _shared(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be equal in all records of a comparison."""
+def _shared(record: Mapping[str, Any], own_text: bool) -> dict[str, Any]:
+    """What must be equal in all records of a comparison.
+
+    Args:
+        record: One of them.
+        own_text: Whether each seed draws search text of its own: they may differ in that, and not in the dense model's
+            score on the reported one.
+    """
     results = record["results"]
     of_config = {key: value for key, value in record["config"].items() if key not in _MAY_DIFFER}
     digests = {name: record["provenance"].get(name) for name in _DIGESTS}
     of_results = {key: results[key] for key in ("components", "evaluators")}
+    if own_text:
+        of_config["evaluation"] = {key: value for key, value in of_config["evaluation"].items() if key != "seed"}
+        of_results["dense"] = {name: results["dense"][name] for name in results["evaluators"]}
     scenarios = [[row["budget_bytes"], workload_name(row)] for row in results["rows"]]
     return of_config | digests | of_results | {"scenarios": scenarios}

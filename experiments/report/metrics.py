@@ -39,8 +39,11 @@ def best_known(comparison: Comparison, evaluator: str) -> np.ndarray:
     """
     best = np.max([comparison.scores(agent, evaluator).max(axis=0) for agent in comparison.agents], axis=0)
     if evaluator == SEARCH:
-        rows = [record["results"]["rows"] for record in comparison.records]
-        evaluated = [[-np.inf if (s := row["best_evaluated"]) is None else s for row in of_seed] for of_seed in rows]
+        runs = [record["results"] for record in comparison.records]
+        evaluated = [
+            [-np.inf if (s := row["best_evaluated"]) is None else s + comparison.shift(run) for row in run["rows"]]
+            for run in runs
+        ]
         best = np.maximum(best, np.max(evaluated, axis=0))
     return best
 

@@ -98,6 +98,13 @@ def test_records_of_other_families_are_refused(records, spoil, message):
         Amortisation([*records, other])
 
 
+def test_budgets_may_have_other_seeds_where_each_draws_search_text_of_its_own(records):
+    for one in records:
+        one["config"]["evaluation"] = {"name": "text", "seed": one["results"]["seed"]}
+    fewer = [one for one in records if (one["config"]["token_budget"], one["results"]["seed"]) != (100, 0)]
+    assert {entry.evaluations for entry in Amortisation(fewer).entries} == {5.0, 10.0, 20.0}
+
+
 def test_a_family_without_held_out_contexts_is_refused():
     outside = made("greedy", 0, 100, (2.4, 2.8, 4.0, 5.0), 50)
     outside["config"]["workload"]["sampler"] = SAMPLER | {"budget_ratio": [0.1, 0.2]}

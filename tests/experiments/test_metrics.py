@@ -156,3 +156,35 @@ def test_what_holds_no_records_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(records()[0]) + '\n{"config": {}}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl: a record needs .* missing: provenance, results"):
         read_records(tmp_path / "a.jsonl")
+
+
+def on_own_text(agent: str, seed: int, harder: float, loss: float, evaluation_seed: int) -> dict:
+    """A record whose search text is harder by so much for every mask, the dense model among them."""
+    made = record(agent, seed, [row(WORK, 0.9, loss, [])], evaluations=12)
+    made["config"]["evaluation"] = {"name": "text", "seed": evaluation_seed}
+    made["results"]["dense"]["search"] -= harder
+    for one in made["results"]["rows"]:
+        one["search"]["score"] -= harder
+        one["best_evaluated"] -= harder
+    made["results"]["anytime"] = [[tokens, score - harder] for tokens, score in made["results"]["anytime"]]
+    return made
+
+
+def test_seeds_that_draw_search_text_of_their_own_are_compared_relative_to_the_dense_model_there():
+    harder = [on_own_text("agent", seed, 0.5 * seed, 3.0 + 0.1 * seed, seed) for seed in range(3)]
+    same = [on_own_text("agent", seed, 0.0, 3.0 + 0.1 * seed, 0) for seed in range(3)]
+    own, usual = Comparison(harder), Comparison(same)
+    for half in ("search", "text"):
+        assert loss_over_dense(own, "agent", half) == pytest.approx(loss_over_dense(usual, "agent", half))
+        assert regret(own, "agent", half) == pytest.approx(regret(usual, "agent", half))
+    for curve, expected in zip(own.curves("agent"), usual.curves("agent"), strict=True):
+        assert np.array(curve) == pytest.approx(np.array(expected))
+
+
+def test_seeds_of_other_search_text_that_is_not_their_own_or_of_another_report_are_refused():
+    with pytest.raises(ValueError, match="their evaluation differ"):
+        Comparison([on_own_text("agent", 0, 0.0, 3.0, 0), on_own_text("agent", 1, 0.0, 3.0, 7)])
+    other = on_own_text("agent", 1, 0.0, 3.0, 1)
+    other["results"]["dense"]["text"] -= 0.1
+    with pytest.raises(ValueError, match="their dense differ"):
+        Comparison([on_own_text("agent", 0, 0.0, 3.0, 0), other])
