@@ -1,5 +1,6 @@
 """The process of one system: reads commands from stdin, a line of JSON each, and answers each with one on stdout."""
 
+import importlib
 import json
 import os
 import sys
@@ -59,6 +60,8 @@ def _answer(ranker: Ranker, request: dict[str, Any], command: dict[str, Any]) ->
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
+    for package in sys.argv[1:]:
+        importlib.import_module(package)  # the code of a library is no part of the memory that a request takes
     serve(sys.stdin, answers)
 
 
