@@ -20,7 +20,7 @@ class PaddedBatches:
     """
 
     def __init__(self, model: nn.Module, prompts: Prompts, batch_size: int) -> None:
-        # As `from_pretrained` returns it: torch multiplies a slice by frozen weights with a copy of them for each prompt.
+        # As `from_pretrained` returns it: torch copies frozen weights for each prompt of a slice.
         self._model = model.requires_grad_(True)
         self._prompts, self._batch_size = prompts, batch_size
 
