@@ -201,7 +201,8 @@ def run(config: DictConfig) -> None:
             raise RecordExists(f"{folder / _RECORD} exists, and records are written once; name another folder")
         comparison = Comparison(plain(config), folder)
         for name, package in comparison.left_out.items():
-            print(f"{name} is left out: it needs the package {package}, which is not installed", flush=True)
+            install = f"pip install {package.replace('_', '-')}"
+            print(f"{name} is left out: its package is not installed; {install}", flush=True)
         results = comparison.results()
         source = provenance() | model_provenance(load_llm(config.model_name, config.dtype, "cpu"), comparison.digest)
         record = {"config": plain(config), "provenance": source, "results": results}

@@ -18,7 +18,8 @@ class PromptedCrossEncoder:
     """Scores documents as `CrossEncoder.rank` does, in its own batches of prompts of about the same length.
 
     A causal LM is a cross-encoder there whose chat template has the roles `query` and `document`, and whose score is
-    the difference of two logits. The prompt becomes tokens as a whole, so a few tokens at its seams may differ.
+    the difference of two logits. The prompt becomes tokens as a whole; at its seams these are the reranker's where
+    the tokenizer parts words as GPT-2's does and a document neither begins nor ends with a space.
 
     Args:
         llm: The model; a copy of its weights in a folder is what sentence-transformers loads.
@@ -42,7 +43,8 @@ class PromptedCrossEncoder:
         from sentence_transformers.base.modules import Transformer
         from sentence_transformers.cross_encoder.modules import LogitScore
 
-        self._tokenizer, self._max_tokens, self._batch_size = llm.tokenizer, max_document_tokens, batch_size
+        self._tokenizer, self._template = llm.tokenizer, template
+        self._max_tokens, self._batch_size = max_document_tokens, batch_size
         llm.model.save_pretrained(folder)
         llm.tokenizer.save_pretrained(folder)
         reader = Transformer(
@@ -56,15 +58,22 @@ class PromptedCrossEncoder:
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:
         """logit(yes) - logit(no) of each document."""
-        tokens = self._tokenizer(list(documents), add_special_tokens=False).input_ids
-        cut = [
-            self._tokenizer.decode(own[: self._max_tokens]) if len(own) > self._max_tokens else text
-            for own, text in zip(tokens, documents, strict=True)
-        ]
+        cut = self._cut(documents)
         with isolated_rng():
             found = self._model.rank(query, cut, batch_size=self._batch_size, show_progress_bar=False)
         scores = {each["corpus_id"]: float(each["score"]) for each in found}
         return [scores[number] for number in range(len(cut))]
+
+    def _cut(self, documents: Sequence[str]) -> list[str]:
+        """The texts of the documents up to the token that the reranker cuts them behind."""
+        _front, spaces, _ending = self._template.parts("")  # which the reranker has in a document's first token
+        tokens = self._tokenizer([spaces + text for text in documents], add_special_tokens=False, verbose=False)
+        return [
+            self._tokenizer.decode(own[: self._max_tokens], clean_up_tokenization_spaces=False)[len(spaces) :]
+            if len(own) > self._max_tokens
+            else text
+            for own, text in zip(tokens.input_ids, documents, strict=True)
+        ]
 
 
 def chat_template(template: Template) -> str:

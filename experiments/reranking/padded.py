@@ -20,7 +20,9 @@ class PaddedBatches:
     """
 
     def __init__(self, model: nn.Module, prompts: Prompts, batch_size: int) -> None:
-        self._model, self._prompts, self._batch_size = model, prompts, batch_size
+        # As `from_pretrained` returns it: torch copies frozen weights for each prompt of a slice.
+        self._model = model.requires_grad_(True)
+        self._prompts, self._batch_size = prompts, batch_size
 
     @torch.inference_mode()
     def scores(self, query: str, documents: Sequence[str]) -> list[float]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.reranking.systems import System
 from experiments.serving.launch import launched
 from experiments.serving.resident import ResidentMemory
 from rap_env.errors import RapError
@@ -37,7 +38,8 @@ class Process:
 
     def __init__(self, name: str, spec: Mapping[str, Any], log: Path) -> None:
         self.name, self._log = name, log
-        command = launched([sys.executable, "-m", "experiments.reranking.worker"])
+        package = System(**spec["system"]).package
+        command = launched([sys.executable, "-m", "experiments.reranking.worker", *([package] if package else [])])
         environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
         with log.open("ab") as errors:
             self._process = subprocess.Popen(

@@ -39,10 +39,14 @@ class System:
         return asdict(self)
 
     @property
+    def package(self) -> str | None:
+        """The package that this system needs beyond those of all."""
+        return _PACKAGES.get(self.reads)
+
+    @property
     def missing_package(self) -> str | None:
-        """The package that this system needs, where it is not installed."""
-        package = _PACKAGES.get(self.reads)
-        return package if package is not None and importlib.util.find_spec(package) is None else None
+        """That package, where it is not installed."""
+        return self.package if self.package and importlib.util.find_spec(self.package) is None else None
 
 
 SYSTEMS = {

@@ -1,5 +1,6 @@
 """The process of one system: reads commands from stdin, a line of JSON each, and answers each with one on stdout."""
 
+import importlib
 import json
 import os
 import sys
@@ -36,10 +37,13 @@ def serve(commands: TextIO, answers: TextIO) -> None:
     spec = json.loads(commands.readline())
     ranker = Ranker(System(**spec["system"]), spec)
     _warm_up(ranker, spec["requests"][0])
+    trim_freed_memory()  # what loading or an earlier request left would hide what the next one takes
     tell({"loaded": True, "threads": torch.get_num_threads()})
     for line in commands:
         command = json.loads(line)
-        tell(_answer(ranker, spec["requests"][command.get("rank", command.get("path"))], command))
+        answer = _answer(ranker, spec["requests"][command.get("rank", command.get("path"))], command)
+        trim_freed_memory()  # now: the parent sets the mark of the peak back before it asks again
+        tell(answer)
 
 
 def _warm_up(ranker: Ranker, request: dict[str, Any]) -> None:
@@ -50,7 +54,6 @@ def _answer(ranker: Ranker, request: dict[str, Any], command: dict[str, Any]) ->
     query, documents = request["query"], request["documents"][: command["candidates"]]
     if "path" in command:
         return {"path": ranker.path(query, documents), "tokens": ranker.token_counts(query, documents)}
-    trim_freed_memory()  # what an earlier request left would hide what this one takes
     started = time.perf_counter()
     ranked = ranker.rank(query, documents, command["top_k"], command["threshold"])
     return {"seconds": time.perf_counter() - started, **ranked._asdict()}
@@ -59,6 +62,8 @@ def _answer(ranker: Ranker, request: dict[str, Any], command: dict[str, Any]) ->
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
+    for package in sys.argv[1:]:
+        importlib.import_module(package)  # the code of a library is no part of the memory that a request takes
     serve(sys.stdin, answers)
 
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from rap_env.errors import RankingFailed, UnsupportedArchitecture
 from rap_env.llm.encoders import load_encoder
-from rap_env.rerank.layerwise import LayerwiseReranker
+from rap_env.rerank.layerwise import LayerwiseReranker, check_request
 from rap_env.rerank.selection import Decider
+from rap_env.rerank.similarity import SimilarityExit, embedding_similarities
 
 _FAMILIES = ("bert", "roberta", "xlm-roberta")
 
@@ -25,7 +26,7 @@ class EncoderReranker(LayerwiseReranker):
         model: `BertForSequenceClassification` or its counterpart of RoBERTa and XLM-R, which is what
             `AutoModelForSequenceClassification` makes of BGE's and MS MARCO's rerankers.
         tokenizer: Of the model.
-        decider: After which layer who leaves; None reads every document with all layers.
+        decider: After which layer who leaves, or who is not read at all; None reads every document with all layers.
         max_tokens: Where a query and its document together are cut, at the document's end.
         batch_size: Documents of a batch.
 
@@ -37,7 +38,7 @@ class EncoderReranker(LayerwiseReranker):
         self,
         model: nn.Module,
         tokenizer: Any,
-        decider: Decider | None = None,
+        decider: Decider | SimilarityExit | None = None,
         max_tokens: int = 512,
         batch_size: int = 16,
     ) -> None:
@@ -68,6 +69,18 @@ class EncoderReranker(LayerwiseReranker):
     @property
     def n_layers(self) -> int:
         return len(self._model.base_model.encoder.layer)
+
+    @torch.inference_mode()
+    def similarities(self, query: str, documents: Sequence[str]) -> np.ndarray:
+        """Cosine of each document's mean word embedding with the query's [n]; -1 where one has no tokens.
+
+        Raises:
+            RankingFailed: As `rank`.
+        """
+        check_request(query, documents, None)
+        tokens = self._tokenizer([query, *documents], add_special_tokens=False, verbose=False).input_ids
+        cut = [own[: self._max_tokens] for own in tokens]
+        return embedding_similarities(self._model.get_input_embeddings(), cut, self._model.device)
 
     def _read(self, query: str, documents: Sequence[str]) -> Iterator[tuple[int, "_Batches"]]:
         batches = _Batches(self._batches(query, documents))

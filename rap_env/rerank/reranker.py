@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from rap_env.errors import RankingFailed
 from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
@@ -23,7 +22,7 @@ from rap_env.rerank.layerwise import LayerwiseReranker, check_request
 from rap_env.rerank.prompts import QWEN3, SMOLLM2, Prompts, Template
 from rap_env.rerank.rows import cache_rows
 from rap_env.rerank.selection import Decider
-from rap_env.rerank.similarity import SimilarityExit
+from rap_env.rerank.similarity import SimilarityExit, embedding_similarities
 from rap_env.rerank.window import WeightWindow
 
 
@@ -148,12 +147,8 @@ class Reranker(LayerwiseReranker):
             RankingFailed: As `rank`.
         """
         check_request(query, documents, None)
-        embedding, means = self.llm.model.get_input_embeddings(), []
-        for tokens in self._prompts.alone(query, documents):
-            rows = embedding(torch.tensor(tokens, dtype=torch.long, device=self.llm.device))
-            means.append(functional.normalize(rows.double().mean(0), dim=0))
-        query_mean, *others = means
-        return np.nan_to_num([float(query_mean @ mean) for mean in others], nan=-1.0)
+        tokens = self._prompts.alone(query, documents)
+        return embedding_similarities(self.llm.model.get_input_embeddings(), tokens, self.llm.device)
 
     def _read(self, query: str, documents: Sequence[str]) -> Iterator[tuple[int, Candidates]]:
         candidates = Candidates(self.llm, self._prompts.of(query, documents), self._chunk_tokens)

@@ -1,8 +1,12 @@
 """An exit before the first layer: documents whose embeddings are less similar to the query's are not read at all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
 
 from rap_env.errors import RankingFailed
 from rap_env.rerank.selection import Decider, Ranking, replay
@@ -47,6 +51,19 @@ class SimilarityExit:
         """As `rap_env.rerank.selection.replay`, with the similarities of all documents [n]."""
         kept = self.kept(similarities, top_k)
         return among(replay(path[:, kept], self.decider, top_k), kept, path.shape[1])
+
+
+def embedding_similarities(embedding: nn.Module, tokens: Sequence[Sequence[int]], device: torch.device) -> np.ndarray:
+    """Cosine of each document's mean input embedding with the query's [n]; -1 where one has no tokens.
+
+    Args:
+        embedding: Of a model's input.
+        tokens: Of the query, then of each document.
+        device: Where the embedding takes them.
+    """
+    rows = (embedding(torch.tensor(own, dtype=torch.long, device=device)) for own in tokens)
+    query_mean, *others = [functional.normalize(own.double().mean(0), dim=0) for own in rows]
+    return np.nan_to_num([float(query_mean @ mean) for mean in others], nan=-1.0)
 
 
 def among(ranking: Ranking, kept: list[int], n_documents: int) -> Ranking:

@@ -14,6 +14,7 @@ from transformers import (
 
 from rap_env.errors import ModelUnavailable, RankingFailed, UnsupportedArchitecture
 from rap_env.rerank import ClusterRule, EncoderReranker, replay
+from rap_env.rerank.similarity import SimilarityExit
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "wing", "flow", "heat", "shock", "jet", "lift", "drag", "plate"]
 QUERY = "wing lift"
@@ -81,6 +82,20 @@ def test_documents_that_leave_early_are_those_of_the_rule():
     expected = replay(reranker.score_path(QUERY, DOCUMENTS), reranker.decider, 2)
     assert ranking.ids == expected.ids and ranking.layers == expected.layers
     assert min(ranking.layers) < reranker.n_layers
+
+
+def test_documents_unlike_the_query_are_read_by_no_layer():
+    reranker = EncoderReranker(encoder(), words_tokenizer(), SimilarityExit(0.0), max_tokens=30, batch_size=3)
+    table = reranker._model.bert.embeddings.word_embeddings.weight.detach().double().numpy()
+    means = [table[[WORDS.index(word) for word in text.split()]].mean(0) for text in (QUERY, "wing flow", "lift drag")]
+    cosines = [means[0] @ each / np.linalg.norm(means[0]) / np.linalg.norm(each) for each in means[1:]]
+    similarities = reranker.similarities(QUERY, DOCUMENTS)
+    assert similarities[[0, 6]] == pytest.approx(cosines) and similarities[1] == -1
+    ranking, path = reranker.ranking(QUERY, DOCUMENTS, top_k=2), reranker.score_path(QUERY, DOCUMENTS)
+    read = np.argsort(-similarities)[:2]
+    assert sorted(ranking.ids) == sorted(read) == [number for number, n in enumerate(ranking.layers) if n]
+    assert [ranking.scores[number] for number in read] == pytest.approx(path[-1, read], abs=1e-5)
+    assert reranker.ranking(QUERY, DOCUMENTS).layers == (reranker.n_layers,) * len(DOCUMENTS)
 
 
 def test_a_folder_is_loaded(tmp_path):

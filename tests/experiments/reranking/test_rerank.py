@@ -12,14 +12,16 @@ import torch
 from omegaconf import OmegaConf
 
 from experiments.rerank import Comparison
-from experiments.reranking.cross_encoder import chat_template
+from experiments.reranking.cross_encoder import PromptedCrossEncoder, chat_template
 from experiments.reranking.heads import AttentionHeads, Example
+from experiments.reranking.padded import PaddedBatches
 from experiments.reranking.ranker import Ranker
 from experiments.reranking.systems import SYSTEMS, System
 from experiments.reranking.worker import serve
 from rap_env.errors import InvalidConfig
 from rap_env.llm.loading import load_llm
-from rap_env.rerank import QWEN3
+from rap_env.rerank import QWEN3, Reranker
+from rap_env.rerank.prompts import Prompts
 
 ROOT = Path(__file__).parents[3]
 QUERY, DOCUMENTS = "what is lift", ["the lift of a wing", "heat", "a long text of plates and shells", "flow", "wing"]
@@ -94,6 +96,27 @@ def test_the_chat_template_of_sentence_transformers_renders_the_prompt():
     messages = [{"role": "query", "content": "{{a}}"}, {"role": "document", "content": "b\n"}]
     rendered = jinja2.Environment(trim_blocks=True).from_string(chat_template(QWEN3)).render(messages=messages)
     assert rendered == QWEN3.text.format(instruction=QWEN3.instruction, query="{{a}}", document="b\n")
+
+
+@pytest.mark.parametrize(("dtype", "difference"), [("float32", 1e-4), ("bfloat16", 0.25)])
+def test_the_cross_encoder_scores_as_the_reranker_does(spec, dtype, difference, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    llm = load_llm("tiny", dtype, "cpu")
+    prompts = Prompts(llm.tokenizer, QWEN3, 20, llm.shape.context_tokens)
+    rival = PromptedCrossEncoder(llm, prompts, QWEN3, 20, 2, tmp_path)
+    read = [rival._model[0].preprocess([[QUERY, text]])["input_ids"][0].tolist() for text in rival._cut(DOCUMENTS)]
+    prompt = prompts.of(QUERY, DOCUMENTS)
+    assert read == [[*prompt.prefix, *ending] for ending in prompt.endings]
+    assert max(map(len, DOCUMENTS)) > 20 and rival._model[0].model.dtype == llm.dtype
+    expected = Reranker(llm, QWEN3, None, 20).score_path(QUERY, DOCUMENTS)[-1]
+    assert rival.scores(QUERY, DOCUMENTS) == pytest.approx(expected, abs=difference)
+    assert ranked(SYSTEMS["cross_encoder"], spec).ids == ranked(SYSTEMS["full"], spec).ids
+
+
+def test_padded_batches_read_a_model_that_is_not_frozen(spec):
+    llm = load_llm("tiny", "float32", "cpu")  # frozen; the head would be copied for each prompt
+    PaddedBatches(llm.model, Prompts(llm.tokenizer, QWEN3, 20, llm.shape.context_tokens), 2)
+    assert all(weight.requires_grad for weight in llm.model.parameters())
 
 
 def test_a_worker_answers_line_by_line(spec):
