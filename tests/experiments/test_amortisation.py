@@ -8,6 +8,7 @@ import pytest
 from experiments.report import __main__ as command
 from experiments.report import report_on
 from experiments.report.amortisation import Amortisation, amortisation_figure, family_table, within_family
+from experiments.report.pairs import family_pairs_table
 from tests.experiments.comparison_records import record, row
 
 SAMPLER = {"_target_": "sampler", "batch_size": [1, 16], "prompt_tokens": [128, 2048], "budget_ratio": [0.6, 0.95]}
@@ -103,6 +104,22 @@ def test_budgets_may_have_other_seeds_where_each_draws_search_text_of_its_own(re
         one["config"]["evaluation"] = {"name": "text", "seed": one["results"]["seed"]}
     fewer = [one for one in records if (one["config"]["token_budget"], one["results"]["seed"]) != (100, 0)]
     assert {entry.evaluations for entry in Amortisation(fewer).entries} == {5.0, 10.0, 20.0}
+
+
+def test_agents_are_held_against_the_surrogate_of_the_same_seed_on_held_out_contexts():
+    of_agents = [
+        *(made("family_surrogate", seed, 100, (2.4 + 0.4 * seed, 2.8, 4.0, 6.0), 100) for seed in range(3)),
+        *(made("learner", seed, 100, (2.4 + 0.32 * seed, 2.8, 1.0, 1.0), 100) for seed in (1, 2)),
+        *(made("greedy", seed, 100, (2.56 + 0.4 * seed, 2.8 - 0.24 * seed, 4.0, 6.0), 100) for seed in range(3)),
+        made("learner", 0, 200, (2.0, 2.0, 2.0, 2.0), 100),
+    ]
+    table = family_pairs_table(of_agents)
+    assert [cells[:3] for cells in table.rows] == [["100", "learner", "2"], ["100", "greedy", "3"]]
+    # greedy: half of 1.25 (0.16, 0.16 - 0.24, 0.16 - 0.48); the surrogate loses 1.25 (2.6, 2.8, 3.0) - 2.5
+    assert table.rows[1][3:] == ["0.950", "-0.050 [-0.200, 0.100]", "2 of 3"]
+    assert table.rows[0][3:] == ["0.933", "-0.075 [-0.100, -0.050]", "2 of 2"]
+    with pytest.raises(ValueError, match="expected records of family_surrogate"):
+        family_pairs_table(of_agents[3:])
 
 
 def test_a_family_without_held_out_contexts_is_refused():

@@ -1,0 +1,56 @@
+"""Agents of a context family, seed by seed: each minus the surrogate that searched on the same text."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.report.amortisation import Amortisation, within_family
+from experiments.report.metrics import plain_mean, with_spread
+from experiments.report.table import Table, number
+
+REFERENCE = "family_surrogate"
+
+
+def family_pairs_table(records: Sequence[dict[str, Any]]) -> Table:
+    """Held-out loss over dense of each agent against the reference's, for each token budget that both have.
+
+    Differences are of equal seeds, mean over the held-out contexts, with their spread over the seeds. So what a seed's
+    search text is worth stands on both sides.
+
+    Args:
+        records: Of one family.
+
+    Raises:
+        ValueError: The records do not belong together, or there is none of the reference.
+    """
+    Amortisation(records)  # refuses what does not belong together
+    within, losses = within_family(records[0]), defaultdict(dict)
+    for record in records:
+        results, budget = record["results"], record["config"]["token_budget"]
+        main = results["evaluators"][0]
+        scores = np.array([row["reports"][main]["score"] for row in results["rows"]])[within]
+        losses[budget, results["agent"]][results["seed"]] = results["dense"][main] - scores
+    if not any(agent == REFERENCE for _budget, agent in losses):
+        raise ValueError(f"expected records of {REFERENCE}, which others are compared with; there is none")
+    rows = []
+    for (budget, agent), of_agent in losses.items():
+        reference = losses.get((budget, REFERENCE), {})
+        seeds = sorted(of_agent.keys() & reference.keys())
+        if agent == REFERENCE or not seeds:
+            continue
+        own, other = (np.stack([of[seed] for seed in seeds]) for of in (of_agent, reference))
+        difference, ratio = with_spread(own - other, plain_mean), own.mean() / other.mean()
+        below = sum((own - other).mean(axis=1) < 0.0)
+        cells = [f"{budget}", agent, f"{len(seeds)}", f"{ratio:.3f}", number(*difference), f"{below} of {len(seeds)}"]
+        rows.append((-budget, ratio, cells))
+    columns = [
+        "token budget",
+        "agent",
+        "seeds",
+        "loss relative to the surrogate's",
+        "minus the surrogate's",
+        "seeds below",
+    ]
+    return Table(columns, [cells for _budget, _ratio, cells in sorted(rows)])
