@@ -26,14 +26,16 @@ class ClimbedTable:
 
     Args:
         contexts: That it is made for.
+        climbs: Steps of a climb, in each of which 48 masks are looked at.
     """
 
-    def __init__(self, contexts: int = 192) -> None:
-        self._contexts = contexts
+    def __init__(self, contexts: int = 192, climbs: int = 40) -> None:
+        self._contexts, self._climbs = contexts, climbs
 
     def policy(self, critic: FamilyCritic, details: dict[str, Any]) -> ArchivePolicy:
         generator = np.random.default_rng([critic.task.seed, 2])
-        return critic.table([(each, critic.climb(each, generator)) for each in critic.contexts(self._contexts)])
+        contexts = critic.contexts(self._contexts)
+        return critic.table([(each, critic.climb(each, generator, self._climbs)) for each in contexts])
 
 
 class NoiseTable:

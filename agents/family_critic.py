@@ -26,7 +26,7 @@ class FamilyCritic:
         predictor: Fitted to all evaluated masks.
         fear: Deviations above the predicted logarithm of a loss that a mask is charged with.
         dense_reward: That of the dense model.
-        climb: The mask that is predicted to be best for a context, among what a climb by moves looks at.
+        climb: The mask that is predicted to be best for a context, among what a climb of so many steps looks at.
         greedy: The walk along the curves of single sites.
     """
 
@@ -34,7 +34,7 @@ class FamilyCritic:
     predictor: WidthPredictor
     fear: float
     dense_reward: float
-    climb: Callable[[Scenario, np.random.Generator], PruningMask]
+    climb: Callable[[Scenario, np.random.Generator, int], PruningMask]
     greedy: PricedPolicy
 
     @property

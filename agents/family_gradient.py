@@ -41,7 +41,7 @@ class GradientPolicy:
         steps: int = 3000,
         batch: int = 64,
         contexts: int = 4096,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         layers: Sequence[int] = (256, 256, 128),
     ) -> None:
         self._steps, self._batch, self._contexts = steps, batch, contexts

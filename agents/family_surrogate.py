@@ -17,7 +17,7 @@ from rap_env.memory.scenario import Scenario
 from rap_env.policies import OrderPolicy, Policy, PricedPolicy
 
 _STARTS = 3  # evaluated masks that a climb may start from, beside the greedy and the uniform one
-_NEIGHBOURS, _CLIMBS = 48, 12  # masks that are looked at in a step of a climb, and steps
+_NEIGHBOURS, _CLIMBS = 48, 12  # masks that are looked at in a step of a climb, and steps while it asks
 _REFITTED = 1.2  # times as many masks as the kernel's sizes were fitted to, before they are fitted again
 
 
@@ -98,10 +98,13 @@ class FamilySurrogateAgent(Agent):
             predictor=self._fit(),
             fear=self._fear,
             dense_reward=self._known[self._curves.dense],
-            climb=lambda context, generator: self._climbed(context, self._fear, generator),
+            climb=self._answered,
             greedy=self._greedy,
         )
         return self._answer.policy(critic, self.details)
+
+    def _answered(self, context: Scenario, generator: np.random.Generator, climbs: int) -> PruningMask:
+        return self._climbed(context, self._fear, generator, climbs=climbs)
 
     def _draw(self, generator: np.random.Generator) -> Scenario:
         return self.task.sampler.sample(self.task.problem.shape, generator)
@@ -125,6 +128,7 @@ class FamilySurrogateAgent(Agent):
         deviations: float,
         generator: np.random.Generator,
         without: Collection[tuple[int, ...]] = (),
+        climbs: int = _CLIMBS,
     ) -> PruningMask | None:
         """The best mask for a context among what a climb looks at, by the predicted logarithm plus so many deviations.
 
@@ -133,6 +137,7 @@ class FamilySurrogateAgent(Agent):
             deviations: Negative to hope, positive to fear.
             generator: Draws the moves.
             without: Widths that it shall not be; None where there are no others.
+            climbs: Steps.
         """
         predictor, moves = self._fit(), WidthMoves(self.task.problem.shape, context)
         fitting = self._by_excess[moves.slack(self._all_widths[self._by_excess]) >= 0.0][:_STARTS]
@@ -140,7 +145,7 @@ class FamilySurrogateAgent(Agent):
         seen = np.concatenate([widths_of(walked), self._all_widths[fitting]])
         seen = np.concatenate([seen, moves.fitted(seen, generator)])
         found: list[tuple[float, tuple[int, ...]]] = []
-        for _ in range(1 + _CLIMBS):
+        for _ in range(1 + climbs):
             mean, deviation = predictor.predict(seen)
             found += zip((mean + deviations * deviation).tolist(), map(tuple, seen.tolist()), strict=True)
             seen = moves.neighbours(np.array(min(found)[1]), _NEIGHBOURS, generator)

@@ -33,7 +33,9 @@ from tests.agents.cases import (
 )
 from tests.conftest import TOY_WINDOWS
 
-ANSWERS = {f"family_{name}" for name in ("gradient", "noise", "ppo", "sac", "td3", "dqn", "maskable_ppo")}
+ANSWERS = {
+    f"family_{name}" for name in ("surrogate_short", "gradient", "noise", "ppo", "sac", "td3", "dqn", "maskable_ppo")
+}
 AGENTS = [  # what is made of the same search in other ways: tests/agents/test_family_answers.py
     name
     for name in own_agents()

@@ -17,6 +17,7 @@ from tests.agents.cases import build_agent, decided, fits, make_task
 from tests.agents.test_family_surrogate import BETWEEN, Rivals, grouped, score  # noqa: F401 - a fixture
 
 ANSWERS = {
+    "family_surrogate_short": ArchivePolicy,
     "family_gradient": WidthPolicy,
     "family_noise": ArchivePolicy,
     "family_ppo": WidthPolicy,
