@@ -1,13 +1,14 @@
 """A table of records, one a line: `python -m experiments.collect outputs/compare/NAME results/NAME.jsonl`."""
 
 import argparse
+import gzip
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.records import read_records
+from experiments.records import COMPRESSED, read_records
 from rap_env.errors import InvalidConfig, RapError
 from rap_env.files import write_over
 
@@ -16,7 +17,7 @@ def write_table(path: Path, records: Sequence[Mapping[str, Any]], mixed: bool = 
     """Writes records as JSON lines, in place of an older table.
 
     Args:
-        path: The file; its folder is made if missing.
+        path: The file, compressed if it is named `.jsonl.gz`; its folder is made if missing.
         records: At least one.
         mixed: Whether they may be of several commits, or of code that no commit has.
 
@@ -32,14 +33,20 @@ def write_table(path: Path, records: Sequence[Mapping[str, Any]], mixed: bool = 
             " Run the others again, or say --mixed"
         )
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True, separators=(",", ":")) for record in records]
-    return write_over(path, "".join(line + "\n" for line in lines))
+    content = "".join(line + "\n" for line in lines).encode()
+    return write_over(path, gzip.compress(content, mtime=0) if path.name.endswith(COMPRESSED) else content)
 
 
 def main(arguments: Sequence[str]) -> None:
     description = "Writes the records of runs into one table, a record a line, for the reports and the documentation."
     parser = argparse.ArgumentParser(prog="python -m experiments.collect", description=description)
     parser.add_argument("records", type=Path, nargs="+", metavar="PATH", help="a sweep's or run's folder, or a record")
-    parser.add_argument("table", type=Path, metavar="TABLE.jsonl", help="is written in place of an older one")
+    parser.add_argument(
+        "table",
+        type=Path,
+        metavar="TABLE.jsonl",
+        help="is written in place of an older one; compressed if it ends in .jsonl.gz",
+    )
     parser.add_argument(
         "--mixed", action="store_true", help="take records of several commits, or of code that was not committed"
     )

@@ -1,6 +1,7 @@
 """Write-once JSON records: what was run, on what, and what came out."""
 
 import contextlib
+import gzip
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,7 @@ from rap_env.files import write_once
 from rap_env.llm.switchable import SwitchableLLM
 
 REQUIRED_KEYS = ("config", "provenance", "results")
+COMPRESSED = ".jsonl.gz"  # ending of a table that is compressed
 _DISTRIBUTIONS = (
     *("rap-env", "torch", "transformers", "lm_eval", "gymnasium"),
     *("stable_baselines3", "sb3_contrib", "hydra-core", "numpy"),
@@ -167,12 +169,17 @@ def read_record(path: str | Path) -> dict[str, Any]:
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """Reads the records of a JSON-lines table, of a folder whose subfolders hold `record.json` files, or a single one.
 
+    A table may be compressed (`.jsonl.gz`): records of many masks repeat the same names.
+
     Raises:
         ValueError: A line is no record, or the folder holds none.
+        OSError: The file can't be read, or is not what its name says.
     """
     path = Path(path)
-    if path.suffix == ".jsonl" and not path.is_dir():
-        return [_parsed(path, line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.name.endswith((".jsonl", COMPRESSED)) and not path.is_dir():
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.name.endswith(COMPRESSED) else content
+        return [_parsed(path, line) for line in content.decode().splitlines() if line.strip()]
     paths = sorted(path.rglob("record.json")) if path.is_dir() else [path]
     if not paths:
         raise ValueError(f"expected record.json files in {path} or its subfolders; there are none")

@@ -34,6 +34,17 @@ def test_table_reads_back_as_the_records_of_the_sweep(sweep, tmp_path, capsys):
     assert capsys.readouterr().out == f"2 records: {table}\n"
 
 
+def test_a_table_may_be_compressed_and_is_the_same_bytes_each_time(tmp_path):
+    many = [record(seed) | {"config": {"seed": seed, "names": [f"layer{n}" for n in range(200)]}} for seed in range(20)]
+    plain, packed, again = (write_table(tmp_path / name, many) for name in ("a.jsonl", "a.jsonl.gz", "b.jsonl.gz"))
+    assert read_records(packed) == read_records(plain) == many
+    assert packed.read_bytes() == again.read_bytes()
+    assert packed.stat().st_size < 0.1 * plain.stat().st_size
+    packed.write_bytes(plain.read_bytes())
+    with pytest.raises(OSError, match="gzip"):
+        read_records(packed)
+
+
 def test_a_later_table_takes_the_place_of_an_older_one(tmp_path):
     for seed in (0, 1):
         write_table(tmp_path / "a.jsonl", [record(seed)])
