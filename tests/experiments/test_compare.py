@@ -38,7 +38,7 @@ class Swept(types.SimpleNamespace):
 
 @pytest.fixture(scope="module", params=LAUNCHERS)
 def swept(tmp_path_factory, request) -> Swept:
-    """`quick` on two workers at once."""
+    """The default experiment on two workers at once."""
     if request.param == "ray":
         pytest.importorskip("ray", reason="the extra `ray` is not installed")
     folder = tmp_path_factory.mktemp("compare")
@@ -48,7 +48,7 @@ def swept(tmp_path_factory, request) -> Swept:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     measured = (folder / "measured").read_text().splitlines()
-    return Swept(folder=folder / "outputs" / "compare" / "quick", said=done.stdout, measured=measured)
+    return Swept(folder=folder / "outputs" / "compare" / "family_quick", said=done.stdout, measured=measured)
 
 
 def test_every_agent_and_seed_has_a_record_in_a_folder_of_its_name(swept):
@@ -56,7 +56,7 @@ def test_every_agent_and_seed_has_a_record_in_a_folder_of_its_name(swept):
     for seed, name in enumerate(NAMES):
         results = read_record(swept.folder / name / "record.json")["results"]
         assert (results["agent"], results["seed"]) == ("random_search", seed)
-        assert len(results["rows"]) == 4 * 3 and results["search"]["evaluations"] > 10
+        assert len(results["rows"]) == 16 + 4 and results["search"]["evaluations"] > 10
 
 
 def test_workers_measure_nothing_twice(swept):
@@ -65,7 +65,7 @@ def test_workers_measure_nothing_twice(swept):
 
 
 def test_sweep_ends_with_the_report_and_its_page(swept):
-    assert "| random_search |" in swept.said and f"records: {Path('outputs', 'compare', 'quick')}" in swept.said
+    assert "| random_search |" in swept.said and f"records: {Path('outputs', 'compare', 'family_quick')}" in swept.said
     assert (swept.folder / "page.html").is_file()
 
 
@@ -76,7 +76,7 @@ def test_same_sweep_again_does_only_what_is_missing(swept, train_here, monkeypat
     records[NAMES[2]].unlink()
     monkeypatch.setenv("MEASURED", os.devnull)
     monkeypatch.chdir(swept.folder.parents[2])
-    said, code = train_here(swept.folder.parents[2] / "cache", "-m", "experiment=quick", *TINY)
+    said, code = train_here(swept.folder.parents[2] / "cache", "-m", "experiment=family_quick", *TINY)
     assert not code, said
     again = read_record(records.pop(NAMES[2]))["results"]
     assert {name: path.read_bytes() == before[name] for name, path in records.items()} == dict.fromkeys(records, True)
@@ -91,15 +91,15 @@ def test_refused_job_costs_no_other_and_the_sweep_ends_with_an_error(tmp_path, t
     assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/record.json")) == ["0", "2"]
 
 
-def test_compare_is_a_multirun_of_train_with_quick_for_a_default(monkeypatch):
+def test_compare_is_a_multirun_of_train_with_a_small_family_for_a_default(monkeypatch):
     calls = []
     monkeypatch.setattr("train.main", lambda: calls.append(sys.argv[1:]))
     for arguments in ([], ["seed=1"], ["experiment=policies", "seed=1"]):
         monkeypatch.setattr(sys, "argv", ["compare", *arguments])
         compare.main()
     assert calls == [
-        ["--multirun", "experiment=quick"],
-        ["--multirun", "experiment=quick", "seed=1"],
+        ["--multirun", "experiment=family_quick"],
+        ["--multirun", "experiment=family_quick", "seed=1"],
         ["--multirun", "experiment=policies", "seed=1"],
     ]
 

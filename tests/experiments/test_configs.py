@@ -149,7 +149,7 @@ def test_command_in_an_experiments_first_comment_composes(path, composed):
     commands = commands_of(path)
     assert commands, f"{name_of(path)} does not say how it is run"
     for arguments in commands:
-        assert f"experiment={path.stem}" in arguments or (path.stem == "quick" and not arguments)
+        assert f"experiment={path.stem}" in arguments or (path.stem == "family_quick" and not arguments)
         for overrides in jobs(arguments):
             composed(*overrides)
 
