@@ -16,7 +16,7 @@ from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.prepared import Preparation, Refits, Residency
 from rap_env.llm.shape import ModelShape
-from rap_env.llm.streams import cut_stream, join_streams, parting
+from rap_env.llm.streams import cut_stream, join_streams, parting, read_heads_in_place
 from rap_env.llm.tokenizer import tokenizer_digest
 from rap_env.mask import ATTENTION, KINDS, PruningMask, Site, kept_sites
 
@@ -52,7 +52,7 @@ class SwitchableLLM:
     """
 
     def __init__(self, model: nn.Module, tokenizer, name: str, granularity: str = "block") -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model = read_heads_in_place(model.eval().requires_grad_(False))
         self.tokenizer = tokenizer
         self.name = name
         self.shape = ModelShape.from_model(model, granularity)

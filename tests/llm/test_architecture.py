@@ -236,3 +236,17 @@ def test_a_mistral_whose_cache_would_keep_more_than_its_masks_show_is_refused():
     config = AutoConfig.for_model("mistral", sliding_window=4, layer_types=layer_types, intermediate_size=16, **SIZES)
     with pytest.raises(UnsupportedArchitecture, match="transformers caches all tokens and shows 4: correct the config"):
         architecture_of(config)
+
+
+def test_the_head_reads_a_slice_of_states_as_a_tensor_of_its_own(llm, tokens):
+    seen = []
+    handle = llm.model.lm_head.register_forward_hook(lambda _head, inputs, _out: seen.append(inputs[0].stride()))
+    try:
+        with torch.inference_mode():
+            whole, last = llm.model(tokens).logits, llm.model(tokens, logits_to_keep=1).logits
+    finally:
+        handle.remove()
+    hidden = llm.model.config.hidden_size
+    assert seen[0] == (tokens.shape[1] * hidden, hidden, 1), "as it was"
+    assert seen[1] == (hidden, hidden, 1), "of a slice torch would copy the whole matrix for each sequence"
+    assert torch.allclose(last, whole[:, -1:])
