@@ -18,7 +18,7 @@ from rap_env.policies.width import WidthNetwork
 from rap_env.rng import isolated_rng
 
 _LEAST = 1e-12  # keep fraction: a site may go, and orders by fractions stay defined
-_HALVINGS = 40
+_HALVINGS = 60
 
 
 class GradientPolicy:
@@ -87,7 +87,7 @@ def scaled_to_fit(fractions: torch.Tensor, sizes: torch.Tensor, room: torch.Tens
     """
     with torch.no_grad():
         low, high = torch.zeros_like(room), 1.0 / fractions.amin(1)
-        for _ in range(_HALVINGS + 20):
+        for _ in range(_HALVINGS):
             middle = (low + high) / 2.0
             over = ((fractions * middle[:, None]).clamp(max=1.0) * sizes).sum(1) > room
             low, high = torch.where(over, low, middle), torch.where(over, middle, high)

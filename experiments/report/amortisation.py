@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from plotly.colors import qualitative
-from plotly.graph_objects import Figure, Scatter
+from plotly.graph_objects import Figure
 
 from experiments.report.comparison import Comparison, draws_own_text
-from experiments.report.drawing import SYMBOLS, PageFigure, error_bars, finite
+from experiments.report.drawing import PageFigure, spread_line
 from experiments.report.metrics import SPREAD, best_known, loss_over_dense, plain_mean, with_spread
 from experiments.report.table import Table, number
 from rap_env.memory.scenario import ScenarioSampler
@@ -142,19 +141,8 @@ def amortisation_figure(records: Sequence[dict[str, Any]]) -> PageFigure:
     family, figure = Amortisation(records), Figure()
     for place, agent in enumerate(dict.fromkeys(entry.agent for entry in family.entries)):
         entries = [entry for entry in family.entries if entry.agent == agent]
-        value, low, high = (np.array(ends) for ends in zip(*(entry.regret for entry in entries), strict=True))
-        colour, symbol = qualitative.Dark24[place % 24], SYMBOLS[place % len(SYMBOLS)]
-        figure.add_trace(
-            Scatter(
-                x=[entry.for_each for entry in entries],
-                y=finite(value),
-                error_y=error_bars(value, low, high),
-                name=agent,
-                mode="lines+markers",
-                marker={"color": colour, "symbol": symbol, "size": 8},
-                line={"color": colour, "width": 2},
-            )
-        )
+        spreads = [entry.regret for entry in entries]
+        figure.add_trace(spread_line(agent, place, [entry.for_each for entry in entries], spreads))
     figure.update_xaxes(title="evaluations for each held-out context, in tokens", type="log")
     figure.update_yaxes(title=f"regret on {family.evaluator}", rangemode="tozero")
     figure.update_layout(height=520, showlegend=True)

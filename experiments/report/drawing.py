@@ -1,12 +1,12 @@
 """What the figures of a page share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import Template
 
 import numpy as np
 from plotly.colors import qualitative
-from plotly.graph_objects import Figure
+from plotly.graph_objects import Figure, Scatter
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
@@ -102,3 +102,25 @@ def served(comparison: Comparison, cost: Callable, evaluator: str) -> list[str]:
 
 def _means(comparison: Comparison, cost: Callable, evaluator: str) -> dict[str, np.ndarray]:
     return {agent: interquartile_mean(cost(comparison, agent, evaluator)) for agent in comparison.agents}
+
+
+def spread_line(name: str, place: int, x: Sequence[float], spreads: Sequence[tuple[float, float, float]]) -> Scatter:
+    """An agent's line with error bars.
+
+    Args:
+        name: Of the agent.
+        place: Among the agents: its colour and symbol.
+        x: Of each point.
+        spreads: Value, low and high end of each point.
+    """
+    value, low, high = (np.array(ends) for ends in zip(*spreads, strict=True))
+    colour, symbol = qualitative.Dark24[place % 24], SYMBOLS[place % len(SYMBOLS)]
+    return Scatter(
+        x=x,
+        y=finite(value),
+        error_y=error_bars(value, low, high),
+        name=name,
+        mode="lines+markers",
+        marker={"color": colour, "symbol": symbol, "size": 8},
+        line={"color": colour, "width": 2},
+    )

@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from plotly.colors import qualitative
-from plotly.graph_objects import Figure, Scatter
+from plotly.graph_objects import Figure
 
 from experiments.report.amortisation import within_ranges
 from experiments.report.comparison import distinct
-from experiments.report.drawing import SYMBOLS, PageFigure, error_bars, finite
+from experiments.report.drawing import PageFigure, spread_line
 from experiments.report.metrics import SPREAD, plain_mean, with_spread
 from experiments.report.table import Table, number
 
@@ -43,19 +42,8 @@ def leaderboard_figure(rows: Sequence[Mapping[str, Any]]) -> PageFigure:
     """Loss on held-out contexts against tokens; a line joins an agent's rows."""
     figure = Figure()
     for place, (agent, of_agent) in enumerate(_by_agent(rows)):
-        value, low, high = (np.array(ends) for ends in zip(*(_spread(row, True) for row in of_agent), strict=True))
-        colour, symbol = qualitative.Dark24[place % 24], SYMBOLS[place % len(SYMBOLS)]
-        figure.add_trace(
-            Scatter(
-                x=[_tokens(row) for row in of_agent],
-                y=finite(value),
-                error_y=error_bars(value, low, high),
-                name=agent,
-                mode="lines+markers",
-                marker={"color": colour, "symbol": symbol, "size": 8},
-                line={"color": colour, "width": 2},
-            )
-        )
+        spreads = [_spread(row, True) for row in of_agent]
+        figure.add_trace(spread_line(agent, place, [_tokens(row) for row in of_agent], spreads))
     figure.update_xaxes(title="tokens spent", type="log")
     figure.update_yaxes(title="held-out loss over dense (nats)", rangemode="tozero")
     figure.update_layout(height=520, showlegend=True)
