@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from rap_env.errors import UnknownName
+from rap_env.llm.attention import attention as attend
+from rap_env.llm.kernels import added, gated, hooked, rms_norm, rotated
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
 from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_tensors
 from rap_env.llm.supported import Window, check_member
@@ -25,16 +27,52 @@ class Architecture:
     mlp_norm: str  # from a layer to the norm in front of the MLP
     mlp_modules: tuple[str, ...]  # from a layer to the modules that hold the MLP's weights
     final_norm: str  # from the decoder to the norm after the last layer
-    mlp: Callable[[nn.Module, torch.Tensor], torch.Tensor]  # of a layer, on normed states [batch, tokens, hidden]
+    norm: Callable[[nn.Module, torch.Tensor], torch.Tensor]  # of a layer's norm, on states [batch, tokens, hidden]
+    # Of a layer or its attention, on normed states and the residual stream that the result is added to.
+    mlp: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+    attention: Callable[[nn.Module, torch.Tensor, torch.Tensor, dict], torch.Tensor]  # with the layer's context
     mlp_inner: tuple[str, ...]  # from a layer to the matrices into the MLP's channels
     mlp_output: str  # from a layer to the matrix from there to the residual stream
     attention_output: str  # from a layer to the matrix from the heads to the residual stream
     window: Window = lambda config: None  # tokens that its attention masks let a token look back; None for all
 
 
-def _opt_mlp(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    flat = hidden.reshape(-1, hidden.shape[-1])  # as upstream does, so that results are exactly equal
-    return layer.fc2(layer.activation_fn(layer.fc1(flat))).view(hidden.shape)
+def _opt_mlp(layer: nn.Module, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    flat = normed.reshape(-1, normed.shape[-1])  # as upstream does, so that results are exactly equal
+    return residual + layer.fc2(layer.activation_fn(layer.fc1(flat))).view(normed.shape)
+
+
+def _gated_mlp(layer: nn.Module, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    mlp = layer.mlp
+    if hooked(mlp):
+        return residual + mlp(normed)
+    return added(mlp.down_proj, gated(mlp.gate_proj, mlp.up_proj, mlp.act_fn, normed), residual)
+
+
+def _plain_attention(attention: nn.Module, normed: torch.Tensor, residual: torch.Tensor, context: dict) -> torch.Tensor:
+    # every supported family returns (output, attention weights)
+    return residual + attention(hidden_states=normed, **context)[0]
+
+
+def _rotary_attention(
+    attention: nn.Module, normed: torch.Tensor, residual: torch.Tensor, context: dict
+) -> torch.Tensor:
+    mask = context.get("attention_mask")
+    packed = isinstance(mask, PackedStream)
+    whole = mask is None and attention.config._attn_implementation == "sdpa"
+    if not (packed or whole) or context.get("past_key_values") is not None or hooked(attention):
+        return _plain_attention(attention, normed, residual, context)
+    query, key, value = (
+        projection(normed).unflatten(-1, (-1, attention.head_dim))
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    cos, sin = (angles.unsqueeze(2) for angles in context["position_embeddings"])
+    query, key = rotated(query, cos, sin), rotated(key, cos, sin)
+    states = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    read = mask.attend(*states, attention.scaling) if packed else attend(*states, attention.scaling)
+    return added(attention.o_proj, read.flatten(2), residual)
 
 
 def _window_of_types(config: PretrainedConfig) -> int | None:
@@ -47,7 +85,9 @@ _LLAMA = Architecture(
     mlp_norm="post_attention_layernorm",
     mlp_modules=("mlp",),
     final_norm="norm",
-    mlp=lambda layer, hidden: layer.mlp(hidden),
+    norm=rms_norm,
+    mlp=_gated_mlp,
+    attention=_rotary_attention,
     mlp_inner=("mlp.gate_proj", "mlp.up_proj"),
     mlp_output="mlp.down_proj",
     attention_output="self_attn.o_proj",
@@ -58,7 +98,9 @@ _OPT = Architecture(
     mlp_norm="final_layer_norm",
     mlp_modules=("fc1", "activation_fn", "fc2"),  # some activations have weights
     final_norm="final_layer_norm",
+    norm=lambda norm, hidden: norm(hidden),
     mlp=_opt_mlp,
+    attention=_plain_attention,
     mlp_inner=("fc1",),
     mlp_output="fc2",
     attention_output="self_attn.out_proj",
@@ -106,7 +148,6 @@ class DecoderLayer:
         self.module, self._architecture = layer, architecture
         self._attention_norm = submodule(layer, architecture.attention_norm)
         self._mlp_norm = submodule(layer, architecture.mlp_norm)
-        self._mlp = architecture.mlp
         self._mlp_modules = [submodule(layer, path) for path in architecture.mlp_modules]
         # The same weights under a config of its own: upstream chooses the attention function by the config, and if the
         # model's own were changed while a packed stream runs, another thread would generate with it.
@@ -124,11 +165,12 @@ class DecoderLayer:
             hidden: The residual stream in front of the site.
             context: Upstream's keyword arguments to a layer (attention mask, position embeddings, cache).
         """
-        if kind == ATTENTION:  # every supported family returns (output, attention weights)
+        row = self._architecture
+        if kind == ATTENTION:
             packed = isinstance(context.get("attention_mask"), PackedStream)
             attention = self._packed_attention if packed else self.module.self_attn
-            return hidden + attention(hidden_states=self._attention_norm(hidden), **context)[0]
-        return hidden + self._mlp(self.module, self._mlp_norm(hidden))
+            return row.attention(attention, row.norm(self._attention_norm, hidden), hidden, context)
+        return row.mlp(self.module, row.norm(self._mlp_norm, hidden), hidden)
 
     def cuts(self, kind: str) -> dict[str, Cut]:
         """The parts of a site by name."""

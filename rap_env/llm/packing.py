@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 
 import torch
-from torch.nn import functional
 from transformers import AttentionInterface
 
+from rap_env.llm.attention import attention
 from rap_env.llm.lanes import cut
 
 PACKED_ATTENTION = "rap_packed"
@@ -159,10 +159,7 @@ class Packing(PackedStream):
             ]
             if self._prefix is not None:
                 parts[1:] = self._prefix.in_front_of(*parts[1:])
-            attended = functional.scaled_dot_product_attention(
-                *parts, attn_mask=bucket.visible, is_causal=bucket.visible is None, scale=scale, enable_gqa=True
-            )
-            outputs.append(attended.transpose(1, 2).flatten(0, 1))
+            outputs.append(attention(*parts, scale, bucket.visible).flatten(0, 1))
         if behind := query.shape[2] - self.end:
             outputs.append(query.new_zeros(behind, *outputs[0].shape[1:]))
         return torch.cat(outputs)[None]

@@ -75,7 +75,7 @@ def test_chunks_compute_what_the_stream_as_a_whole_does(llm):
     chunks = chunks_of(hidden, context, 4)
     assert [stream.shape[1] for stream, _ in chunks] == [4, 3, 5, 12]  # trees of lengths 1, 3 | 3 | 5 | 12
     _, (whole, *parts) = run_layer(llm, 0, prefix, [(hidden, context), *chunks])
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -89,7 +89,7 @@ def test_chunks_that_reach_into_the_next_one_or_into_spare_rows_compute_the_same
     chunks = chunks_of(hidden, context, 4, 8)
     _, (whole, *read) = run_layer(llm, 0, prefix, [plain[:2], *chunks])
     own = [part[:, : packed.end] for part, (_, packed) in zip(read, parts, strict=True)]
-    torch.testing.assert_close(torch.cat(own, 1), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat(own, 1), whole, rtol=0, atol=1e-5)
     left, rows = packing.select([1, 3])
     assert left.end == 8 and rows.tolist() == [1, 2, 3, 7, 8, 9, 10, 11] + 7 * [11]
 

@@ -97,7 +97,9 @@ def test_results_equal_the_switched_models_forward(llm):
     masks = special_masks(llm.shape) + random_masks(llm.shape, 6, seed=9)
     for mask, stream in llm.run_masks(dict.fromkeys(masks), *llm.open_stream(WINDOWS)):
         with llm.pruned(mask):
-            assert torch.equal(llm.logits(stream), llm.model(WINDOWS).logits)
+            upstreams = llm.model(WINDOWS).logits
+        tolerance = 0.1 if llm.dtype == torch.bfloat16 else 0.0  # see rap_env.llm.kernels
+        torch.testing.assert_close(llm.logits(stream), upstreams, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,52 @@
+"""Attention in blocks of queries reads what PyTorch's own reads, as far as bfloat16 can tell."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rap_env.llm.attention import attention
+
+
+@pytest.fixture(params=[True, False], ids=["with AMX", "without AMX"])
+def processor(request, monkeypatch):
+    """Both ways, whatever the processor has; each is right on any."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize(
+    ("sequences", "tokens", "heads", "groups"), [(1, 1, 4, 4), (3, 31, 4, 2), (5, 64, 2, 2), (13, 130, 9, 3)]
+)
+@torch.inference_mode()
+def test_queries_read_what_they_see(processor, sequences, tokens, heads, groups, masked):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(sequences, tokens, n, 16, generator=generator).bfloat16().transpose(1, 2)
+        for n in (heads, groups, groups)
+    )
+    visible = torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(sequences, 1, -1, -1).clone()
+    if masked:
+        visible[::2, :, -1, : tokens // 2] = False
+        visible |= torch.eye(tokens, dtype=torch.bool)
+    exact = functional.scaled_dot_product_attention(
+        *(states.double() for states in (query, key, value)), attn_mask=visible, scale=0.3, enable_gqa=True
+    ).transpose(1, 2)
+    read = attention(query, key, value, 0.3, visible if masked else None)
+    assert read.shape == (sequences, tokens, heads, 16)
+    assert (read - exact).abs().max() < 0.04
+    assert (read - exact).abs().mean() < 0.003
+    if masked and sequences > 1:  # one mask for all
+        alike = attention(query, key, value, 0.3, visible[:1])
+        assert torch.equal(alike[0], read[0])
+
+
+@torch.inference_mode()
+def test_prefixes_lie_in_front_of_what_is_read(processor):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 40, 16, generator=generator).bfloat16()
+    key, value = (torch.randn(2, 3, 57, 16, generator=generator).bfloat16() for _ in range(2))
+    visible = torch.ones(1, 1, 40, 57, dtype=torch.bool).tril(17)
+    exact = functional.scaled_dot_product_attention(
+        *(states.double() for states in (query, key, value)), attn_mask=visible
+    ).transpose(1, 2)
+    assert (attention(query, key, value, None, visible) - exact).abs().max() < 0.04

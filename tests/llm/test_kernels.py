@@ -1,0 +1,108 @@
+"""Norms and rotary positions give upstream's bits; fused products round once instead of three times."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from rap_env.calibration.corpus import packaged_corpus
+from rap_env.calibration.sampling import consecutive_windows
+from rap_env.llm.kernels import added, gated, rms_norm, rotated
+from rap_env.llm.packing import TokenTree
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def states(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def linear(n_inputs: int, n_outputs: int, bias: bool, seed: int = 0) -> nn.Linear:
+    made = nn.Linear(n_inputs, n_outputs, bias=bias, dtype=torch.bfloat16)
+    made.weight.copy_(states(n_outputs, n_inputs, seed=seed) / n_inputs**0.5)
+    if bias:
+        made.bias.copy_(states(n_outputs, seed=seed + 1))
+    return made
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_an_rms_norm_has_the_bits_of_upstreams_whatever_the_tiles(dtype):
+    norm = LlamaRMSNorm(576, eps=1e-5).to(dtype)
+    norm.weight.copy_(states(576, dtype=dtype))
+    for shape in ((1, 1, 576), (2, 700, 576), (3, 576)):
+        hidden = states(*shape, dtype=dtype, seed=1)
+        before = hidden.clone()
+        assert torch.equal(rms_norm(norm, hidden), norm(hidden))
+        assert torch.equal(hidden, before)
+    view = states(2, 64, 600, dtype=dtype)[:, 5:, 24:]
+    assert torch.equal(rms_norm(norm, view), norm(view))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_rotary_positions_have_the_bits_of_upstreams(dtype):
+    query, key = states(2, 33, 9, 64, dtype=dtype), states(2, 33, 3, 64, dtype=dtype, seed=1)
+    angles = states(1, 33, 32, dtype=torch.float32).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
+    for one, wanted in zip((query, key), expected, strict=True):
+        assert torch.equal(rotated(one, cos[:, :, None], sin[:, :, None]).transpose(1, 2), wanted)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 70])
+def test_fused_products_lie_nearer_to_the_exact_ones_than_separate_operations(rows, bias):
+    gate, up, down = linear(96, 160, bias, 1), linear(96, 160, bias, 3), linear(160, 96, bias, 5)
+    inputs, residual = states(rows, 96, seed=7), states(rows, 96, seed=8)
+    opened = gated(gate, up, nn.SiLU(), inputs)
+    separate = nn.functional.silu(gate(inputs)) * up(inputs)
+    exact = [module.double()(inputs.double()) for module in (gate, up)]
+    exact = nn.functional.silu(exact[0]) * exact[1]
+    assert (opened - exact).abs().mean() <= (separate - exact).abs().mean()
+    torch.testing.assert_close(opened.double(), exact, rtol=2**-7, atol=2**-7)
+    summed = added(down, opened, residual)
+    exact = residual.double() + down.double()(opened.double())
+    torch.testing.assert_close(summed.double(), exact, rtol=2**-8, atol=2**-9)
+    assert torch.equal(residual, states(rows, 96, seed=8))
+
+
+def test_views_of_a_matrix_give_what_copies_of_them_give():
+    whole, inputs, residual = linear(192, 96, False), states(3, 20, 128), states(3, 20, 96, seed=1)
+    for laid_out in (whole.weight, whole.weight.t().contiguous().t()):  # output matrices are stored by columns
+        view, copied = (nn.Linear(128, 96, bias=False, dtype=torch.bfloat16) for _ in range(2))
+        view.weight, copied.weight = (
+            nn.Parameter(weight, requires_grad=False) for weight in (laid_out[:, :128], laid_out[:, :128].contiguous())
+        )
+        assert torch.equal(added(view, inputs, residual), added(copied, inputs, residual))
+
+
+def test_a_module_with_hooks_is_called():
+    down, seen = linear(160, 96, False), []
+    inputs, residual = states(2, 160), states(2, 96, seed=1)
+    for register in (down.register_forward_pre_hook, down.register_forward_hook):
+        handle = register(lambda *call: seen.append(call))
+        assert torch.equal(added(down, inputs, residual), residual + down(inputs))
+        handle.remove()
+    assert len(seen) == 4
+
+
+def test_in_bfloat16_tokens_are_as_near_to_float32_as_upstreams(embedded_llm, embedded_llm_float32):
+    text = "".join(packaged_corpus().documents)
+    tokens = consecutive_windows(text, embedded_llm.tokenizer, tokens_per_sample=256, limit=4)
+
+    def log_likelihoods(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, :-1].float().log_softmax(-1).gather(2, tokens[:, 1:, None]).flatten()
+
+    exact = log_likelihoods(embedded_llm_float32.model(tokens).logits)
+    upstreams = (log_likelihoods(embedded_llm.model(tokens).logits) - exact).abs()
+    trees = [TokenTree(tuple(row)) for row in tokens.tolist()]
+    for stream, context, *_ in (embedded_llm.open_stream(tokens), embedded_llm.open_packed(trees)):
+        logits = embedded_llm.logits(embedded_llm.run(embedded_llm.shape.sites, stream, context))
+        ours = (log_likelihoods(logits.view(*tokens.shape, -1)) - exact).abs()
+        assert ours.mean() < 0.05
+        assert ours.mean() < 1.1 * upstreams.mean()
