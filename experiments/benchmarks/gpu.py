@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn.functional import log_softmax
 
+from experiments.benchmarks.gpu_live import lines as live_lines
+from experiments.benchmarks.gpu_live import live
 from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, plain_loss, speedup
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import Pair, ScoringPlan
@@ -49,6 +51,7 @@ def check(llm: SwitchableLLM, workload: Workload, repeats: int = 3) -> dict[str,
             for granularity in GRANULARITIES
         },
         "speed": speed(llm, repeats),  # while the model is whole
+        "live": live(llm, repeats),
         "memory": memory(llm, workload),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
         "repeats": repeats,
@@ -228,7 +231,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         shared = f", {_ratio(entry['from_sharing'])} times as one by one" if "from_sharing" in entry else ""
         share = f"; {entry['share_of_gemm']:.0%} of the GEMM rate" if "share_of_gemm" in entry else ""
         printed.append(f"{name}: {_ratio(entry['speedup'])} times as fast as plain transformers{shared}{share}")
-    return printed
+    return printed + live_lines(results["live"])
 
 
 def _ratio(speedup: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 On a CPU with instructions for bfloat16 the matrix products of a layer are so fast that what lies between them takes as
 long. Norms and rotary positions here give the same bits as upstream's modules. In bfloat16 on a CPU, oneDNN adds the
-residual stream, applies SiLU and multiplies by the gate in the matrix product itself, before it rounds: results differ
+residual stream, applies SiLU and multiplies by the gate in the matrix product itself, before it rounds, by the operation
+that `torch.compile` makes of a linear layer and what follows it: results differ
 from upstream's in the last bit and lie nearer to those in float32. All other types, devices and modules (quantised
 ones, such with hooks) run as upstream's do, bit by bit.
 """
@@ -12,7 +13,6 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 _TILE_ELEMENTS = 2**17  # of float32: what a tile needs stays in a core's cache
-_fused = torch.ops.mkldnn._linear_pointwise  # what `torch.compile` makes of a linear layer and what follows it
 
 
 def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -52,15 +52,15 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 def added(linear: nn.Module, inputs: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """`residual + linear(inputs)`, [..., C] -> [..., H]."""
     if _fuses(linear, inputs):
-        return _fused.binary(inputs, residual, linear.weight, linear.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, linear.weight, linear.bias, "add")
     return residual + linear(inputs)
 
 
 def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """`activation(gate(inputs)) * up(inputs)`, [..., H] -> [..., C]."""
     if _fuses(gate, inputs) and _fuses(up, inputs) and isinstance(activation, nn.SiLU | SiLUActivation):
-        opened = _fused(inputs, gate.weight, gate.bias, "swish", [1.0], "")
-        return _fused.binary(inputs, opened, up.weight, up.bias, "mul")
+        opened = torch.ops.mkldnn._linear_pointwise(inputs, gate.weight, gate.bias, "swish", [1.0], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(inputs, opened, up.weight, up.bias, "mul")
     return activation(gate(inputs)) * up(inputs)
 
 
@@ -76,5 +76,6 @@ def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
         and type(linear) is nn.Linear
         and not hooked(linear)
         and not torch.is_grad_enabled()
+        and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
