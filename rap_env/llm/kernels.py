@@ -2,10 +2,10 @@
 
 On a CPU with instructions for bfloat16 the matrix products of a layer are so fast that what lies between them takes as
 long. Norms and rotary positions here give the same bits as upstream's modules. In bfloat16 on a CPU, oneDNN adds the
-residual stream, applies SiLU and multiplies by the gate in the matrix product itself, before it rounds, by the operation
-that `torch.compile` makes of a linear layer and what follows it: results differ
-from upstream's in the last bit and lie nearer to those in float32. All other types, devices and modules (quantised
-ones, such with hooks) run as upstream's do, bit by bit.
+residual stream, applies SiLU and multiplies by the gate in the matrix product itself, before it rounds, by the
+operation that `torch.compile` makes of a linear layer and what follows it: results differ from upstream's in the last
+bit and lie nearer to those in float32. All other types, devices and modules (quantised ones, such with hooks) run as
+upstream's do, bit by bit.
 """
 
 import torch
