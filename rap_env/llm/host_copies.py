@@ -18,7 +18,7 @@ class HostCopies:
     stream of its own that has ended before anything may use the tensor. Tensors leave as a whole only: a site with some
     of its parts has copies of what they need.
 
-    A forward that is running has to end before its weights are released: it would fail. Not run on a GPU.
+    A forward that is running has to end before its weights are released: it would fail.
 
     Args:
         device: Of the model.

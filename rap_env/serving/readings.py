@@ -17,7 +17,7 @@ _UNLIMITED = "max"
 def free_bytes(device: str | torch.device = "cpu", cgroup: Path = _CGROUP) -> int:
     """Bytes that this process can still take.
 
-    On CUDA what the driver has free, and what torch's allocator holds without using it; this path was not run on a GPU.
+    On CUDA what the driver has free, and what torch's allocator holds without using it.
     Elsewhere the smaller of what the machine has available and what the control group (version 2) leaves, pages of
     files that nobody uses now counting as free in both.
 
