@@ -5,7 +5,22 @@ from types import ModuleType
 
 from rap_env.errors import UnknownName
 
-PARTS = ("gsi", "scoring", "population", "env", "scaling", "quantised", "bits", "live", "peaks", "memory", "table")
+PARTS = (
+    "profile",
+    "gsi",
+    "sites",
+    "scoring",
+    "population",
+    "decoding",
+    "env",
+    "scaling",
+    "quantised",
+    "bits",
+    "live",
+    "peaks",
+    "memory",
+    "table",
+)
 
 
 def part(name: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """Part `population`: masks mutated from a parent, evaluated together against one by one with the same engine."""
 
 from collections.abc import Callable
+from itertools import permutations
 from statistics import median
 from typing import Any
 
@@ -10,7 +11,7 @@ from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.timing import alternate, counted, forward_flops, gemm_flops_per_second, speedup
 from rap_env.evaluation.evaluator import Evaluator
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import PruningMask
+from rap_env.mask import PruningMask, kept_sites
 
 
 def swapped(parent: PruningMask, n_swaps: int, rng: np.random.Generator) -> PruningMask:
@@ -32,11 +33,29 @@ def offspring(parent: PruningMask, n_masks: int, most_swaps: int, rng: np.random
     return sorted(masks, key=lambda mask: mask.digest)
 
 
+def shifted(llm: SwitchableLLM, parent: PruningMask, n_masks: int, rng: np.random.Generator) -> list[PruningMask]:
+    """Distinct mutants of which one site has a part less than the parent's, and another of its kind one more."""
+    widths, bits = parent.widths, parent.kept_parts
+    pairs = [
+        (narrower, wider)
+        for (narrower, (site, _)), (wider, (other, parts)) in permutations(enumerate(bits), 2)
+        if site.kind == other.kind and widths[narrower] > 0 and widths[wider] < len(parts)
+    ]
+    masks: set[PruningMask] = set()
+    while len(masks) < n_masks:
+        narrower, wider = pairs[rng.integers(len(pairs))]
+        shift = {narrower: -1, wider: 1}
+        masks.add(
+            PruningMask.from_widths(llm.shape, [width + shift.get(place, 0) for place, width in enumerate(widths)])
+        )
+    return sorted(masks, key=lambda mask: mask.digest)
+
+
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Evaluates a fresh population in each repeat, for single swaps and for EvoPress's one to three."""
+    """Evaluates a fresh population in each repeat: single swaps, EvoPress's one to three, and shifts between widths."""
     llm, evaluator, order, options = bench.llm, bench.evaluator, bench.order, bench.options["population"]
     parent = PruningMask.all_kept(llm.shape).drop(*order[: len(order) - round(options["kept_ratio"] * len(order))])
-    step, results = counted(progress, 2 * 2 * options["repeats"]), {}
+    step, results = counted(progress, 3 * 2 * options["repeats"]), {}
     evaluator.evaluate(llm)  # encodes the requests
     for name, most_swaps in (("one_swap", 1), ("one_to_three_swaps", 3)):
         populations = [
@@ -44,6 +63,14 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
             for repeat in range(options["repeats"])
         ]
         results[name] = _together(llm, evaluator, populations, step)
+    groups = bench.build_llm(granularity="group")
+    widths = [round(options["kept_ratio"] * len(bits)) for _site, bits in PruningMask.all_kept(groups.shape).kept_parts]
+    narrow = PruningMask.from_widths(groups.shape, widths)
+    populations = [
+        shifted(groups, narrow, options["masks"], np.random.default_rng([repeat, 0]))
+        for repeat in range(options["repeats"])
+    ]
+    results["one_shift"] = _together(groups, evaluator, populations, step)
     return results | {
         "gemm_flops_per_second": gemm_flops_per_second(llm),
         "parent_dropped": [c.name for c in parent.dropped],
@@ -65,7 +92,7 @@ def _together(
         return step({mask: next(evaluator.evaluate_many(llm, [mask]))[1] for mask in populations[repeat]})
 
     seconds, scores = alternate({"plain": one_by_one, "ours": together}, len(populations))
-    separate = [sum(len(mask.kept) for mask in population) for population in populations]
+    separate = [sum(len(list(kept_sites(mask))) for mask in population) for population in populations]
     plan = evaluator.plan(llm)
     flops = [sum(forward_flops(llm, mask, plan.tokens, plan.head_rows) for mask in masks) for masks in populations]
     return {
@@ -82,7 +109,7 @@ def _together(
 def lines(results: dict[str, Any]) -> list[str]:
     """What is printed."""
     gemm, printed = results["gemm_flops_per_second"], []
-    for name in ("one_swap", "one_to_three_swaps"):
+    for name in [name for name in ("one_swap", "one_to_three_swaps", "one_shift") if name in results]:
         part = results[name]
         printed.append(
             f"{name.replace('_', ' ')}: {part['speedup']['ratio']:.2f} times faster together, identical:"
