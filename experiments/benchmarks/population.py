@@ -64,7 +64,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
         ]
         results[name] = _together(llm, evaluator, populations, step)
     groups = bench.build_llm(granularity="group")
-    widths = [round(options["kept_ratio"] * len(bits)) for _site, bits in PruningMask.all_kept(groups.shape).kept_parts]
+    widths = [int(options["kept_ratio"] * len(bits)) for _site, bits in PruningMask.all_kept(groups.shape).kept_parts]
     narrow = PruningMask.from_widths(groups.shape, widths)
     populations = [
         shifted(groups, narrow, options["masks"], np.random.default_rng([repeat, 0]))
