@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
+from torch.nn import functional
 
-from rap_env.llm.live_cache import CacheFormat, SequenceCache
+from rap_env.llm.live_cache import CacheFormat, SequenceCache, attend_together
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
 from rap_env.llm.switchable import SwitchableLLM
@@ -35,6 +36,12 @@ class RaggedStream(PackedStream):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention of each sequence's new tokens to all that it has read; see `PackedStream`."""
+        if query.device.type == "cuda" and len(self._readings) > 1 and all(n_new == 1 for _, n_new in self._readings):
+            n_sequences, caches = len(self._readings), [cache for cache, _ in self._readings]
+            states = query[0, :, :n_sequences], key[0, :, :n_sequences], value[0, :, :n_sequences]
+            together = attend_together(caches, self.layer, self.heads, states, scale)
+            if together is not None:
+                return functional.pad(together, (0, 0, 0, 0, 0, self._n_padding))[None]
         outputs, start = [], 0
         for cache, n_new in self._readings:
             own = slice(start, start := start + n_new)

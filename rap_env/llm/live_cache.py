@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from rap_env.errors import InvalidWorkload, UnsupportedArchitecture
 from rap_env.llm.architecture import decoder_layers
+from rap_env.llm.attention import attention
 from rap_env.llm.int8_cache import decoded, encoded, in_int8
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, PruningMask
@@ -52,8 +53,8 @@ class CacheFormat:
                 f"expected an attention over all of the {shape.context_tokens:,} tokens of the context; that of"
                 f" {llm.name} looks back over {window:,}"
             )
-        attention = decoder_layers(llm.model)[0].module.self_attn
-        int8, channels = in_int8(attention), attention.head_dim
+        module = decoder_layers(llm.model)[0].module.self_attn
+        int8, channels = in_int8(module), module.head_dim
         head_bytes = channels + llm.dtype.itemsize if int8 else channels * llm.dtype.itemsize
         return cls(shape.kv_channels // channels, head_bytes, llm.dtype, int8, llm.device)
 
@@ -234,6 +235,42 @@ class SequenceCache:
             raise InvalidWorkload(
                 f"expected at most {self.capacity_tokens} tokens of the sequence; got {self.length + n_tokens}"
             )
+
+
+def attend_together(
+    caches: Sequence[SequenceCache],
+    index: int,
+    heads: tuple[int, ...],
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float | None,
+) -> torch.Tensor | None:
+    """What `SequenceCache.attend` does, for one new token of each of n sequences in one kernel.
+
+    It copies what is attended to, side by side: worth it where a small kernel takes as long as a large one.
+
+    Args:
+        caches: Of the sequences.
+        index: Of the layer.
+        heads: The KV heads that the layer runs with.
+        states: Queries [hq, n, D], keys and values [h, n, D], a row for each sequence.
+        scale: Of the scores.
+
+    Returns:
+        What each query head read [n, hq, D]; None where a sequence lacks a head, or what one read: nothing was done.
+    """
+    layers = [cache._layers.get(index) for cache in caches]
+    if any(layer is None or layer.heads != heads or any(layer.starts) for layer in layers):
+        return None
+    query, key, value = states
+    form, n_keys = caches[0]._form, _filled(1 + max(cache.length for cache in caches))
+    own = [(layer.states, cache.length) for cache, layer in zip(caches, layers, strict=True)]
+    new = torch.stack([form.encoded(key), form.encoded(value)])  # [2, h, n, ...]
+    torch._foreach_copy_([kept[:, :, length] for kept, length in own], list(new.unbind(2)))
+    read = [functional.pad(kept[:, :, :n_keys], (0, 0, 0, max(0, n_keys - kept.shape[2]))) for kept, _ in own]
+    keys, values = form.decoded(torch.stack(read)).unbind(1)
+    lengths = torch.tensor([length for _, length in own], device=query.device)
+    visible = torch.arange(n_keys, device=query.device) <= lengths[:, None]
+    return attention(query.transpose(0, 1)[:, :, None], keys, values, scale, visible[:, None, None])[:, 0]
 
 
 def _filled(n_tokens: int) -> int:
