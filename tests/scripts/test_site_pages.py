@@ -49,7 +49,7 @@ def test_links_of_the_readme_and_to_notebooks_lead_to_pages():
 def test_reference_has_each_package_and_its_modules():
     pages = reference()
     assert {"rap_env", "rap_env.llm", "rap_env.evaluation.tasks", "agents"} <= pages.keys()
-    assert list(pages)[0] == "rap_env" and "[`load_llm`][rap_env.llm.loading.load_llm]" in pages["rap_env"]
+    assert next(iter(pages)) == "rap_env" and "[`load_llm`][rap_env.llm.loading.load_llm]" in pages["rap_env"]
     modules = {line.removeprefix("::: ") for page in pages.values() for line in page.splitlines() if line[:1] == ":"}
     files = [path for name in ("rap_env", "agents") for path in (PROJECT / name).rglob("[!_]*.py")]
     assert modules == {".".join(path.relative_to(PROJECT).with_suffix("").parts) for path in files}
