@@ -6,6 +6,7 @@
 # make validate ARGS="evaluation.search_paths=[valid.txt] evaluation.report_paths=[test.txt]"
 #                                   checks the leaderboard: bytes of all masks, losses of a sample of them
 # make test                         linters and the fast test suite
+# make site                         the documentation as a site in build/site, every link inside it checked
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train compare serve rerank validate test model clean
+.PHONY: train compare serve rerank validate test site model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
@@ -35,6 +36,9 @@ test: model
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+site: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 model: $(VENV)/installed
 	$(BIN)/python -m scripts.fetch_model

@@ -31,6 +31,7 @@ HOMES = {
     "sb3_contrib": ("agents/",),
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
+    "mkdocs": ("scripts/site_pages.py",),
     "wandb": ("experiments/tracking.py",),
     "wandb_workspaces": ("experiments/workspace.py",),
     "plotly": ("experiments/report/",),

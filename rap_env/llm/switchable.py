@@ -140,7 +140,7 @@ class SwitchableLLM:
         if mask.components != self.shape.components:
             raise InvalidMask(
                 f"expected a mask over the {len(self.shape.components)} components of {self.name};"
-                f" got one over {len(mask.components)} others"
+                f" got one over {len(mask.components)} others: other names, or other bytes (dtype, number format)"
             )
         if self.store is not None:
             self.store.check(mask)
