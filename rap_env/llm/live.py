@@ -6,9 +6,10 @@ from itertools import accumulate
 import torch
 from torch.nn import functional
 
-from rap_env.llm.live_cache import CacheFormat, SequenceCache, attend_together
+from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, attend_together, filled
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
+from rap_env.llm.recorded_steps import RecordedSteps
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, PruningMask, kept_sites
 from rap_env.memory.measured import trim_freed_memory
@@ -23,32 +24,44 @@ class RaggedStream(PackedStream):
 
     Args:
         readings: Each sequence's cache and how many tokens of it the stream has, in order.
-        n_padding: Tokens behind them that are nobody's; attention gives zeros there.
+        positions: Of all rows of the stream [N], those of padding behind the tokens included.
+        heads: The KV heads of the mask that is applied.
 
     Attributes:
         layer: Index of the layer that runs now.
         heads: The KV heads that it runs with.
+        step: The caches, where one kernel attends for all sequences; None where each attends for itself.
+        n_keys: Tokens that this kernel looks at.
     """
 
-    def __init__(self, readings: Sequence[tuple[SequenceCache, int]], n_padding: int) -> None:
-        self._readings, self._n_padding = readings, n_padding
-        self.layer, self.heads = 0, ()
+    def __init__(self, readings: Sequence[tuple[SequenceCache, int]], positions: torch.Tensor, heads: Heads) -> None:
+        self._readings, self.positions = readings, positions
+        self.layer, self.heads, self.n_keys = 0, (), 0
+        self.step: list[SequenceCache] | None = None
+        if one_kernel_attends(positions.device) and all(n == 1 and cache.has_just(heads) for cache, n in readings):
+            self.step = [cache for cache, _ in readings]
+            self.n_keys = filled(1 + max(cache.length for cache in self.step))
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention of each sequence's new tokens to all that it has read; see `PackedStream`."""
-        if query.device.type == "cuda" and len(self._readings) > 1 and all(n_new == 1 for _, n_new in self._readings):
-            n_sequences, caches = len(self._readings), [cache for cache, _ in self._readings]
-            states = query[0, :, :n_sequences], key[0, :, :n_sequences], value[0, :, :n_sequences]
-            together = attend_together(caches, self.layer, self.heads, states, scale)
-            if together is not None:
-                return functional.pad(together, (0, 0, 0, 0, 0, self._n_padding))[None]
+        n_rows = query.shape[2]
+        if self.step is not None:
+            n_own = len(self.step)
+            states = query[0, :, :n_own], key[0, :, :n_own], value[0, :, :n_own]
+            read = attend_together(self.step, self.layer, states, self.positions[:n_own], self.n_keys, scale)
+            return functional.pad(read, (0, 0, 0, 0, 0, n_rows - n_own))[None]
         outputs, start = [], 0
         for cache, n_new in self._readings:
             own = slice(start, start := start + n_new)
             states = query[0, :, own], key[0, :, own], value[0, :, own]
             outputs.append(cache.attend(self.layer, self.heads, states, scale))
-        outputs.append(query.new_zeros(self._n_padding, *outputs[0].shape[1:]))
+        outputs.append(query.new_zeros(n_rows - start, *outputs[0].shape[1:]))
         return torch.cat(outputs)[None]
+
+
+def one_kernel_attends(device: torch.device) -> bool:
+    """Whether one kernel attends for all sequences that read one token: not on a CPU, where copies cost more."""
+    return device.type == "cuda"
 
 
 def padded(n_rows: int, few_rows: Sequence[int]) -> int:
@@ -90,6 +103,7 @@ class LiveModel:
 
     def _prepare(self) -> None:
         self.heads = self.form.heads_of(self.llm.mask)
+        self._recorded = RecordedSteps(self._step)
         self._steps = [(site, self.llm.layer_of(site)) for site in kept_sites(self.llm.mask)]
 
     def new_cache(self, capacity_tokens: int) -> SequenceCache:
@@ -114,8 +128,20 @@ class LiveModel:
         flat = [token for _cache, tokens in readings for token in tokens]
         positions = [cache.length + place for cache, tokens in readings for place in range(len(tokens))]
         padding = [0] * (padded(len(flat), self._few_rows) - len(flat))
-        stream = RaggedStream([(cache, len(tokens)) for cache, tokens in readings], len(padding))
         inputs = torch.tensor([[*flat, *padding], [*positions, *padding]], device=self.llm.device)
+        stream = RaggedStream([(cache, len(tokens)) for cache, tokens in readings], inputs[1], self.heads)
+        if stream.step is None:
+            last = [end - 1 for end in accumulate(len(tokens) for _cache, tokens in readings)]
+            rows = [*last, *last[-1:] * (padded(len(last), self._few_rows) - len(last))]
+            logits = self.llm.logits(self._forward(inputs, stream)[0, rows])
+        else:
+            logits = self._recorded.run(inputs, stream)
+        for cache, tokens in readings:
+            cache.length += len(tokens)
+        return logits[: len(readings)]
+
+    def _forward(self, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
+        """Tokens and positions [2, N] -> the residual stream behind the last site [1, N, H]."""
         unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.llm.device)  # upstream would build a mask
         hidden, context = self.llm.open_stream(inputs[:1], position_ids=inputs[1:], attention_mask=unmasked)
         context = context | {"attention_mask": stream}
@@ -123,12 +149,11 @@ class LiveModel:
             if site.kind == ATTENTION:
                 stream.layer, stream.heads = site.layer, self.heads[site.layer]
             hidden = layer.run(site.kind, hidden, context)
-        last = [end - 1 for end in accumulate(len(tokens) for _cache, tokens in readings)]
-        for cache, tokens in readings:
-            cache.length += len(tokens)
-        return self.llm.logits(hidden[0, [*last, *last[-1:] * (padded(len(last), self._few_rows) - len(last))]])[
-            : len(last)
-        ]
+        return hidden
+
+    def _step(self, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
+        """Logits [N, V] of one token of each sequence."""
+        return self.llm.logits(self._forward(inputs, stream)[0])
 
     def warm_up(self, read_tokens: int, masks: Sequence[PruningMask], longest_tokens: int) -> None:
         """Reads once in every number of rows that will come, so that libraries have made their programs.

@@ -109,10 +109,11 @@ class SequenceCache:
 
     Attributes:
         length: Tokens that were read.
+        switches: How often its heads were changed.
     """
 
     def __init__(self, form: CacheFormat, heads: Heads, capacity_tokens: int) -> None:
-        self.capacity_tokens, self.length, self._form = capacity_tokens, 0, form
+        self.capacity_tokens, self.length, self.switches, self._form = capacity_tokens, 0, 0, form
         self._layers = {
             index: _Layer(own, (0,) * len(own), form.empty(len(own), capacity_tokens)) for index, own in heads.items()
         }
@@ -135,6 +136,11 @@ class SequenceCache:
                 return True
         return False
 
+    def has_just(self, heads: Heads) -> bool:
+        """Whether it has these KV heads and no others, each with all tokens."""
+        have = {index: layer.heads for index, layer in self._layers.items()}
+        return have == heads and not any(any(layer.starts) for layer in self._layers.values())
+
     def switch(self, heads: Heads, coming_back: ComingBack = "left out") -> None:
         """Lets go of the heads that another mask drops, at once, and of nothing else.
 
@@ -147,6 +153,7 @@ class SequenceCache:
             coming_back: What becomes of heads that the sequence does not have.
         """
         known, self._layers = self._layers, {}
+        self.switches += 1
         for index, wanted in heads.items():
             before = known.pop(index, None)
             had = () if before is None else before.heads
@@ -197,7 +204,7 @@ class SequenceCache:
         own.states[0, :, self.length : end] = self._form.encoded(key)
         own.states[1, :, self.length : end] = self._form.encoded(value)
         # As with the rows of matrix products, few shapes mean few programs; keys behind the end are nobody's to see.
-        n_rows, n_keys = (1, end) if n_new == 1 else (_filled(n_new), min(_filled(end), self.capacity_tokens))
+        n_rows, n_keys = (1, end) if n_new == 1 else (filled(n_new), min(filled(end), self.capacity_tokens))
         keys, values = self._form.decoded(own.states[:, :, :n_keys])
         attended = functional.scaled_dot_product_attention(
             functional.pad(chosen.flatten(0, 1), (0, 0, 0, n_rows - n_new))[None],
@@ -240,39 +247,38 @@ class SequenceCache:
 def attend_together(
     caches: Sequence[SequenceCache],
     index: int,
-    heads: tuple[int, ...],
     states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    positions: torch.Tensor,
+    n_keys: int,
     scale: float | None,
-) -> torch.Tensor | None:
-    """What `SequenceCache.attend` does, for one new token of each of n sequences in one kernel.
+) -> torch.Tensor:
+    """What `SequenceCache.attend` does, for one new token of each of n sequences that have all heads of a layer.
 
-    It copies what is attended to, side by side: worth it where a small kernel takes as long as a large one.
+    It copies what is attended to, side by side: worth it where a small kernel takes as long as a large one. Nothing
+    depends on a number that the device would have to tell, so that the kernels can be recorded.
 
     Args:
         caches: Of the sequences.
         index: Of the layer.
-        heads: The KV heads that the layer runs with.
         states: Queries [hq, n, D], keys and values [h, n, D], a row for each sequence.
+        positions: Of the new tokens [n].
+        n_keys: Tokens that are looked at; those behind a sequence's own are not seen.
         scale: Of the scores.
 
     Returns:
-        What each query head read [n, hq, D]; None where a sequence lacks a head, or what one read: nothing was done.
+        What each query head read [n, hq, D].
     """
-    layers = [cache._layers.get(index) for cache in caches]
-    if any(layer is None or layer.heads != heads or any(layer.starts) for layer in layers):
-        return None
     query, key, value = states
-    form, n_keys = caches[0]._form, _filled(1 + max(cache.length for cache in caches))
-    own = [(layer.states, cache.length) for cache, layer in zip(caches, layers, strict=True)]
+    form, kept = caches[0]._form, [cache._layers[index].states for cache in caches]
     new = torch.stack([form.encoded(key), form.encoded(value)])  # [2, h, n, ...]
-    torch._foreach_copy_([kept[:, :, length] for kept, length in own], list(new.unbind(2)))
-    read = [functional.pad(kept[:, :, :n_keys], (0, 0, 0, max(0, n_keys - kept.shape[2]))) for kept, _ in own]
+    for row, own in enumerate(kept):
+        own.index_copy_(2, positions[row : row + 1], new[:, :, row : row + 1])
+    read = [functional.pad(own[:, :, :n_keys], (0, 0, 0, max(0, n_keys - own.shape[2]))) for own in kept]
     keys, values = form.decoded(torch.stack(read)).unbind(1)
-    lengths = torch.tensor([length for _, length in own], device=query.device)
-    visible = torch.arange(n_keys, device=query.device) <= lengths[:, None]
+    visible = torch.arange(n_keys, device=query.device) <= positions[:, None]
     return attention(query.transpose(0, 1)[:, :, None], keys, values, scale, visible[:, None, None])[:, 0]
 
 
-def _filled(n_tokens: int) -> int:
+def filled(n_tokens: int) -> int:
     """The next multiple of 64."""
     return -(-n_tokens // _TOKENS) * _TOKENS

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidWorkload, UnsupportedArchitecture
+from rap_env.llm import live as live_module
 from rap_env.llm import parts
 from rap_env.llm.architecture import decoder_layers
 from rap_env.llm.formats import quantise
-from rap_env.llm.live import LiveModel
-from rap_env.llm.live_cache import SequenceCache, attend_together
+from rap_env.llm.live import LiveModel, RaggedStream
+from rap_env.llm.live_cache import SequenceCache
 from rap_env.llm.loading import build_random_llm
+from rap_env.llm.recorded_steps import RecordedSteps
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from tests.llm.test_parts import GROUP, MEMBERS
@@ -187,23 +189,29 @@ def test_what_cannot_be_read_is_refused():
 
 @pytest.mark.parametrize("kv_cache", ["full", "int8"])
 @pytest.mark.parametrize("member", ["llama, 2 KV heads", "qwen3", "opt"])
-@torch.inference_mode()
-def test_one_kernel_for_the_next_tokens_of_all_sequences_gives_what_one_for_each_gives(member, kv_cache):
-    live, generator = build(member, kv_cache=kv_cache), torch.Generator().manual_seed(0)
-    heads = live.heads[1]
-    n_query, size = live.llm.model.config.num_attention_heads, live.llm.model.config.hidden_size
-    size = getattr(live.llm.model.config, "head_dim", None) or size // n_query
-    caches, twins = ([live.new_cache(length + 1) for length in (70, 1, 13)] for _ in range(2))
-    for cache, twin in zip(caches, twins, strict=True):
-        for own, other in zip(cache._layers.values(), twin._layers.values(), strict=True):
-            before = live.form.encoded(torch.randn(*own.states.shape[:3], size, generator=generator))
-            own.states.copy_(before), other.states.copy_(before)
-        cache.length = twin.length = cache.capacity_tokens - 1
-    query, key, value = (torch.randn(n, 3, size, generator=generator) for n in (n_query, len(heads), len(heads)))
-    together = attend_together(caches, 1, heads, (query, key, value), 0.3)
-    for row, (cache, twin) in enumerate(zip(caches, twins, strict=True)):
-        own = (query[:, row : row + 1], key[:, row : row + 1], value[:, row : row + 1])
-        torch.testing.assert_close(together[row], twin.attend(1, heads, own, 0.3)[0], rtol=0, atol=1e-5)
-        assert torch.equal(cache._layers[1].states, twin._layers[1].states)
-    caches[1].switch({1: heads[:1]} if len(heads) > 1 else {})
-    assert attend_together(caches, 1, heads, (query, key, value), 0.3) is None
+def test_one_kernel_for_the_next_tokens_of_all_sequences_gives_what_one_for_each_gives(member, kv_cache, monkeypatch):
+    live, tokens = build(member, kv_cache=kv_cache), sequences()
+    steps = []
+
+    def run_unrecorded(recorded: RecordedSteps, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
+        steps.append(len(stream.step))
+        return recorded._forward(inputs, stream)
+
+    def logits_of_all() -> list[torch.Tensor]:
+        live.switch(everything(live))
+        caches = [live.new_cache(len(own)) for own in tokens]
+        live.read([(cache, own[:-N_NEXT]) for cache, own in zip(caches, tokens, strict=True)])
+        found = generated(live, caches, [own[-N_NEXT:-2] for own in tokens])
+        for place, mask in ((-2, some_heads(live, [1, 0])), (-1, everything(live))):
+            live.switch(mask)
+            for cache in caches:
+                cache.switch(live.heads)
+            found.append(live.read([(cache, [own[place]]) for cache, own in zip(caches, tokens, strict=True)]))
+        return found
+
+    expected = logits_of_all()
+    monkeypatch.setattr(live_module, "one_kernel_attends", lambda _device: True)
+    monkeypatch.setattr(RecordedSteps, "run", run_unrecorded)
+    for own, wanted in zip(logits_of_all(), expected, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=0, atol=1e-4)
+    assert steps == [3, 3, 3, 3], "the last one was read by sequences of which heads are left out"
