@@ -7,6 +7,7 @@ from rap_env.errors import UnknownName
 
 PARTS = (
     "profile",
+    "rounding",
     "gsi",
     "sites",
     "scoring",

@@ -109,7 +109,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         f"large products run at {gemm / 1e9:,.0f} GFLOP/s, copies at"
         f" {results['limits']['copy_bytes_per_second'] / 1e9:.1f} GB/s, threads: {results['threads']}"
     ]
-    for name, entry in results["shares"].items():
+    for name, entry in sorted(results["shares"].items()):
         printed.append(f"{name}: {_told(entry, gemm)}")
     return printed
 

@@ -106,6 +106,31 @@ def test_gsi_compares_three_rules_that_choose_alike(results_of):
     assert len(results["between_seeds"]["agreement_of_pairs"]) == 1
 
 
+def test_single_sites_score_the_same_together(results_of):
+    results = results_of("sites")
+    assert results["identical"] and results["masks"] == 1 + 4 * (2 + 1)  # two heads, one group of channels
+    assert results["largest_difference_from_plain"] < 1e-4
+
+
+def test_decoding_gives_the_tokens_of_generate(results_of):
+    results = results_of("decoding")
+    assert results["equal_tokens"] == results["new_tokens"] == 4
+
+
+def test_float32_is_upstreams(results_of):
+    results = results_of("rounding")
+    assert all(results[name]["largest"] == 0.0 for name in ("upstream", "ours", "ours in float32"))
+
+
+def test_a_profile_tells_products_from_the_rest(results_of):
+    results = results_of("profile")
+    shares = results["shares"]["text"]
+    assert {"matrix products", "head", "attention", "log-softmax"} <= set(shares["profiled_seconds"])
+    windows, hidden, vocabulary = 4 * 16, 32, 257
+    assert shares["operations"]["matrix products"] >= 2 * windows * 4 * (3 * 32 * 64 + 2 * 32 * 32 + 2 * 32 * 16)
+    assert 2 * (windows - 4) * hidden * vocabulary == shares["operations"]["head"]
+
+
 def test_scoring_agrees_with_lm_evals_own_adapter(results_of):
     results = results_of("scoring")
     assert results["float32"]["accuracies_equal"]
@@ -115,7 +140,7 @@ def test_scoring_agrees_with_lm_evals_own_adapter(results_of):
 
 def test_a_population_scores_the_same_together(results_of):
     results = results_of("population")
-    for name in ("one_swap", "one_to_three_swaps"):
+    for name in ("one_swap", "one_to_three_swaps", "one_shift"):
         assert results[name]["identical"]
         assert min(results[name]["shared_executions_ratios"]) >= 1
 
