@@ -5,7 +5,9 @@
 # make rerank                       rerankers compared by seconds, memory and what they find
 # make validate ARGS="evaluation.search_paths=[valid.txt] evaluation.report_paths=[test.txt]"
 #                                   checks the leaderboard: bytes of all masks, losses of a sample of them
+# make services                     a PostgreSQL server of your own for results that several processes share; prints store=URL
 # make test                         linters and the fast test suite
+# make soak                         what takes longer: writers killed at random, on SQLite and on that server
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +15,12 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train compare serve rerank validate test model clean
+# Whoever may enter this folder may use the server: it listens on a socket in it and nowhere else. PostgreSQL refuses root.
+PG_DATA ?= $(CURDIR)/outputs/postgresql
+PG_BIN ?= $(dir $(or $(shell command -v initdb),$(lastword $(wildcard /usr/lib/postgresql/*/bin/initdb))))
+PG_URL = postgresql://rap@/$(1)?host=$(PG_DATA)
+
+.PHONY: train compare serve rerank validate services test soak model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
@@ -30,11 +37,23 @@ rerank: model
 validate: model
 	$(BIN)/python -m experiments.validate results/leaderboard.jsonl $(ARGS)
 
+services:
+	test -d $(PG_DATA) || { mkdir -p $(dir $(PG_DATA)) && $(PG_BIN)initdb -D $(PG_DATA) -U rap -A trust -E UTF8; }
+	$(PG_BIN)pg_ctl -D $(PG_DATA) status || \
+	    $(PG_BIN)pg_ctl -D $(PG_DATA) -w -l $(PG_DATA)/log -o "-c listen_addresses='' -k $(PG_DATA)" start
+	$(PG_BIN)createdb -h $(PG_DATA) -U rap results 2> /dev/null || true
+	@echo "store='$(call PG_URL,results)'"
+
 test: model
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+soak: $(VENV)/installed services
+	rm -rf outputs/soak && mkdir -p outputs/soak
+	$(PG_BIN)dropdb -h $(PG_DATA) -U rap --if-exists soak && $(PG_BIN)createdb -h $(PG_DATA) -U rap soak
+	$(BIN)/python -m experiments.kills outputs/soak/kills.json outputs/soak/results.db "$(call PG_URL,soak)"
 
 model: $(VENV)/installed
 	$(BIN)/python -m scripts.fetch_model
