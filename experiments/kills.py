@@ -23,7 +23,7 @@ from rap_env.evaluation.store import ResultStore
 ROUND, AT_ONCE = 20, 4  # evaluations that all writers want, and how many of them each asks for at once
 LONGEST_SECONDS = 0.02  # of one evaluation
 _PROCESSES = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-_PROCESSES.set_forkserver_preload(["experiments.kills"])
+_PROCESSES.set_forkserver_preload(["rap_env.evaluation.claims"])
 
 
 def identity(number: int) -> dict[str, Any]:

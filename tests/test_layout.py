@@ -31,6 +31,7 @@ HOMES = {
     "sb3_contrib": ("agents/",),
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
+    "ray": ("rap_env/evaluation/workers.py", "rap_env/evaluation/actor.py"),
     "wandb": ("experiments/tracking.py",),
     "wandb_workspaces": ("experiments/workspace.py",),
     "plotly": ("experiments/report/",),
@@ -169,6 +170,7 @@ def test_importing_the_package_loads_nothing_that_only_training_or_evaluating_ne
         "torch",
         "transformers",
         "sqlalchemy",
+        "ray",
     }
 
 
