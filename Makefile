@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= passive
 
 # Whoever may enter this folder may use the server: it listens on a socket in it and nowhere else. PostgreSQL refuses root.
 PG_DATA ?= $(CURDIR)/outputs/postgresql
-PG_BIN ?= $(dir $(or $(shell command -v initdb),$(lastword $(wildcard /usr/lib/postgresql/*/bin/initdb))))
+PG = PATH="$$PATH:$(lastword $(wildcard /usr/lib/postgresql/*/bin))"
 PG_URL = postgresql://rap@/$(1)?host=$(PG_DATA)
 
 .PHONY: train compare serve rerank validate services test soak model clean
@@ -38,10 +38,10 @@ validate: model
 	$(BIN)/python -m experiments.validate results/leaderboard.jsonl $(ARGS)
 
 services:
-	test -d $(PG_DATA) || { mkdir -p $(dir $(PG_DATA)) && $(PG_BIN)initdb -D $(PG_DATA) -U rap -A trust -E UTF8; }
-	$(PG_BIN)pg_ctl -D $(PG_DATA) status || \
-	    $(PG_BIN)pg_ctl -D $(PG_DATA) -w -l $(PG_DATA)/log -o "-c listen_addresses='' -k $(PG_DATA)" start
-	$(PG_BIN)createdb -h $(PG_DATA) -U rap results 2> /dev/null || true
+	test -d $(PG_DATA) || { mkdir -p $(dir $(PG_DATA)) && $(PG) initdb -D $(PG_DATA) -U rap -A trust -E UTF8; }
+	$(PG) pg_ctl -D $(PG_DATA) status || \
+	    $(PG) pg_ctl -D $(PG_DATA) -w -l $(PG_DATA)/log -o "-c listen_addresses='' -k $(PG_DATA)" start
+	$(PG) psql -h $(PG_DATA) -U rap -d results -c "" 2> /dev/null || $(PG) createdb -h $(PG_DATA) -U rap results
 	@echo "store='$(call PG_URL,results)'"
 
 test: model
@@ -52,7 +52,7 @@ test: model
 
 soak: $(VENV)/installed services
 	rm -rf outputs/soak && mkdir -p outputs/soak
-	$(PG_BIN)dropdb -h $(PG_DATA) -U rap --if-exists soak && $(PG_BIN)createdb -h $(PG_DATA) -U rap soak
+	$(PG) dropdb -h $(PG_DATA) -U rap --if-exists soak && $(PG) createdb -h $(PG_DATA) -U rap soak
 	$(BIN)/python -m experiments.kills outputs/soak/kills.json outputs/soak/results.db "$(call PG_URL,soak)"
 
 model: $(VENV)/installed

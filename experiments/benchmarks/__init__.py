@@ -5,7 +5,10 @@ from types import ModuleType
 
 from rap_env.errors import UnknownName
 
-PARTS = ("gsi", "scoring", "population", "env", "scaling", "quantised", "bits", "live", "peaks", "memory", "table")
+PARTS = (
+    *("gsi", "scoring", "population", "env", "scaling", "quantised", "bits", "live", "peaks", "memory", "table"),
+    "workers",
+)
 
 
 def part(name: str) -> ModuleType:

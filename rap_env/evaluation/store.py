@@ -149,6 +149,11 @@ class ResultStore:
         with self._database.connection() as connection:
             return connection.scalar(sa.select(sa.func.count()).select_from(EVALUATIONS))
 
+    @property
+    def bytes(self) -> int:
+        """What the results take on disk, with their indices; of an SQLite store all of it, without its log."""
+        return self._database.bytes(EVALUATIONS)
+
     def __bool__(self) -> bool:
         return True  # without this an empty store is false, and `if store:` would never fill it
 
