@@ -92,6 +92,12 @@ class FakeRay:
     def is_initialized(self) -> bool:
         return True
 
+    def init(self, **_options) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
     def available_resources(self) -> dict:
         return {"CPU": 2.0}
 
