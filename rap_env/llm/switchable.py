@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from rap_env.errors import InvalidMask
+from rap_env.errors import InvalidMask, UnsupportedArchitecture
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, run_steps, submodule
 from rap_env.llm.digest import weights_digest
 from rap_env.llm.formats import WeightFormats, quantise
@@ -215,7 +215,12 @@ class SwitchableLLM:
 
         Returns:
             The residual stream [1, N, H], the context that `run` needs with it, and where each tree starts.
+
+        Raises:
+            UnsupportedArchitecture: The model is spread over several cards.
         """
+        if len({parameter.device for layer in self._layers for parameter in layer.module.parameters()}) > 1:
+            raise UnsupportedArchitecture(f"{self.name} is on several devices, where only windows of text can be read")
         window = self.shape.attention_window
         packing = trees if isinstance(trees, Packing) else Packing(trees, self.device, window)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # stops upstream from building one [N, N]
@@ -236,7 +241,8 @@ class SwitchableLLM:
             stream, own_context = part
             return run_steps(steps, stream, **own_context)
 
-        return join_streams(in_lanes(run_part, cut_stream(hidden, context)), context)
+        ran = join_streams(in_lanes(run_part, cut_stream(hidden, context)), context)
+        return ran.to(hidden.device)  # back from the last of several cards
 
     def run_masks(
         self,
