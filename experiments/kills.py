@@ -1,11 +1,12 @@
 """Kills writers of one result store at random: `python -m experiments.kills OUT.json results.db postgresql://...`.
 
-Writers want the same evaluations, round after round, and are killed (SIGKILL) and replaced. What they say they began and
-what was stored is held against the store: nothing that was finished may be lost, and nothing may be measured while who
+Writers want the same evaluations, round after round, and are killed (SIGKILL) and replaced. What they say they began
+and what was stored is held against the store: nothing that was finished may be lost, and nothing may be measured while who
 measures it is alive, or after it was finished.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -36,8 +37,8 @@ def _write(location: str | Path, log: Path, stop: Path, first_round: int, seed: 
     generator = random.Random(seed)
     with ResultStore(location) as store, open(log, "ab", buffering=0) as file:
 
-        def say(event: str, number: int) -> None:
-            file.write(f"{json.dumps([event, number, os.getpid(), time.monotonic()])}\n".encode())  # one write, appended
+        def say(event: str, number: int) -> None:  # one write, which is appended as a whole
+            file.write(f"{json.dumps([event, number, os.getpid(), time.monotonic()])}\n".encode())
 
         def measure(indices: list[int]) -> Iterator[tuple[int, dict]]:
             for index in indices:
@@ -65,8 +66,8 @@ def survive(location: str | Path, n_writers: int, kills: int, seed: int = 0) -> 
         seed: Of moments and victims.
 
     Returns:
-        `finished` evaluations, those of them that were `lost` (missing or another result), those `measured_twice` (begun
-        while another who had begun it was alive, or when it was stored), and those `begun_again` after a death.
+        `finished` evaluations, those of them that were `lost` (missing or another result), those `measured_twice`
+        (begun while another who had begun it was alive, or when it was stored), and those `begun_again` after a death.
     """
     generator, started = random.Random(seed), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ResultStore(location) as store:
@@ -119,7 +120,7 @@ def _counted(events: Sequence[list], killed_at: dict[int, float], store: ResultS
         result != {"value": number / 7, "by": pid}
         for (number, (_at, pid)), result in zip(stored.items(), results, strict=True)
     )
-    again = [(number, one, two) for number, all_ in begun.items() for one, two in zip(all_, all_[1:], strict=False)]
+    again = [(number, one, two) for number, all_ in begun.items() for one, two in itertools.pairwise(all_)]
     twice = sum(
         two[0] < killed_at.get(one[1], float("inf")) or (number in stored and stored[number][0] < two[0])
         for number, one, two in again
@@ -142,7 +143,7 @@ def main() -> None:
         kind = "postgresql" if location.startswith("postgresql") else "sqlite"
         results[kind] = survive(location, options.writers, options.kills)
         print(kind, results[kind], flush=True)
-    config = {"round": ROUND, "at_once": AT_ONCE, "longest_seconds": LONGEST_SECONDS, "writers": options.writers, "kills": options.kills}
+    config = {"round": ROUND, "at_once": AT_ONCE, "longest_seconds": LONGEST_SECONDS, "kills": options.kills}
     print(f"record: {write_record(options.out, {'config': config, 'provenance': provenance(), 'results': results})}")
 
 

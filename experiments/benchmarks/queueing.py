@@ -27,8 +27,8 @@ def throughput(
     """Evaluations a second in the long run.
 
     A driver is one process: it hands out batches and stores results, one thing after another. All drivers write into
-    one store, which takes one transaction at a time. A worker has its next batch before it has finished the last one, so
-    it waits only while two of its batches wait for its driver.
+    one store, which takes one transaction at a time. A worker has its next batch before it has finished the last one,
+    so it waits only while two of its batches wait for its driver.
 
     Args:
         costs: What was measured.
@@ -62,7 +62,7 @@ def throughput(
             free_at[worker] = max(free_at[worker], now) + lengths[given]
             heapq.heappush(finished, (free_at[worker], worker))
             given += 1
-    first, last = len(ends) // 4, 3 * len(ends) // 4  # without the beginning, when all workers start at once, and the end
+    first, last = len(ends) // 4, 3 * len(ends) // 4  # without the beginning, when all start at once, and the end
     ends.sort()
     return batch_masks * (last - first) / (ends[last] - ends[first])
 

@@ -137,7 +137,7 @@ def _hand_out_seconds(llm: SwitchableLLM, workers: Workers, options: Mapping[str
 
 
 def _store_costs(llm: SwitchableLLM, location: str | None, n_results: int) -> dict[str, float]:
-    """What claiming, storing and looking up cost for each result, and its bytes; of identities and results as they are."""
+    """What claiming, storing and looking up cost for each result, and its bytes, of real identities."""
     meter = Meter(llm, PerplexityEvaluator(torch.zeros((1, 2), dtype=torch.long), "stored"))
     identities = [meter.identity(mask) for mask in fresh_masks(llm, n_results, 0.75, seed=2)]
     identities = [identity | {"benchmark": time.time()} for identity in identities]  # not stored by an earlier run
@@ -203,8 +203,8 @@ def lines(results: dict[str, Any]) -> list[str]:
     for name, of in results["stores"].items():
         claim, put, look_up = (1000 * of[f"{what}_seconds"] for what in ("claim", "put", "look_up"))
         made.append(
-            f"{name}, a result: {put:.2f} ms to store, {claim:.3f} ms to claim and {look_up:.3f} ms to look up among many;"
-            f" {of['result_bytes']:,.0f} bytes, {BILLION * of['result_bytes'] / 1e12:.1f} TB for a billion"
+            f"{name}, a result: {put:.2f} ms to store, {claim:.3f} ms to claim and {look_up:.3f} ms to look up"
+            f" among many; {of['result_bytes']:,.0f} bytes, {BILLION * of['result_bytes'] / 1e12:.1f} TB for a billion"
         )
     made.append(
         f"a mask that a driver knows: {results['known_bytes']:,.0f} bytes of memory,"
@@ -219,6 +219,6 @@ def _simulated_line(row: Mapping[str, Any]) -> str:
         f"{n:,}: {rate:,.1f}" for n, rate in zip(row["sizes"], row["rates"], strict=True) if n in (1, 2, 16, 128, 1000)
     )
     return (
-        f"simulated, {row['store']}, {layout}, tasks of {1 / row['alone']:.2f} s: evaluations a second by workers {shown};"
-        f" at 90% up to {row['largest']:,} workers"
+        f"simulated, {row['store']}, {layout}, tasks of {1 / row['alone']:.2f} s: evaluations a second by workers"
+        f" {shown}; at 90% up to {row['largest']:,} workers"
     )

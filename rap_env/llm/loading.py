@@ -45,8 +45,8 @@ def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
         name: `"smollm2-135m"` (embedded, needs nothing), `"tiny"` (random weights, for trying things out), a local
             folder, or a hub name of the form `owner/model`.
         dtype: `"bfloat16"`, `"float16"` or `"float32"`.
-        device: A torch device, or `"auto"` for the first GPU if there is one, else the CPU; or `"spread"`, all GPUs that
-            the process sees, with a run of layers on each: for evaluation by text only, not for generation.
+        device: A torch device, or `"auto"` for the first GPU if there is one, else the CPU; or `"spread"`, all GPUs
+            that the process sees, with a run of layers on each: for evaluation by text only, not for generation.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Lets the repository run its own Python code; off unless you set it.
         granularity: What is a component: `"block"`, whole attentions and MLPs, or `"group"`, KV heads with their query

@@ -153,6 +153,7 @@ def test_many_are_got_in_one_statement_and_in_the_order_asked_for(store):
     store.put(others[0], {"value": 0})
     store.put(others[2], {"value": 2})
     statements.clear()
-    assert store.get_many([others[2], others[1], others[0], others[2]]) == [{"value": 2}, None, {"value": 0}, {"value": 2}]
+    found = store.get_many([others[2], others[1], others[0], others[2]])
+    assert found == [{"value": 2}, None, {"value": 0}, {"value": 2}]
     assert len(statements) == 1
     assert store.get_many([]) == []

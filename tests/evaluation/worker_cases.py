@@ -77,7 +77,7 @@ class FakeRay:
         has_room: Whether anything is ever done.
     """
 
-    class exceptions:  # noqa: N801 - Ray's name
+    class exceptions:
         class RayTaskError(Exception):
             @property
             def cause(self):

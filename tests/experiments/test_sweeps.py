@@ -1,4 +1,4 @@
-"""Launchers and the sweeper of conf/hydra compose, and Optuna searches what W&B's sweep searches, by the same objective.
+"""Launchers and the sweeper of conf/hydra compose; Optuna searches what W&B's sweep searches, by the same objective.
 
 Sweeps by joblib and Ray run in test_compare.py.
 """
@@ -41,7 +41,7 @@ def test_optuna_draws_from_the_space_of_the_wandb_sweep():
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="the extra `sweeps` is not installed")
     config = composed("hydra/sweeper=tuning").sweeper
     expected = {
-        name: f"choice({', '.join(map(str, of['values']))})" if "values" in of else f"interval({of['min']}, {of['max']})"
+        name: f"interval({of['min']}, {of['max']})" if "min" in of else f"choice({', '.join(map(str, of['values']))})"
         for name, of in SWEEP["parameters"].items()
     }
     assert config.params == expected
