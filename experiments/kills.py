@@ -1,8 +1,8 @@
 """Kills writers of one result store at random: `python -m experiments.kills OUT.json results.db postgresql://...`.
 
 Writers want the same evaluations, round after round, and are killed (SIGKILL) and replaced. What they say they began
-and what was stored is held against the store: nothing that was finished may be lost, and nothing may be measured while who
-measures it is alive, or after it was finished.
+and what was stored is held against the store: nothing that was finished may be lost, and nothing may be measured while
+another who measures it is alive, or after it was finished.
 """
 
 import argparse

@@ -71,3 +71,9 @@ def database_url(server, administer) -> str:
     name = f"d{os.urandom(4).hex()}"
     administer(f"CREATE DATABASE {name}")
     return f"postgresql://rap:secret@/{name}?host={server}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def location(request, path) -> str:
+    """Where a new store may be made, in either database."""
+    return str(path) if request.param == "sqlite" else request.getfixturevalue("database_url")

@@ -1,13 +1,6 @@
 """Writers that are killed lose nothing that they finished, and nobody measures what a living one measures."""
 
-import pytest
-
 from experiments import kills
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def location(request, path) -> str:
-    return str(path) if request.param == "sqlite" else request.getfixturevalue("database_url")
 
 
 def test_nothing_is_lost_or_measured_twice_while_writers_are_killed(location):

@@ -13,6 +13,7 @@ from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.remote import RemoteEvaluator
+from rap_env.evaluation.store import ResultStore
 from rap_env.evaluation.workers import Workers, batches
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
@@ -76,7 +77,8 @@ def test_two_workers_and_some_killed_in_the_middle_equal_one_process_exactly(tin
         ray.shutdown()
 
 
-def test_a_mask_that_ends_every_worker_is_named_and_costs_no_other(fake_ray, tiny_llm, masks, store, tmp_path):
+def test_a_mask_that_ends_every_worker_is_named_and_costs_no_other(fake_ray, tiny_llm, masks, location, tmp_path):
+    store = ResultStore(location)
     for life in range(9):
         (tmp_path / f"life{life}").touch()
     evaluator = cases.DeadlyEvaluator(tmp_path)
@@ -91,6 +93,7 @@ def test_a_mask_that_ends_every_worker_is_named_and_costs_no_other(fake_ray, tin
     assert len(meter.ensure_known(masks)) == len(masks) - known  # a vacant place is filled, and nothing is claimed
     assert fake_ray.started == 2 + 3
     assert {mask: meter.known[mask] for mask in masks} == dict(evaluator.evaluate_many(tiny_llm, masks))
+    store.close()
 
 
 def test_whoever_is_asked_first_each_mask_is_evaluated_once(fake_ray, tiny_llm, masks, tmp_path):
