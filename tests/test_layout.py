@@ -31,7 +31,7 @@ HOMES = {
     "sb3_contrib": ("agents/",),
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
-    "ray": ("rap_env/evaluation/workers.py", "rap_env/evaluation/actor.py"),
+    "ray": ("rap_env/evaluation/workers.py", "rap_env/evaluation/actor.py", "experiments/benchmarks/workers.py"),
     "wandb": ("experiments/tracking.py",),
     "wandb_workspaces": ("experiments/workspace.py",),
     "plotly": ("experiments/report/",),

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rap_env.errors import UnsupportedArchitecture
+
 SPREAD = "spread"  # as a device: all cards that the process sees
 
 
@@ -29,6 +31,16 @@ def spread(model: nn.Module, decoder: nn.Module, devices: Sequence[torch.device 
     for index, layer in enumerate(layers):
         layer.to(devices[index * len(devices) // len(layers)])
     return model
+
+
+def refuse_spread(name: str, devices: Sequence[torch.device]) -> None:
+    """Refuses a model whose layers are on several devices.
+
+    Raises:
+        UnsupportedArchitecture: They are.
+    """
+    if len(set(devices)) > 1:
+        raise UnsupportedArchitecture(f"{name} is on several devices, where only windows of text can be read")
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -28,35 +28,23 @@ class DeadlyEvaluator(PerplexityEvaluator):
 
     Args:
         folder: Where it writes `measured`, and finds as many files `life*` as shall end.
-        end: What it calls then.
     """
 
-    def __init__(self, folder: Path, end: Callable[[], None] = die) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__(WINDOWS, "deadly")
-        self._folder, self._end = folder, end
+        self._folder = folder
 
     def evaluate_many(self, llm, masks, near=None):
         for mask in masks:
             if [component.name for component in mask.dropped] == [DEADLY]:
                 for life in self._folder.glob("life*"):
                     life.unlink()
-                    self._end()
+                    die()
         for mask, evaluation in super().evaluate_many(llm, masks, near):
             with open(self._folder / "measured", "a") as file:
                 file.write(f"{os.getpid()} {mask.digest}\n")
             time.sleep(0.01)
             yield mask, evaluation
-
-
-class ExitingEvaluator(DeadlyEvaluator):
-    """Ends its process for good."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, end=exit_at_once)
-
-
-def exit_at_once() -> None:
-    os._exit(1)
 
 
 class FailingEvaluator(PerplexityEvaluator):
