@@ -216,7 +216,7 @@ def lines(results: dict[str, Any]) -> list[str]:
 def _simulated_line(row: Mapping[str, Any]) -> str:
     layout = f"drivers of {row['workers_each']} workers" if row["workers_each"] else "one driver"
     shown = ", ".join(
-        f"{n:,}: {rate:,.1f}" for n, rate in zip(row["sizes"], row["rates"], strict=True) if n in (1, 2, 16, 128, 1000)
+        f"{n:,}: {rate:.3g}" for n, rate in zip(row["sizes"], row["rates"], strict=True) if n in (1, 2, 16, 128, 1000)
     )
     return (
         f"simulated, {row['store']}, {layout}, tasks of {1 / row['alone']:.2f} s: evaluations a second by workers"
