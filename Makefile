@@ -5,8 +5,10 @@
 # make rerank                       rerankers compared by seconds, memory and what they find
 # make validate ARGS="evaluation.search_paths=[valid.txt] evaluation.report_paths=[test.txt]"
 #                                   checks the leaderboard: bytes of all masks, losses of a sample of them
+# make services                     a PostgreSQL server of your own for results that several processes share; prints store=URL
 # make test                         linters and the fast test suite
 # make site                         the documentation as a site in build/site, every link inside it checked
+# make soak                         what takes longer: writers killed at random, on SQLite and on that server
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +16,12 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train compare serve rerank validate test site model clean
+# Whoever may enter this folder may use the server: it listens on a socket in it and nowhere else. PostgreSQL refuses root.
+PG_DATA ?= $(CURDIR)/outputs/postgresql
+PG = PATH="$$PATH:$(lastword $(wildcard /usr/lib/postgresql/*/bin))"
+PG_URL = postgresql://rap@/$(1)?host=$(PG_DATA)
+
+.PHONY: train compare serve rerank validate services test site soak model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
@@ -31,6 +38,13 @@ rerank: model
 validate: model
 	$(BIN)/python -m experiments.validate results/leaderboard.jsonl $(ARGS)
 
+services:
+	test -d $(PG_DATA) || { mkdir -p $(dir $(PG_DATA)) && $(PG) initdb -D $(PG_DATA) -U rap -A trust -E UTF8; }
+	$(PG) pg_ctl -D $(PG_DATA) status || \
+	    $(PG) pg_ctl -D $(PG_DATA) -w -l $(PG_DATA)/log -o "-c listen_addresses='' -k $(PG_DATA)" start
+	$(PG) psql -h $(PG_DATA) -U rap -d results -c "" 2> /dev/null || $(PG) createdb -h $(PG_DATA) -U rap results
+	@echo "store='$(call PG_URL,results)'"
+
 test: model
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -40,12 +54,18 @@ test: model
 site: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+soak: $(VENV)/installed services
+	rm -rf outputs/soak && mkdir -p outputs/soak
+	$(PG) dropdb -h $(PG_DATA) -U rap --if-exists soak && $(PG) createdb -h $(PG_DATA) -U rap soak
+	$(BIN)/python -m experiments.kills outputs/soak/kills.json outputs/soak/results.db "$(call PG_URL,soak)"
+
 model: $(VENV)/installed
 	$(BIN)/python -m scripts.fetch_model
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps hydra-ray-launcher
 	touch $@
 
 clean:

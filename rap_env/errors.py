@@ -101,6 +101,10 @@ class ContaminationFound(RapError, ValueError):
     """Calibration text that shares 13-grams with evaluation items, or a search task used for reporting."""
 
 
+class WorkersFailed(RapError, RuntimeError):
+    """Workers that do not start, that hold another model than the driver, or that die of a mask again and again."""
+
+
 class WeightsReleased(RapError, ValueError):
     """Components that are not in memory, and that something would run on.
 

@@ -32,6 +32,7 @@ HOMES = {
     "hydra": ("train.py", "experiments/"),
     "omegaconf": ("train.py", "experiments/"),
     "mkdocs": ("scripts/site_pages.py",),
+    "ray": ("rap_env/evaluation/workers.py", "rap_env/evaluation/actor.py", "experiments/benchmarks/workers.py"),
     "wandb": ("experiments/tracking.py",),
     "wandb_workspaces": ("experiments/workspace.py",),
     "plotly": ("experiments/report/",),
@@ -170,6 +171,7 @@ def test_importing_the_package_loads_nothing_that_only_training_or_evaluating_ne
         "torch",
         "transformers",
         "sqlalchemy",
+        "ray",
     }
 
 

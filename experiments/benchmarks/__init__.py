@@ -21,6 +21,7 @@ PARTS = (
     "peaks",
     "memory",
     "table",
+    "workers",
 )
 
 

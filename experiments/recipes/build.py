@@ -16,6 +16,7 @@ from experiments.evaluators import Halves
 from experiments.tracking import Tracker
 from rap_env.calibration import Corpus, refuse_contamination
 from rap_env.errors import InvalidConfig
+from rap_env.evaluation.evaluator import Evaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.llm.embedded import cache_folder
 from rap_env.llm.switchable import SwitchableLLM
@@ -96,9 +97,9 @@ def build(config: DictConfig, main: str) -> Parts:
     searched, reported = build_contexts(config.workload, llm.shape)
     location = config.store or cache_folder() / "results.db"
     store = _once("store", str(location), lambda: ResultStore(location))
-    weights = plain(config.reward)
-    search = PruningProblem(llm, halves[main].search, store, weights)
-    reports = {name: PruningProblem(llm, each.report, store, weights) for name, each in halves.items()}
+    remote, weights = build_remote(config), plain(config.reward)
+    search = PruningProblem(llm, remote(halves[main].search), store, weights)
+    reports = {name: PruningProblem(llm, remote(each.report), store, weights) for name, each in halves.items()}
     for problem in (search, *reports.values()):
         _ = problem.meter.tokens_each  # encodes the items: what can't be scored is refused now
     return Parts(search, reports, sampler, searched, reported, corpus, windows, halves[main].counts)
@@ -117,6 +118,31 @@ def build_llm(config: DictConfig) -> tuple[SwitchableLLM, Corpus | None]:
     corpus = build_corpus(config, lambda: build_halves(config.evaluation, llm).search_text)
     _prepare(config, corpus, llm)
     return llm, corpus
+
+
+def build_remote(config: DictConfig) -> Callable[[Evaluator], Evaluator]:
+    """What makes an evaluator one whose masks are evaluated by the config's workers; without workers it stays as it is.
+
+    Raises:
+        InvalidConfig: The workers have a number that no pool can have.
+    """
+    if not config.get("workers"):
+        return lambda evaluator: evaluator
+    from rap_env.evaluation.remote import RemoteEvaluator  # here, for few runs have workers
+
+    stands_on = {name: plain(config[name]) for name in ("model", "widths", "calibration", "evaluation")}
+    load = functools.partial(load_for_worker, stands_on)
+    workers = _once("workers", [config.workers, stands_on], lambda: instantiate(config.workers, load=load))
+    return lambda evaluator: RemoteEvaluator(evaluator, workers) if evaluator.runs_model else evaluator
+
+
+def load_for_worker(config: Mapping[str, Any]) -> SwitchableLLM:
+    """The model as a run of the config has it: called in a worker's process.
+
+    Args:
+        config: The parts of a run's config that its model stands on, as plain values.
+    """
+    return build_llm(OmegaConf.create(dict(config)))[0]
 
 
 def _of_whole_sites(model: DictConfig) -> bool:

@@ -14,7 +14,7 @@ from rap_env.files import write_once
 
 RECORD_NAME = "record.json"
 _CLAIM = ".claim-"
-_LEAVES_RESULTS_AS_THEY_ARE = ("tracker", "store", "in_flight")
+_LEAVES_RESULTS_AS_THEY_ARE = ("tracker", "store", "workers", "in_flight")
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ def _searched(record: Mapping[str, Any]) -> str:
 
 def _shared(comparison: Comparison) -> dict[str, Any]:
     config = comparison.records[0]["config"]
-    own = ("agent", "seed", "decisions", "tracker", "store", "in_flight", "workload", *_MAY_DIFFER)
+    own = ("agent", "seed", "decisions", "tracker", "store", "workers", "in_flight", "workload", *_MAY_DIFFER)
     shared = {key: value for key, value in config.items() if key not in own}
     if draws_own_text(comparison.records[0]):
         shared["evaluation"] = {key: value for key, value in config["evaluation"].items() if key != "seed"}

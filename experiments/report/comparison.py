@@ -8,7 +8,8 @@ import numpy as np
 
 SEARCH = "search"  # the search half's name among the evaluators
 _RESULTS = ("agent", "seed", "components", "evaluators", "dense", "search", "anytime", "rows", "references", "held_out")
-_MAY_DIFFER = ("agent", "seed", "decisions", "tracker", "store", "in_flight")  # of the configs of a comparison
+# of the configs of a comparison
+_MAY_DIFFER = ("agent", "seed", "decisions", "tracker", "store", "workers", "in_flight")
 _DIGESTS = ("model_digest", "tokenizer_digest", "corpus_digest")
 
 

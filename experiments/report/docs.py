@@ -16,6 +16,7 @@ from pathlib import Path
 from experiments.records import read_records
 from experiments.report import benchmark_lines
 from experiments.report.contexts import CONTEXT_TABLES
+from experiments.report.kills import kills_table
 from experiments.report.rerank_training import rerank_teachers_table, rerank_training_table
 from experiments.report.reranking import RERANKING_TABLES
 from experiments.report.selection_learners import selection_learners_table
@@ -30,6 +31,7 @@ _OF_ONE_RECORD = {
     **SERVING_TABLES,
     **RERANKING_TABLES,
     **CONTEXT_TABLES,
+    "kills": kills_table,
     "rerank_teachers": rerank_teachers_table,
     "rerank_training": rerank_training_table,
     "serving_learners": serving_learners_table,

@@ -2,12 +2,15 @@
 
 import contextlib
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rap_env.errors import RapError
+from rap_env.evaluation.owners import LEASE_SECONDS
 from rap_env.evaluation.store import ResultStore
 
+RENEW_SECONDS = LEASE_SECONDS / 10  # between signs of life to other hosts, however long one evaluation takes
 POLL_SECONDS = (0.05, 1.0)  # first and longest pause
 
 Measure = Callable[[list[int]], Iterator[tuple[int, dict]]]
@@ -40,7 +43,8 @@ def measured_once(
     pause, longest_pause = POLL_SECONDS
     while True:
         missing = [index for index in range(len(identities)) if index not in found]
-        known = {index: result for index in missing if (result := store.get(identities[index])) is not None}
+        stored = zip(missing, store.get_many([identities[index] for index in missing]), strict=True)
+        known = {index: result for index, result in stored if result is not None}
         found |= known
         if not (missing := [index for index in missing if index not in found]):
             return [found[index] for index in range(len(identities))], measured
@@ -58,12 +62,32 @@ def _measure_claimed(
 ) -> dict[int, dict]:
     finished: dict[int, dict] = {}
     try:
-        for index, result in measure(claimed):
-            store.put(identities[index], result)
-            finished[index] = result
+        with _renewed(store):
+            for index, result in measure(claimed):
+                store.put(identities[index], result)
+                finished[index] = result
         assert finished.keys() == set(claimed), f"measured {sorted(finished)} of {claimed}"
     except BaseException:
         with contextlib.suppress(RapError):  # the store may be what failed, and its error is on its way already
             store.release([identities[index] for index in claimed if index not in finished])
         raise
     return finished
+
+
+@contextlib.contextmanager
+def _renewed(store: ResultStore) -> Iterator[None]:
+    """Renews this process's claims while the body runs, from a thread of its own."""
+    is_over = threading.Event()
+
+    def renew() -> None:
+        while not is_over.wait(RENEW_SECONDS):
+            with contextlib.suppress(RapError):  # the next result to be stored says what is wrong, or it has passed
+                store.renew()
+
+    thread = threading.Thread(target=renew, name="claims", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()

@@ -89,6 +89,14 @@ class Database:
                     connection.exec_driver_sql("ROLLBACK")
                 raise
 
+    def bytes(self, table: sa.Table) -> int:
+        """What a table takes on disk with its indices; of an SQLite file all of it, without its log."""
+        with self.connection() as connection:
+            if isinstance(self.location, Path):
+                pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+                return pages * connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+            return connection.scalar(sa.select(sa.func.pg_total_relation_size(table.name)))
+
     def close(self) -> None:
         """Closes the connections of this process; later use opens them again."""
         with _IN_USE:

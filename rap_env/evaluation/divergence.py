@@ -62,6 +62,9 @@ class DivergenceEvaluator(TextEvaluator):
         self.setup_tokens = windows.numel()
         self._dense: tuple[SwitchableLLM, dict[int, torch.Tensor]] | None = None  # of each batch's first window
 
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_dense": None}  # of this process's model
+
     def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
         if self._dense is None or self._dense[0] is not llm:
             self._dense = llm, {}

@@ -34,7 +34,7 @@ def is_gone(owner: str, renewed_at: float) -> bool:
     """Whether others may take over what a process claimed.
 
     On the same host a claim ends with its process, however long that takes. Processes of other hosts can't be seen:
-    there it ends `LEASE_SECONDS` after the owner last stored a result, or took the claim.
+    there it ends `LEASE_SECONDS` after the owner took, or last renewed it, as `measured_once` does while it measures.
 
     Args:
         owner: What `this_process` said there.

@@ -121,6 +121,9 @@ class TextEvaluator(Evaluator):
         self.target_tokens = most if target_tokens is None else target_tokens
         self._held: tuple[SwitchableLLM, list[HeldStreams]] | None = None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_held": None}  # of this process's model
+
     def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
         """A number for every scored token [B, S], lower is better.
 

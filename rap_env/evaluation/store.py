@@ -16,7 +16,9 @@ import sqlalchemy as sa
 from rap_env.evaluation.database import CLAIMS, EVALUATIONS, Database, damaged
 from rap_env.evaluation.owners import is_gone, this_process
 
-_FIND = sa.select(EVALUATIONS.c.identity, EVALUATIONS.c.result).where(EVALUATIONS.c.digest == sa.bindparam("digest"))
+_FIND = sa.select(EVALUATIONS.c.digest, EVALUATIONS.c.identity, EVALUATIONS.c.result).where(
+    EVALUATIONS.c.digest.in_(sa.bindparam("digests", expanding=True))
+)
 
 
 def _json(kind: str, value: Mapping, **options: object) -> str:
@@ -24,6 +26,10 @@ def _json(kind: str, value: Mapping, **options: object) -> str:
         return json.dumps(dict(value), allow_nan=False, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected {kind} of finite JSON values; {error}: {value!r}") from error
+
+
+def _renewal() -> sa.Update:
+    return sa.update(CLAIMS).where(CLAIMS.c.owner == this_process()).values(renewed_at=time.time())
 
 
 def _canonical_json(identity: Mapping) -> str:
@@ -63,19 +69,24 @@ class ResultStore:
 
     def get(self, identity: Mapping) -> dict | None:
         """The stored result of exactly this identity, or None; a row of another identity counts as damage."""
-        asked = _canonical_json(identity)
-        digest = hashlib.sha256(asked.encode()).hexdigest()
+        return self.get_many([identity])[0]
+
+    def get_many(self, identities: Sequence[Mapping]) -> list[dict | None]:
+        """As `get` for each identity, in one statement."""
+        asked = {hashlib.sha256(text.encode()).hexdigest(): text for text in map(_canonical_json, identities)}
         with self._database.connection() as connection:
-            row = connection.execute(_FIND, {"digest": digest}).first()
-        if row is None:
-            return None
+            rows = connection.execute(_FIND, {"digests": list(asked)}).all()
+        found = {row.digest: self._result(row, asked[row.digest]) for row in rows}
+        return [found.get(identity_digest(identity)) for identity in identities]
+
+    def _result(self, row: sa.Row, asked: str) -> dict:
         if row.identity != asked:
-            found = f"holds another identity under {digest}: asked {asked}, found {row.identity}"
+            found = f"holds another identity under {row.digest}: asked {asked}, found {row.identity}"
             raise damaged(self._database.name, found)
         try:
             return json.loads(row.result)
         except (TypeError, ValueError) as error:
-            raise damaged(self._database.name, f"holds no JSON result under {digest}: {error}") from error
+            raise damaged(self._database.name, f"holds no JSON result under {row.digest}: {error}") from error
 
     def evaluations(self, part: str) -> Iterator[tuple[dict, dict]]:
         """Identity and result of each finished evaluation whose identity, as JSON, holds a text; in no order."""
@@ -100,14 +111,13 @@ class ResultStore:
             if connection.scalar(sa.select(EVALUATIONS.c.digest).where(EVALUATIONS.c.digest == digest)) is None:
                 connection.execute(sa.insert(EVALUATIONS).values(row))
             connection.execute(sa.delete(CLAIMS).where(CLAIMS.c.digest == digest))
-            mine = sa.update(CLAIMS).where(CLAIMS.c.owner == this_process())
-            connection.execute(mine.values(renewed_at=time.time()))
+            connection.execute(_renewal())
 
     def claim(self, identities: Sequence[Mapping]) -> list[bool]:
         """Takes the right to measure what has no result and is claimed by nobody, this process included.
 
         A claim ends with `put`, with `release`, or with its process (on another host: as `owners.is_gone` says). Most
-        callers want `claims.measured_once`, which also waits for the rest.
+        callers want `claims.measured_once`, which also renews claims and waits for the rest.
 
         Returns:
             For each identity whether it is the caller's to measure now.
@@ -124,6 +134,11 @@ class ResultStore:
                 connection.execute(sa.insert(CLAIMS), [{"digest": digest, **mine} for digest in free])
         return [digest in free for digest in digests]
 
+    def renew(self) -> None:
+        """Tells other hosts that this process is alive: all of its claims last for another `owners.LEASE_SECONDS`."""
+        with self._database.transaction() as connection:
+            connection.execute(_renewal())
+
     def release(self, identities: Sequence[Mapping]) -> None:
         """Gives up this process's claims, so that others may measure; claims of others stay."""
         digests = [identity_digest(identity) for identity in identities]
@@ -133,6 +148,11 @@ class ResultStore:
     def __len__(self) -> int:
         with self._database.connection() as connection:
             return connection.scalar(sa.select(sa.func.count()).select_from(EVALUATIONS))
+
+    @property
+    def bytes(self) -> int:
+        """What the results take on disk, with their indices; of an SQLite store all of it, without its log."""
+        return self._database.bytes(EVALUATIONS)
 
     def __bool__(self) -> bool:
         return True  # without this an empty store is false, and `if store:` would never fill it

@@ -14,6 +14,7 @@ from rap_env.llm.attention import attention as attend
 from rap_env.llm.kernels import added, gated, hooked, rms_norm, rotated
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
 from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_tensors
+from rap_env.llm.placement import moved
 from rap_env.llm.supported import Window, check_member
 from rap_env.mask import ATTENTION
 
@@ -157,6 +158,10 @@ class DecoderLayer:
             packed_config._attn_implementation = PACKED_ATTENTION
         self._packed_attention.config = packed_config
 
+    @property
+    def device(self) -> torch.device:
+        return self._attention_norm.weight.device
+
     def run(self, kind: str, hidden: torch.Tensor, context: dict) -> torch.Tensor:
         """Adds one site's output to the residual stream, [batch, tokens, hidden] -> the same.
 
@@ -226,5 +231,7 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 def run_steps(steps: list[tuple[DecoderLayer, str]], hidden_states: torch.Tensor, **context) -> torch.Tensor:
     """Adds the outputs of sites to the residual stream, [batch, tokens, hidden] -> the same; see `DecoderLayer.run`."""
     for layer, kind in steps:
+        if hidden_states.device != layer.device:  # another card than that of the layer before
+            hidden_states, context = moved(hidden_states, layer.device), moved(context, layer.device)
         hidden_states = layer.run(kind, hidden_states, context)
     return hidden_states

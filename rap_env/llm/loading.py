@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from rap_env.errors import ModelUnavailable, RapError, UnknownName, check_known
-from rap_env.llm.architecture import architecture_of
+from rap_env.llm.architecture import architecture_of, submodule
 from rap_env.llm.checkpoint import check_files, check_weights, forget_quantisation, weights_in
 from rap_env.llm.embedded import EMBEDDED_NAME, embedded_folder
 from rap_env.llm.formats import KV_CACHES, WeightFormats, check_weights_known, quantise
+from rap_env.llm.placement import SPREAD, spread
 from rap_env.llm.shape import GRANULARITIES, skeleton
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.rng import isolated_rng
@@ -44,7 +45,8 @@ def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
         name: `"smollm2-135m"` (embedded, needs nothing), `"tiny"` (random weights, for trying things out), a local
             folder, or a hub name of the form `owner/model`.
         dtype: `"bfloat16"`, `"float16"` or `"float32"`.
-        device: A torch device, or `"auto"` for the first GPU if there is one, else the CPU.
+        device: A torch device, or `"auto"` for the first GPU if there is one, else the CPU; or `"spread"`, all GPUs
+            that the process sees, with a run of layers on each: for evaluation by text only, not for generation.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Lets the repository run its own Python code; off unless you set it.
         granularity: What is a component: `"block"`, whole attentions and MLPs, or `"group"`, KV heads with their query
@@ -66,15 +68,24 @@ def load_llm(  # noqa: PLR0913 - its arguments are the keys of a YAML
     check_weights_known(weights)
     check_known("format of the KV cache", kv_cache, KV_CACHES)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == SPREAD and not torch.cuda.device_count():
+        raise UnknownName("device", device, ["cpu", "auto", "cuda"], suggest=False)
     transformers_logging.disable_progress_bar()
     if name == TINY_NAME:
-        tiny = build_tiny_llm(dtype=dtype, device=device)
+        tiny = build_tiny_llm(dtype=dtype, device="cpu" if device == SPREAD else device)
         return SwitchableLLM(quantise(tiny.model, weights, kv_cache), tiny.tokenizer, tiny.name, granularity)
     source = str(embedded_folder()) if name == EMBEDDED_NAME else name
     if not Path(source).expanduser().is_dir() and not _HUB_NAME.fullmatch(source):
         raise UnknownName("model or folder", name, [EMBEDDED_NAME, TINY_NAME, "a folder", "owner/model on the hub"])
     model, tokenizer = _from_pretrained(source, _DTYPES[dtype], revision, trust_remote_code)
-    return SwitchableLLM(quantise(model.to(device), weights, kv_cache), tokenizer, name, granularity)
+    return SwitchableLLM(quantise(_placed(model, device), weights, kv_cache), tokenizer, name, granularity)
+
+
+def _placed(model: nn.Module, device: str) -> nn.Module:
+    if device != SPREAD:
+        return model.to(device)
+    decoder = submodule(model, architecture_of(model.config).decoder)
+    return spread(model, decoder, [f"cuda:{index}" for index in range(torch.cuda.device_count())])
 
 
 def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, trust_remote_code: bool):

@@ -14,6 +14,7 @@ from rap_env.llm.digest import weights_digest
 from rap_env.llm.formats import WeightFormats, quantise
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
+from rap_env.llm.placement import refuse_spread
 from rap_env.llm.prepared import Preparation, Refits, Residency
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import cut_stream, join_streams, parting, read_heads_in_place
@@ -216,8 +217,8 @@ class SwitchableLLM:
         Returns:
             The residual stream [1, N, H], the context that `run` needs with it, and where each tree starts.
         """
-        window = self.shape.attention_window
-        packing = trees if isinstance(trees, Packing) else Packing(trees, self.device, window)
+        refuse_spread(self.name, [layer.device for layer in self._layers])
+        packing = trees if isinstance(trees, Packing) else Packing(trees, self.device, self.shape.attention_window)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # stops upstream from building one [N, N]
         positions = packing.positions[None]
         hidden, context = self.open_stream(packing.tokens[None], position_ids=positions, attention_mask=mask)
@@ -229,14 +230,13 @@ class SwitchableLLM:
         self.site_executions += len(sites)
         if not sites:
             return hidden
-
         steps = [(self.layer_of(site), site.kind) for site in sites]
 
         def run_part(part: tuple[torch.Tensor, dict]) -> torch.Tensor:
             stream, own_context = part
             return run_steps(steps, stream, **own_context)
 
-        return join_streams(in_lanes(run_part, cut_stream(hidden, context)), context)
+        return join_streams(in_lanes(run_part, cut_stream(hidden, context)), context).to(hidden.device)
 
     def run_masks(
         self,

@@ -150,6 +150,26 @@ def test_every_result_renews_the_other_claims_of_its_process(store, path):
     assert max(ages) < 60
 
 
+def test_claims_are_renewed_while_one_evaluation_lasts_longer_than_the_lease(store, path, monkeypatch):
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.01)
+    renewed = []
+
+    def measure_for_long(indices):
+        set_owner(path, json.loads(owners.this_process()), renewed_seconds_ago=500)
+        deadline = time.monotonic() + 10
+        while not renewed and time.monotonic() < deadline:
+            with sqlite3.connect(path) as connection:
+                (at,) = connection.execute("SELECT renewed_at FROM claims").fetchone()
+            connection.close()
+            if time.time() - at < 60:
+                renewed.append(at)
+        yield from measure(indices)
+
+    measured_once(store, IDENTITIES[:1], measure_for_long)
+    assert renewed
+    assert not [thread for thread in threading.enumerate() if thread.name == "claims"]
+
+
 def test_a_claim_of_a_living_process_on_this_host_does_not_lapse(store, path):
     store.claim(IDENTITIES[:1])
     set_owner(path, json.loads(owners.this_process()), renewed_seconds_ago=86400)

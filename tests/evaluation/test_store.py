@@ -5,6 +5,7 @@ import sqlite3
 import time
 
 import pytest
+import sqlalchemy as sa
 
 from rap_env.errors import StoreDamaged, StoreUnavailable
 from rap_env.evaluation import database
@@ -143,3 +144,16 @@ def test_a_lock_held_too_long_is_not_called_damage_and_reading_goes_on(path, mon
         other.close()
         store.put({"other": 1}, RESULT)
         assert len(store) == 2
+
+
+def test_many_are_got_in_one_statement_and_in_the_order_asked_for(store):
+    statements = []
+    sa.event.listen(store._database._engine, "before_cursor_execute", lambda *event: statements.append(event[2]))
+    others = [{"item": i} for i in range(3)]
+    store.put(others[0], {"value": 0})
+    store.put(others[2], {"value": 2})
+    statements.clear()
+    found = store.get_many([others[2], others[1], others[0], others[2]])
+    assert found == [{"value": 2}, None, {"value": 0}, {"value": 2}]
+    assert len(statements) == 1
+    assert store.get_many([]) == []

@@ -1,15 +1,12 @@
 """The result store between processes: many writers, kill -9, forks, and a real PostgreSQL if one is installed."""
 
-import glob
 import json
 import os
 import pickle
 import random
-import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 
@@ -109,55 +106,6 @@ def test_a_pickled_store_opens_the_same_file_from_another_folder(store, tmp_path
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pickle.loads(data) as copy:
         assert copy.get(IDENTITY) == RESULT
-
-
-def _postgresql_command(name: str) -> str | None:
-    return shutil.which(name) or next(iter(sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"), reverse=True)), None)
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A server of our own on a socket in a temporary folder; run by `nobody` if we are root, as it refuses root."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed", exc_type=ImportError)
-    initdb, pg_ctl = _postgresql_command("initdb"), _postgresql_command("pg_ctl")
-    if not initdb or not pg_ctl:
-        pytest.skip("no PostgreSQL server (initdb, pg_ctl) installed")
-    folder = tempfile.mkdtemp(dir="/tmp", prefix="rap-pg-")  # a socket's path must be short
-    user = "nobody" if os.geteuid() == 0 else None
-    if user:
-        shutil.chown(folder, user)
-    run = {"user": user, "cwd": folder, "check": True, "stdout": subprocess.DEVNULL}
-    data = f"{folder}/data"
-    options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-    try:
-        subprocess.run([initdb, "-D", data, "-U", "rap", "-A", "trust", "--no-sync", "-E", "UTF8"], **run)
-        subprocess.run([pg_ctl, "-D", data, "-l", f"{folder}/log", "-w", "-o", options, "start"], **run)
-        try:
-            yield folder
-        finally:
-            subprocess.run([pg_ctl, "-D", data, "-m", "immediate", "-w", "stop"], **run)
-    finally:
-        shutil.rmtree(folder)
-
-
-@pytest.fixture
-def administer(server):
-    """Runs one SQL statement on the server's first database."""
-    url = sa.URL.create("postgresql+psycopg", "rap", database="postgres", query={"host": server})
-    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-
-    def execute(statement: str) -> None:
-        with engine.connect() as connection:
-            connection.exec_driver_sql(statement)
-
-    return execute
-
-
-@pytest.fixture
-def database_url(server, administer) -> str:
-    name = f"d{os.urandom(4).hex()}"
-    administer(f"CREATE DATABASE {name}")
-    return f"postgresql://rap:secret@/{name}?host={server}"
 
 
 def test_postgresql_keeps_results_exactly(database_url):

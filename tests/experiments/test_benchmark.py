@@ -69,6 +69,11 @@ TINY = [
     "bits.report.windows=2",
     "bits.report.window_tokens=32",
     "bits.budgets=2",
+    "workers.windows=[2,16]",
+    "workers.masks=3",
+    "workers.repeats=1",
+    "workers.handed_out=8",
+    "workers.stored=5",
 ]
 
 FORMATS = [("full", "full"), ("int8", "full"), ("full", "int8")]

@@ -27,8 +27,8 @@ TINY = (
 )
 NAMES = [f"random_search-{seed}" for seed in range(4)]
 LAUNCHERS = {
-    "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
-    "ray": ("hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"),
+    "joblib": ("hydra/launcher=processes",),
+    "ray": ("hydra/launcher=ray_cluster", "+hydra.launcher.ray.init.num_cpus=2"),
 }
 
 
@@ -40,7 +40,7 @@ class Swept(types.SimpleNamespace):
 def swept(tmp_path_factory, request) -> Swept:
     """The default experiment on two workers at once."""
     if request.param == "ray":
-        pytest.importorskip("ray", reason="the extra `ray` is not installed")
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="hydra-ray-launcher is not installed")
     folder = tmp_path_factory.mktemp("compare")
     paths = {"RAP_CACHE": folder / "cache", "MEASURED": folder / "measured", "PYTHONPATH": PROJECT}
     environment = os.environ | {name: str(path) for name, path in paths.items()} | {"OMP_NUM_THREADS": "1"}
