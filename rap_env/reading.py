@@ -1,4 +1,4 @@
-"""What comes from outside is read within limits, and whatever is wrong with it becomes one error that names the file."""
+"""What comes from outside is read within limits; whatever is wrong with it becomes one error that names the file."""
 
 import contextlib
 import gzip

@@ -44,13 +44,8 @@ class Simulator:
     def __post_init__(self) -> None:
         n_sites, n_bumps = len(self.n_parts), len(self.weights)
         by_kind = [1 + int(self.n_parts[kind].sum()) for kind in (self.is_attention, ~self.is_attention)]
-        sizes = {
-            "n_parts": (n_sites,),
-            "is_attention": (n_sites,),
-            "centres": (n_bumps, n_sites),
-            "weights": (n_bumps,),
-        }
-        sizes |= {"sites": (n_sites, 1 + int(self.n_parts.max())), "floor": tuple(by_kind)}
+        sizes = {"n_parts": (n_sites,), "is_attention": (n_sites,), "sites": (n_sites, 1 + int(self.n_parts.max()))}
+        sizes |= {"centres": (n_bumps, n_sites), "weights": (n_bumps,), "floor": tuple(by_kind)}
         for name, shape in sizes.items():
             values = getattr(self, name)
             if values.shape != shape or values.dtype.kind not in "biuf":

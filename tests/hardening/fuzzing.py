@@ -27,7 +27,8 @@ class Subject:
         make: Fills a folder with valid files.
         read: Reads them from a folder; may raise.
         files: Names of those that are damaged, as a pattern.
-        leaves: Endings of files that reading may leave beside them.
+        leaves: Endings of files that reading may leave beside them, or write anew.
+        expected: What comes of the valid ones: what wants to run code of its own is refused.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Subject:
     read: Callable[[Path], object]
     files: str = "*"
     leaves: tuple[str, ...] = ()
+    expected: str = READ
 
 
 @dataclass
@@ -64,7 +66,8 @@ def fuzz(subject: Subject, folder: Path, n_cases: int, seed: int = 0) -> Finding
     content = {path.relative_to(valid): path.read_bytes() for path in sorted(valid.rglob("*")) if path.is_file()}
     targets = [name for name in content if name.match(subject.files)]
     assert targets, f"{subject.name} has no {subject.files}"
-    assert _outcome(subject, _fresh(folder / "case", content), folder / "trap")[0] == READ, "what is valid is refused"
+    found = _outcome(subject, _fresh(folder / "case", content), folder / "trap")
+    assert found[0] == subject.expected, f"{subject.name}: of what is valid came {found}"
     for case in range(n_cases):
         rng = random.Random(f"{subject.name} {seed} {case}")
         target = rng.choice(targets)

@@ -94,7 +94,7 @@ def _changed_value(value: Any, rng: random.Random, trap: Path) -> Any:
         return value[:place] + value[place + 1 :]
     if change < 0.3:
         return value[: place + 1] + value[place:]
-    return value[:place] + [_changed_value(value[place], rng, trap)] + value[place + 1 :]
+    return [*value[:place], _changed_value(value[place], rng, trap), *value[place + 1 :]]
 
 
 def _json(content: bytes, rng: random.Random, trap: Path) -> bytes:
