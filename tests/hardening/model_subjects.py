@@ -65,14 +65,16 @@ def _save_adapter(folder: Path) -> None:
         peft.get_peft_model(build_tiny_llm().model, config).save_pretrained(folder)
 
 
-def _grouped() -> SwitchableLLM:
+@mock.patch.object(parts, "GROUP_CHANNELS", GROUP)
+def grouped() -> SwitchableLLM:
+    """A small model whose sites have parts."""
     whole = build_random_llm(*MEMBERS["llama, 2 KV heads"])
     return SwitchableLLM(whole.model, whole.tokenizer, "cut", "group")
 
 
 @mock.patch.object(parts, "GROUP_CHANNELS", GROUP)
 def _prepare(folder: Path) -> None:
-    llm = _grouped()
+    llm = grouped()
     with mock.patch.dict(os.environ, RAP_CACHE=str(folder)):
         prepare_widths(llm, _WINDOWS, WidthRecipe(compensation="ridge", ridge=0.1))
     half = [(own.stop - own.start) // 2 for _site, own in llm.shape.components.sites]
