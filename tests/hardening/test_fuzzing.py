@@ -24,7 +24,7 @@ from tests.hardening.mutations import Bomb
 from tests.hardening.subjects import DATA
 from tests.policies.cases import MAKERS
 
-N_CASES = 12
+N_CASES = 8
 
 
 @pytest.mark.parametrize("subject", [*DATA, *MODELS], ids=lambda subject: subject.name)
