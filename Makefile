@@ -5,6 +5,8 @@
 # make rerank                       rerankers compared by seconds, memory and what they find
 # make validate ARGS="evaluation.search_paths=[valid.txt] evaluation.report_paths=[test.txt]"
 #                                   checks the leaderboard: bytes of all masks, losses of a sample of them
+# make soak                         24 minutes of mixed load on the endpoint while its memory budget moves
+# make audit                        a bill of materials of the environment, and its known vulnerabilities
 # make test                         linters and the fast test suite
 
 PYTHON ?= python3
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: train compare serve rerank validate test model clean
+.PHONY: train compare serve rerank validate soak audit test model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
@@ -29,6 +31,12 @@ rerank: model
 
 validate: model
 	$(BIN)/python -m experiments.validate results/leaderboard.jsonl $(ARGS)
+
+soak: model
+	$(BIN)/python -m scripts.soak $(ARGS)
+
+audit: $(VENV)/installed
+	$(BIN)/python -m scripts.audit $(ARGS)
 
 test: model
 	$(BIN)/ruff check .

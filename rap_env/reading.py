@@ -14,7 +14,7 @@ import numpy as np
 from rap_env.errors import RapError
 
 MOST_UNPACKED_BYTES = 2**30  # of a compressed file: a small one may say that it holds terabytes
-_REASON = 200  # characters
+_REASON = 400  # characters
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.collect import write_table
 from experiments.records import read_record, read_records, write_record
+from experiments.rerank_training.data import load_collection
 from experiments.reranking.answers import AnswerFile
 from experiments.reranking.paths import paths_of
 from experiments.serving import finished
@@ -108,6 +109,12 @@ def _lines(rows: list[dict], name: str):
     return lambda folder: (folder / name).write_text("".join(json.dumps(each) + "\n" for each in rows))
 
 
+def _write_collection(folder: Path) -> None:
+    (folder / "corpus.jsonl").write_text('{"_id": "d", "title": "Hills", "text": "Hills are high."}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "what is high?"}\n')
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\td\t1\n")
+
+
 def _mask(folder: Path) -> None:
     mask = PruningMask.all_kept(tiny_llm().shape).drop("layer0.mlp", "layer2.attention")
     (folder / "mask.json").write_text(mask.to_json())
@@ -162,6 +169,7 @@ DATA = [
         lambda folder: (folder / "text.txt").write_text("A hill: high, and far.\n" * 9),
         lambda folder: local_corpus(folder / "text.txt"),
     ),
+    Subject("retrieval collection", _write_collection, load_collection),
     Subject("mask", _mask, lambda folder: read_mask(tiny_llm(), folder / "mask.json")),
     Subject(
         "budget", lambda folder: (folder / "budget.txt").write_text("5000"), lambda f: BudgetFile(f / "budget.txt")()
