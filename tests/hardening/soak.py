@@ -46,7 +46,7 @@ class Endpoint:
     """
 
     def __init__(self, folder: Path, *options: str) -> None:
-        self._budget, self.log = folder / "budget", folder / "log"
+        self._budget, self.log, self.changes = folder / "budget", folder / "log", 0
         self.allow(2**40)
         with socket.create_server(("127.0.0.1", 0)) as listening:
             port = listening.getsockname()[1]
@@ -78,15 +78,17 @@ class Endpoint:
         return self.client.get("/health").json()["needed_bytes"]
 
     def allow(self, n_bytes: int) -> None:
+        self.changes += 1
         self._budget.write_text(str(n_bytes))
 
-    def mask(self) -> tuple[float, float]:
-        """The share of the weights that is kept, and how often that changed so far."""
-        text = self.client.get("/metrics").text
-        return tuple(
-            float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
-            for name in ("rap_kept_weights_ratio", "rap_switches_total")
-        )
+    def mask(self) -> tuple[float, ...]:
+        """The share of the weights that is kept, how often that changed so far, and how often the budget did.
+
+        The last one, because a step may be counted after its token was sent.
+        """
+        text, names = self.client.get("/metrics").text, ("rap_kept_weights_ratio", "rap_switches_total")
+        found = (float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1]) for name in names)
+        return *found, self.changes
 
     def asked(self, prompt: str, **fields: Any) -> dict[str, Any]:
         return {"model": self.model, "prompt": prompt, "max_tokens": _TOKENS, "temperature": 0} | fields

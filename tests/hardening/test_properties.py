@@ -105,7 +105,8 @@ def test_a_workload_is_of_whole_numbers_or_refused(values):
         work = Workload(*values)
     except InvalidWorkload:
         return
-    assert all(type(value) is int for value in values) and work.batch_size >= 1 and work.prompt_tokens >= 1
+    assert values == [work.batch_size, work.prompt_tokens, work.generated_tokens]
+    assert all(value == int(value) for value in values) and work.batch_size >= 1 and work.prompt_tokens >= 1
 
 
 @pytest.mark.parametrize("kind", POLICIES)
