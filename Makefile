@@ -6,9 +6,11 @@
 # make validate ARGS="evaluation.search_paths=[valid.txt] evaluation.report_paths=[test.txt]"
 #                                   checks the leaderboard: bytes of all masks, losses of a sample of them
 # make services                     a PostgreSQL server of your own for results that several processes share; prints store=URL
+# make audit                        a bill of materials of the environment, and its known vulnerabilities
 # make test                         linters and the fast test suite
 # make site                         the documentation as a site in build/site, every link inside it checked
-# make soak                         what takes longer: writers killed at random, on SQLite and on that server
+# make soak                         24 minutes of mixed load on the endpoint while its memory budget moves
+# make kills                        writers of one store killed at random, on SQLite and on that server
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +23,7 @@ PG_DATA ?= $(CURDIR)/outputs/postgresql
 PG = PATH="$$PATH:$(lastword $(wildcard /usr/lib/postgresql/*/bin))"
 PG_URL = postgresql://rap@/$(1)?host=$(PG_DATA)
 
-.PHONY: train compare serve rerank validate services test site soak model clean
+.PHONY: train compare serve rerank validate services test site soak kills audit model clean
 
 train: model
 	$(BIN)/python train.py $(ARGS)
@@ -45,6 +47,12 @@ services:
 	$(PG) psql -h $(PG_DATA) -U rap -d results -c "" 2> /dev/null || $(PG) createdb -h $(PG_DATA) -U rap results
 	@echo "store='$(call PG_URL,results)'"
 
+soak: model
+	$(BIN)/python -m scripts.soak $(ARGS)
+
+audit: $(VENV)/installed
+	$(BIN)/python -m scripts.audit $(ARGS)
+
 test: model
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,7 +62,7 @@ test: model
 site: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-soak: $(VENV)/installed services
+kills: $(VENV)/installed services
 	rm -rf outputs/soak && mkdir -p outputs/soak
 	$(PG) dropdb -h $(PG_DATA) -U rap --if-exists soak && $(PG) createdb -h $(PG_DATA) -U rap soak
 	$(BIN)/python -m experiments.kills outputs/soak/kills.json outputs/soak/results.db "$(call PG_URL,soak)"

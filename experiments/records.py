@@ -1,7 +1,6 @@
 """Write-once JSON records: what was run, on what, and what came out."""
 
 import contextlib
-import gzip
 import importlib.metadata
 import json
 import os
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 
 import rap_env
-from rap_env.errors import RecordExists
+from rap_env.errors import RecordExists, RecordUnreadable
 from rap_env.evaluation.identity import engine_identity
 from rap_env.files import write_once
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.reading import reading, unpacked_gzip
 
 REQUIRED_KEYS = ("config", "provenance", "results")
 COMPRESSED = ".jsonl.gz"  # ending of a table that is compressed
@@ -161,9 +161,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """Reads a record.
 
     Raises:
-        ValueError: The file is not JSON, or a required key is missing.
+        RecordUnreadable: The file is not there, is not JSON, or a required key is missing.
     """
-    return _parsed(Path(path), Path(path).read_text(encoding="utf-8"))
+    with reading(path, "a record", RecordUnreadable):
+        return _parsed(Path(path), Path(path).read_text(encoding="utf-8"))
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -172,14 +173,15 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     A table may be compressed (`.jsonl.gz`): records of many masks repeat the same names.
 
     Raises:
-        ValueError: A line is no record, or the folder holds none.
-        OSError: The file can't be read, or is not what its name says.
+        RecordUnreadable: The file can't be read or is not what its name says, or a line is no record.
+        ValueError: The folder holds no record.
     """
     path = Path(path)
     if path.name.endswith((".jsonl", COMPRESSED)) and not path.is_dir():
-        content = path.read_bytes()
-        content = gzip.decompress(content) if path.name.endswith(COMPRESSED) else content
-        return [_parsed(path, line) for line in content.decode().splitlines() if line.strip()]
+        with reading(path, "a table of records", RecordUnreadable):
+            content = path.read_bytes()
+            content = unpacked_gzip(content) if path.name.endswith(COMPRESSED) else content
+            return [_parsed(path, line) for line in content.decode().splitlines() if line.strip()]
     paths = sorted(path.rglob("record.json")) if path.is_dir() else [path]
     if not paths:
         raise ValueError(f"expected record.json files in {path} or its subfolders; there are none")

@@ -23,7 +23,7 @@ from scipy.stats import kendalltau
 
 from agents.base import Task
 from agents.driver import run_search
-from experiments.records import provenance, write_record
+from experiments.records import provenance, read_records, write_record
 from rap_env.evaluation.meter import TokenBudget
 from rap_env.evaluation.simulator import fitted
 from rap_env.evaluation.table import EMBEDDED_TABLE, ScoreTable, TableModel, load_tables
@@ -203,8 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.record.exists():
         parser.error(f"{options.record} exists, and records are written once")
     source, model, runs = provenance(), load_tables(options.table), []
-    records = [json.loads(line) for line in options.comparison.read_text(encoding="utf-8").splitlines()]
-    for record in records:
+    for record in read_records(options.comparison):
         agent, seed = record["results"]["agent"], record["results"]["seed"]
         if agent in (options.agents or (agent,)) and seed in (options.seeds or (seed,)) and agent != "dense":
             runs.append(compared(model, record))

@@ -5,7 +5,6 @@ far as they were never measured, are evaluated on the model that RUN had, on the
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from experiments.progress import phase
 from experiments.recipes.build import build_halves, build_llm
 from experiments.recipes.folder import RECORD_NAME
-from experiments.records import provenance, read_record, write_record
+from experiments.records import provenance, read_record, read_records, write_record
 from experiments.table_agreement import OTHER_SEEDS, searched
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.table import EMBEDDED_TABLE, load_tables
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"{options.record} exists, and records are written once")
     source, model, ended = provenance(), load_tables(options.table), {}
     table = model.evaluator.table
-    for record in map(json.loads, options.comparison.read_text(encoding="utf-8").splitlines()):
+    for record in read_records(options.comparison):
         agent, seed = record["results"]["agent"], record["results"]["seed"]
         if agent in options.agents and agent not in ended:
             _result, masks, _asked = searched(model, record, seed + OTHER_SEEDS)

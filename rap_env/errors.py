@@ -145,6 +145,10 @@ class RecordExists(RapError, FileExistsError):
     """A record that is already there; records are written once."""
 
 
+class RecordUnreadable(RapError, ValueError):
+    """A record, a table of records or another kept result that is damaged, or holds something else."""
+
+
 class RunUnreadable(RapError, ValueError):
     """A folder without a run's record, or a record from which its model or a mask can't be had again."""
 

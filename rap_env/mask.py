@@ -264,8 +264,8 @@ class PruningMask:
         """Reads what `to_json` wrote, for the same shape; raises `InvalidMask` or `UnknownName` for anything else."""
         try:
             data = json.loads(text)
-            n_components, dropped = data["n_components"], list(data["dropped"])
-        except (KeyError, TypeError, ValueError) as error:
+            n_components, dropped = data["n_components"], [str(name) for name in data["dropped"]]
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise InvalidMask(f"expected the JSON of a pruning mask; got {text[:80]!r}") from error
         if n_components != len(shape.components):
             raise InvalidMask(f"expected a mask over {len(shape.components)} components; got {n_components}")

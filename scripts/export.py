@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from rap_env.calibration.corpus import local_text
 from rap_env.errors import RapError
 from rap_env.export.recovery import Recovery
 from rap_env.export.save import FORMATS, export_pruned, read_mask
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
         else:
             llm = load_llm(**of_model)
             mask = read_mask(llm, options.mask)
-        recovery = options.text and Recovery(options.text.read_text(encoding="utf-8"), options.recover_steps)
+        recovery = options.text and Recovery(local_text(options.text), options.recover_steps)
         exported = export_pruned(llm, mask, options.format, options.out, recovery)
     except (RapError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,5 +1,7 @@
 """A finished run, read again: the model as it had it, and the masks that it reported."""
 
+import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+import conf
 from experiments.recipes.build import build_llm
 from experiments.recipes.folder import RECORD_NAME
 from experiments.records import model_provenance, provenance, read_record
@@ -17,8 +20,12 @@ from rap_env.export.save import read_mask
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from rap_env.policies import Policy, load_policy
+from rap_env.reading import reading
 
 _FORMATS = ("weights", "kv_cache")
+_BUILT_FROM = ("model", "evaluation", "calibration", "workload")  # groups of conf/
+_NOT_BUILT = ("agent", "tracker")  # entries of a config that nothing is made of here
+_CALL = re.compile(r"_target_[:=]\s*([\w.]+)")
 
 
 def recorded_model(
@@ -38,9 +45,13 @@ def recorded_model(
         RapError: Whatever the config names is not to be had.
     """
     path, record = _record(folder)
-    dropped = None if mask else _dropped(record["results"], scenario, path)
+    with reading(path, "the record of a run", RunUnreadable):
+        dropped = None if mask else _dropped(record["results"], scenario, path)
     llm = _built(record, path, quantised=False)
-    return llm, read_mask(llm, mask) if mask else PruningMask.all_kept(llm.shape).drop(*dropped)
+    if mask:
+        return llm, read_mask(llm, mask)
+    with reading(path, "the record of a run of this model", RunUnreadable):
+        return llm, PruningMask.all_kept(llm.shape).drop(*dropped)
 
 
 def recorded_policy(folder: Path) -> tuple[SwitchableLLM, Policy]:
@@ -89,15 +100,19 @@ def _line(number: int, row: Mapping[str, Any], dense: Mapping[str, float]) -> st
 
 
 def _built(record: Mapping[str, Any], path: Path, quantised: bool) -> SwitchableLLM:
-    for name in _FORMATS:
-        chosen = record["config"].get("model", {}).get(name, "full")
+    with reading(path, "the record of a run", RunUnreadable):
+        config = OmegaConf.create(record["config"])
+        formats = {name: record["config"].get("model", {}).get(name, "full") for name in _FORMATS}
+    for name, chosen in formats.items():
         if not quantised and chosen != "full":
             raise RunUnreadable(
                 f"expected a run with the weights and KV cache of its checkpoint, which exports hold; {path} is of"
                 f" model.{name}={chosen}: run it again with model.{name}=full"
             )
-    llm, corpus = rebuilt_model(OmegaConf.create(record["config"]), path)
-    if changes := changes_since(record["provenance"], llm, corpus):
+    llm, corpus = rebuilt_model(config, path)
+    with reading(path, "the record of a run", RunUnreadable):
+        changes = changes_since(record["provenance"], llm, corpus)
+    if changes:
         raise RunUnreadable(f"the model is not what it was in the run of {path}; changed since: {changes}")
     return llm
 
@@ -113,6 +128,7 @@ def rebuilt_model(config: DictConfig, source: Path) -> tuple[SwitchableLLM, Corp
         RunUnreadable: The config lacks an entry, or its model can't be built.
         RapError: Whatever the config names is not to be had.
     """
+    _check_calls(OmegaConf.to_container(config, resolve=False), source)
     OmegaConf.set_struct(config, True)  # what is missing is an error
     try:
         return build_llm(config)
@@ -124,6 +140,43 @@ def rebuilt_model(config: DictConfig, source: Path) -> tuple[SwitchableLLM, Corp
         if isinstance(error.__cause__, RapError):
             raise error.__cause__ from None
         raise RunUnreadable(f"the model can't be built from the config in {source}: {error}") from error
+    except RapError:
+        raise
+    except Exception as error:  # whatever values of other types lead to
+        reason = f"{type(error).__name__}: {error}"
+        raise RunUnreadable(f"the model can't be built from the config in {source}: {reason}") from error
+
+
+@functools.cache
+def _known_calls() -> frozenset[str]:
+    """What the YAML files of the groups that a model and its text are built from call."""
+    files = (file for group in _BUILT_FROM for file in (Path(conf.__file__).parent / group).glob("*.yaml"))
+    return frozenset(name for file in files for name in _CALL.findall(file.read_text(encoding="utf-8")))
+
+
+def _check_calls(value: Any, source: Path, key: str = "") -> None:
+    """Refuses a config that would call anything else: a record may come from anybody.
+
+    Raises:
+        RunUnreadable: It names another function, asks for a repository's own code, or looks things up when it is read.
+    """
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for name, each in value.items():
+            if key or name not in _NOT_BUILT:
+                _check_calls(each, source, f"{key}.{name}" if key else str(name))
+        return
+    last = key.rpartition(".")[2]
+    if last == "_target_" and value not in _known_calls():
+        problem = f"would call {str(value)[:80]}, which no file in conf/ names for a model or its text"
+    elif last == "trust_remote_code" and value:
+        problem = "asks for code of the model's repository"
+    elif isinstance(value, str) and "${" in value:
+        problem = f"holds {value[:80]!r}, to be looked up when it is read"
+    else:
+        return
+    raise RunUnreadable(f"{source}: {key} of the config {problem}; records are not trusted with that")
 
 
 def changes_since(then: Mapping[str, Any], llm: SwitchableLLM, corpus: Corpus | None) -> str:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rap_env.errors import RecordUnreadable
+from rap_env.reading import reading
+
 
 @dataclass(frozen=True)
 class Document:
@@ -52,10 +55,14 @@ def load_collection(folder: str | Path) -> Collection:
     are left out, as measures have no value for them.
 
     Raises:
-        FileNotFoundError: One of the files is missing.
-        ValueError: A line does not have this form, or names a query or document that is not there.
+        RecordUnreadable: A file is missing, or a line does not have this form, or names a query or document that is not
+            there.
     """
-    folder = Path(folder)
+    with reading(folder, "a retrieval collection", RecordUnreadable):
+        return _collection(Path(folder))
+
+
+def _collection(folder: Path) -> Collection:
     documents = {row["_id"]: _document(row) for row in _rows(folder / "corpus.jsonl", "_id", "title", "text")}
     queries = {row["_id"]: _one_line(row["text"]) for row in _rows(folder / "queries.jsonl", "_id", "text")}
     grades: dict[str, dict[str, int]] = {}
@@ -85,6 +92,8 @@ def _rows(path: Path, *keys: str) -> list[dict[str, str]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
+            if odd := [key for key in keys if not isinstance(row[key], str)]:
+                raise TypeError(f"{odd[0]} is no text")
             rows.append({key: row[key] for key in keys})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(

@@ -17,8 +17,10 @@ from torch import nn
 from experiments.rerank_training.lists import TrainingList, TrainingLists
 from experiments.rerank_training.scoring import ListScorer
 from experiments.rerank_training.teacher import Teacher, TeacherWeights
+from rap_env.errors import RecordUnreadable
 from rap_env.files import write_over
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.reading import reading
 from rap_env.rerank.prompts import SMOLLM2
 from rap_env.rng import isolated_rng
 
@@ -227,12 +229,14 @@ class Trainer:
 
     @torch.no_grad()
     def _load(self, checkpoint: Path) -> None:
-        state = torch.load(checkpoint, weights_only=True)
-        if state["settings"] != self._identity():
-            raise ValueError(f"{checkpoint} is of other settings: {state['settings']}; name another folder")
-        for exact, name in zip(self._exact, self._learned, strict=True):
-            exact.copy_(state["exact"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        with reading(checkpoint, "a checkpoint of this training", RecordUnreadable):
+            state = torch.load(checkpoint, weights_only=True)
+            if state["settings"] != self._identity():
+                raise ValueError(f"{checkpoint} is of other settings: {state['settings']}; name another folder")
+            for exact, name in zip(self._exact, self._learned, strict=True):
+                exact.copy_(state["exact"][name])
+            self._optimizer.load_state_dict(state["optimizer"])
+            done = {name: state["done"][name] for name in ("step", "seconds", "tokens", "losses")}
         self._round()
-        for name, value in state["done"].items():
+        for name, value in done.items():
             setattr(self, name, value)

@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.reranking.process import Process, SystemFailed
 from experiments.reranking.systems import System
+from rap_env.files import write_over
 
 _KEYS = ("repeat", "rank", "candidates", "top_k")
 
@@ -51,7 +52,7 @@ class AnswerFile:
     def __init__(self, path: Path) -> None:
         self._path, self.answers = path, list(_whole_lines(path))
         if path.exists():
-            path.write_text("".join(json.dumps(each) + "\n" for each in self.answers), encoding="utf-8")
+            write_over(path, "".join(json.dumps(each) + "\n" for each in self.answers))
 
     def has(self, command: Mapping[str, Any]) -> bool:
         """Whether a command was answered."""
@@ -66,9 +67,10 @@ class AnswerFile:
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(found := json.loads(line), dict) and found.keys() >= set(_KEYS):
+                    yield found
 
 
 def ask_all(

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from experiments.reranking.process import Process
+from rap_env.errors import RecordUnreadable
 from rap_env.files import write_over
+from rap_env.reading import reading
 
 
 def paths_of(
@@ -31,6 +33,9 @@ def paths_of(
 
     Returns:
         By number, `path` [layers, n] and `tokens` [n] of the documents.
+
+    Raises:
+        RecordUnreadable: A file is damaged: remove it, and it is measured again.
     """
     folder.mkdir(exist_ok=True)
     files = {number: folder / f"{number}.json" for number in numbers}
@@ -40,5 +45,13 @@ def paths_of(
             for done, number in enumerate(missing, 1):
                 write_over(files[number], json.dumps(process.path(number, n_candidates)))
                 progress(done, len(missing))
-    found = {number: json.loads(file.read_text(encoding="utf-8")) for number, file in files.items()}
-    return {number: each | {"path": np.array(each["path"])} for number, each in found.items()}
+    return {number: _read(file) for number, file in files.items()}
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    with reading(file, "scores after every layer", RecordUnreadable):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        path = np.array(found["path"], dtype=float)
+        if path.ndim != 2 or path.shape[1:] != np.shape(found["tokens"]) or not np.isfinite(path).all():
+            raise ValueError("expected finite scores [layers, n], and tokens [n]")
+        return found | {"path": path}

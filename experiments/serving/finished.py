@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.serving.child import Kill, Outcome, Sample
+from rap_env.errors import RecordUnreadable
 from rap_env.files import write_over
+from rap_env.reading import reading
 
 
 def keep(path: Path, spec: Mapping[str, Any], outcome: Outcome) -> None:
@@ -16,12 +18,17 @@ def keep(path: Path, spec: Mapping[str, Any], outcome: Outcome) -> None:
 
 
 def kept(path: Path, spec: Mapping[str, Any]) -> Outcome | None:
-    """What was kept, if a system was asked to do exactly this; else None."""
+    """What was kept, if a system was asked to do exactly this; else None.
+
+    Raises:
+        RecordUnreadable: The file is damaged: remove it, and the system serves again.
+    """
     if not path.exists():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["spec"] != json.loads(json.dumps(spec)):  # as it was written: tuples are lists then
-        return None
-    told = found["outcome"]
-    kill = None if told["kill"] is None else Kill(**told["kill"])
-    return Outcome(**{**told, "kill": kill, "samples": [Sample(*each) for each in told["samples"]]})
+    with reading(path, "what became of a system", RecordUnreadable):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["spec"] != json.loads(json.dumps(spec)):  # as it was written: tuples are lists then
+            return None
+        told = found["outcome"]
+        kill = None if told["kill"] is None else Kill(**told["kill"])
+        return Outcome(**{**told, "kill": kill, "samples": [Sample(*each) for each in told["samples"]]})

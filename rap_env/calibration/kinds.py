@@ -7,12 +7,13 @@ answering are made of rows of multiple-choice data sets, JSON lines with a quest
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rap_env.calibration.corpus import Corpus, local_corpus
 from rap_env.errors import CorpusUnavailable
+from rap_env.reading import reading
 
 Pair = tuple[Corpus, Corpus]  # to search on, to report on
 _SOURCE_BYTES = range(8_000, 60_000)  # neither stubs nor the few modules that would be half of all text
@@ -46,7 +47,9 @@ def dialogue(path: str | os.PathLike) -> Pair:
     Raises:
         CorpusUnavailable: The file is missing, or has other rows.
     """
-    turns = [f"User: {row['question']}\nAssistant: {row['choices'][row['gold']]}\n" for row in _rows(path, "gold")]
+    rows = _rows(path, {"question": str, "choices": list, "gold": int})
+    with reading(path, "rows whose `gold` is one of the choices", CorpusUnavailable):
+        turns = [f"User: {row['question']}\nAssistant: {row['choices'][row['gold']]}\n" for row in rows]
     chats = ["".join(turns[first : first + _TURNS]) + "\n" for first in range(0, len(turns), _TURNS)]
     return _dealt(f"dialogue of {Path(path).name}", chats)
 
@@ -61,8 +64,8 @@ def questions(path: str | os.PathLike) -> Pair:
         CorpusUnavailable: The file is missing, or has other rows.
     """
     asked: dict[str, str] = {}  # several questions on a passage stand together, lest it be in both corpora
-    for row in _rows(path, "passage"):
-        answer = ("no", "yes")[row["label"]]
+    for row in _rows(path, {"passage": str, "question": str, "label": int}):
+        answer = "yes" if row["label"] else "no"
         asked[row["passage"]] = asked.get(row["passage"], "") + f"Question: {row['question']}?\nAnswer: {answer}\n"
     return _dealt(f"questions of {Path(path).name}", [f"{passage}\n{text}\n" for passage, text in asked.items()])
 
@@ -71,13 +74,13 @@ def _dealt(name: str, documents: Sequence[str]) -> Pair:
     return Corpus(f"{name}, even", tuple(documents[0::2])), Corpus(f"{name}, odd", tuple(documents[1::2]))
 
 
-def _rows(path: str | os.PathLike, column: str) -> Iterable[Mapping[str, Any]]:
+def _rows(path: str | os.PathLike, kinds: Mapping[str, type]) -> list[Mapping[str, Any]]:
+    """JSON objects of a file, a line each, whose columns are of the types given."""
     file = Path(os.path.expanduser(path))
-    try:
+    with reading(file, "JSON lines", CorpusUnavailable):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise CorpusUnavailable(f"can't read {file}: {error}") from error
     for number, row in enumerate(rows, 1):
-        if not {"question", column} <= set(row):
-            raise CorpusUnavailable(f"{file}, row {number}: expected {column!r} and 'question'; got {', '.join(row)}")
+        if not (isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in kinds.items())):
+            expected = " and ".join(f"{name!r} ({kind.__name__})" for name, kind in kinds.items())
+            raise CorpusUnavailable(f"{file}, row {number}: expected {expected}; got {str(row)[:80]}")
     return rows

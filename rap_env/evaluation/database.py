@@ -5,6 +5,7 @@ fail on network ones.
 """
 
 import contextlib
+import errno
 import os
 import sqlite3
 import tempfile
@@ -197,6 +198,8 @@ def _open_sqlite(path: Path) -> sa.Engine:
         raise damaged(str(path), "is not a file")
     if not _holds_bytes(path):
         raise damaged(str(path), "is empty, and stores never are")
+    if not os.access(path, os.W_OK):  # else the log and index that SQLite makes to read it shut its owner out
+        raise PermissionError(errno.EACCES, "this user may not write to it", str(path))
     # Closing a read-write connection copies a log into the file, which may be damaged or another program's. The header
     # is read through SQLite too: closing a plain file drops all locks that this process holds on it.
     mode = "ro" if has_log or _holds_bytes(f"{path}-journal") else "rw"
@@ -215,6 +218,7 @@ def _create_sqlite(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         fresh = Path(folder) / path.name
+        fresh.touch()  # by the umask: SQLite itself would never let a group write
         with _sqlite_engine(fresh, "rwc", poolclass=sa.NullPool).connect() as connection:
             connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
             connection.exec_driver_sql(f"PRAGMA user_version={SCHEMA_VERSION}")

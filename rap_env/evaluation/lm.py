@@ -16,6 +16,7 @@ from rap_env.evaluation.scoring import Pair, Score, ScoringPlan, fit_to_context
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
+from rap_env.reading import reading
 
 # `load_llm`'s
 _LOADING = ("dtype", "device", "revision", "trust_remote_code", "granularity", "weights", "kv_cache")
@@ -69,7 +70,9 @@ class RapLM(HFLM):
             path = Path(mask).expanduser()
             if not path.is_file():
                 raise InvalidMask(f"expected a file that holds a pruning mask; there is no {path}")
-            llm.apply(PruningMask.from_json(llm.shape, path.read_text(encoding="utf-8")))
+            with reading(path, "a pruning mask of the model", InvalidMask):
+                chosen = PruningMask.from_json(llm.shape, path.read_text(encoding="utf-8"))
+            llm.apply(chosen)
 
     def pair(self, request: Instance, owner: str) -> Pair:
         """A request's tokens as lm-eval makes them, cut to what the model takes; the owner is what an error names.

@@ -10,17 +10,23 @@ import time
 import psutil
 
 LEASE_SECONDS = 600.0
-_START_TOLERANCE_SECONDS = 5.0  # start times are told by the wall clock, which may be set meanwhile
+_START_TOLERANCE_SECONDS = 1.0
 
 
 def this_process() -> str:
-    """Host, process id and start time (seconds since 1970) of the calling process, as JSON."""
+    """Host, process id and start time (seconds since the host started) of the calling process, as JSON."""
     return _owner(os.getpid())  # of the present id: a forked child is not its parent
 
 
 @functools.lru_cache(maxsize=1)
 def _owner(pid: int) -> str:
-    return json.dumps([_host(), pid, psutil.Process(pid).create_time()])
+    return json.dumps([_host(), pid, _started_at(psutil.Process(pid))])
+
+
+def _started_at(process: psutil.Process) -> float:
+    """Seconds from the host's start to the process's: wall-clock times would change when somebody sets the clock."""
+    booted_at = psutil.boot_time()  # read anew, and what the next line counts from
+    return process.create_time() - booted_at
 
 
 def _host() -> str:
@@ -42,12 +48,12 @@ def is_gone(owner: str, renewed_at: float) -> bool:
     """
     host, pid, started_at = json.loads(owner)
     if host != _host():
-        return time.time() - renewed_at > LEASE_SECONDS
+        return abs(time.time() - renewed_at) > LEASE_SECONDS  # ahead of us: a clock was set back since
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:  # dead, and not yet waited for by its parent
             return True
-        return abs(process.create_time() - started_at) > _START_TOLERANCE_SECONDS
+        return abs(_started_at(process) - started_at) > _START_TOLERANCE_SECONDS
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:

@@ -28,6 +28,9 @@ class Simulator:
         weights: What each bump adds [K].
         floor: Lowest loss that was measured with at most so many attention parts and so many MLP parts kept; minus
             infinity where nothing as small was measured [attention parts + 1, MLP parts + 1].
+
+    Raises:
+        ValueError: An array has another shape, or holds no numbers.
     """
 
     n_parts: np.ndarray
@@ -39,6 +42,14 @@ class Simulator:
     floor: np.ndarray
 
     def __post_init__(self) -> None:
+        n_sites, n_bumps = len(self.n_parts), len(self.weights)
+        by_kind = [1 + int(self.n_parts[kind].sum()) for kind in (self.is_attention, ~self.is_attention)]
+        sizes = {"n_parts": (n_sites,), "is_attention": (n_sites,), "sites": (n_sites, 1 + int(self.n_parts.max()))}
+        sizes |= {"centres": (n_bumps, n_sites), "weights": (n_bumps,), "floor": tuple(by_kind)}
+        for name, shape in sizes.items():
+            values = getattr(self, name)
+            if values.shape != shape or values.dtype.kind not in "biuf":
+                raise ValueError(f"{name}: expected numbers {list(shape)}; got {values.dtype} {list(values.shape)}")
         own = {"_rows": np.arange(len(self.n_parts)), "_lengths": (self.centres**2).sum(axis=1)}
         own |= {"_counted": np.stack([self.is_attention, ~self.is_attention], axis=1).astype(np.int64)}
         for name, value in own.items():

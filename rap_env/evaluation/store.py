@@ -83,10 +83,7 @@ class ResultStore:
         if row.identity != asked:
             found = f"holds another identity under {row.digest}: asked {asked}, found {row.identity}"
             raise damaged(self._database.name, found)
-        try:
-            return json.loads(row.result)
-        except (TypeError, ValueError) as error:
-            raise damaged(self._database.name, f"holds no JSON result under {row.digest}: {error}") from error
+        return self._read(row.result, f"result under {row.digest}")
 
     def evaluations(self, part: str) -> Iterator[tuple[dict, dict]]:
         """Identity and result of each finished evaluation whose identity, as JSON, holds a text; in no order."""
@@ -94,7 +91,15 @@ class ResultStore:
         with self._database.connection() as connection:
             rows = connection.execute(holding).all()
         for row in rows:
-            yield json.loads(row.identity), json.loads(row.result)
+            yield self._read(row.identity, "identity"), self._read(row.result, "result")
+
+    def _read(self, text: str, what: str) -> dict:
+        try:
+            if isinstance(found := json.loads(text), dict):
+                return found
+            raise TypeError(f"expected an object; got {text[:40]!r}")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise damaged(self._database.name, f"holds no JSON {what}: {error}") from error
 
     def put(self, identity: Mapping, result: Mapping) -> None:
         """Stores a result; on disk when this returns, and the claim on it ends. The first result of an identity stays.
@@ -127,7 +132,7 @@ class ResultStore:
             finished = connection.scalars(sa.select(EVALUATIONS.c.digest).where(EVALUATIONS.c.digest.in_(digests)))
             free = set(digests) - set(finished)
             claims = connection.execute(sa.select(CLAIMS).where(CLAIMS.c.digest.in_(free))).all()
-            free -= {claim.digest for claim in claims if not is_gone(claim.owner, claim.renewed_at)}
+            free -= {claim.digest for claim in claims if not self._is_gone(claim)}
             connection.execute(sa.delete(CLAIMS).where(CLAIMS.c.digest.in_(free)))
             if free:
                 mine = {"owner": this_process(), "renewed_at": time.time()}
@@ -138,6 +143,12 @@ class ResultStore:
         """Tells other hosts that this process is alive: all of its claims last for another `owners.LEASE_SECONDS`."""
         with self._database.transaction() as connection:
             connection.execute(_renewal())
+
+    def _is_gone(self, claim: sa.Row) -> bool:
+        try:
+            return is_gone(claim.owner, claim.renewed_at)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise damaged(self._database.name, f"holds a claim of nobody ({claim.owner!r:.80})") from error
 
     def release(self, identities: Sequence[Mapping]) -> None:
         """Gives up this process's claims, so that others may measure; claims of others stay."""

@@ -24,6 +24,7 @@ from rap_env.files import write_once
 from rap_env.llm.prepared import Preparation
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask
+from rap_env.reading import reading, unpacked_arrays
 
 TABLES = Path(__file__).parent / "tables"
 EMBEDDED_TABLE = "smollm2-135m"
@@ -41,12 +42,24 @@ class ScoreTable:
         simulator: Predicts other masks.
         about: As JSON holds it: `name` of the text, its `windows`, the `tokens` of an evaluation, the `identities` of
             the evaluations in the store, and how many masks were `skipped`.
+
+    Raises:
+        InvalidTable: An array has another type or shape, or a loss is not finite.
     """
 
     widths: np.ndarray
     losses: np.ndarray
     simulator: Simulator
     about: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        n_masks, n_sites = len(self.losses), len(self.simulator.n_parts)
+        for name, dtype, shape in (("widths", "uint8", (n_masks, n_sites)), ("losses", "float32", (n_masks,))):
+            values = getattr(self, name)
+            if values.dtype != dtype or values.shape != shape:
+                raise InvalidTable(f"{name}: expected {dtype} {list(shape)}; got {values.dtype} {list(values.shape)}")
+        if not np.isfinite(self.losses).all():
+            raise InvalidTable("losses: expected finite numbers")
 
     @functools.cached_property
     def _measured(self) -> dict[bytes, float]:
@@ -178,15 +191,13 @@ def load_tables(name: str = EMBEDDED_TABLE) -> TableModel:
         InvalidTable: There are no such tables, or the file holds something else.
     """
     path = Path(name).expanduser() if name.endswith(".npz") else TABLES / f"{name}.npz"
-    try:
+    known = ", ".join(sorted(known.stem for known in TABLES.glob("*.npz")))
+    with reading(path, f"tables of finished evaluations (the package has {known})", InvalidTable):
         content = path.read_bytes()
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].item())
-            tables = [_table(index, arrays, own) for index, own in enumerate(about.pop("tables"))]
+        arrays = unpacked_arrays(content)
+        about = json.loads(arrays["about"].item())
+        tables = [_table(index, arrays, own) for index, own in enumerate(about.pop("tables"))]
         return TableModel(tables, about, hashlib.sha256(content).hexdigest())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        known = ", ".join(sorted(known.stem for known in TABLES.glob("*.npz")))
-        raise InvalidTable(f"can't read tables from {path} ({error}); the package has {known}") from error
 
 
 def _table(index: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> ScoreTable:

@@ -8,10 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import yaml
 from lm_eval.tasks import TaskManager
 
 from rap_env.errors import EvaluationFailed, RapError, UnknownName
 from rap_env.evaluation.tasks import TASKS_FOLDER
+from rap_env.reading import reading
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DEEPEST = 50  # levels of a YAML file
 
 
 @contextlib.contextmanager
@@ -38,11 +43,14 @@ def load_tasks(names: list[str], include_path: str | Path | None) -> dict:
     own = [] if include_path is None else [Path(include_path).expanduser()]
     if missing := [folder for folder in own if not folder.is_dir()]:
         raise EvaluationFailed(f"evaluation.include_path: no such folder: {missing[0]}")
+    for path in sorted(path for folder in own for path in folder.rglob("*.yaml")):
+        _check_depth(path)
     folders = [str(folder) for folder in (TASKS_FOLDER, *own)]
-    # Indexing lm-eval's thousands of tasks takes seconds; skip them when the folders have all that is asked for.
-    manager = TaskManager(include_path=folders, include_defaults=False)
-    if not set(names) <= set(manager.task_index):
-        manager = TaskManager(include_path=folders)
+    with naming(f"the tasks in {' and '.join(folders)}"):
+        # Indexing lm-eval's thousands of tasks takes seconds; skip them when the folders have all that is asked for.
+        manager = TaskManager(include_path=folders, include_defaults=False)
+        if not set(names) <= set(manager.task_index):
+            manager = TaskManager(include_path=folders)
     for name in names:
         if name not in manager.task_index:
             raise UnknownName("task", name, manager.task_index)
@@ -59,6 +67,16 @@ def load_tasks(names: list[str], include_path: str | Path | None) -> dict:
                 f"can't load the data of {name}: {reason}. Check the network, or use evaluation=local"
             ) from error
     return dict(sorted(loaded.items()))
+
+
+def _check_depth(path: Path) -> None:
+    """Refuses what is nested so deeply that lm-eval's parser, which recurses in C, would end the process."""
+    depth = 0
+    with reading(path, "a task's YAML", EvaluationFailed):
+        for event in yaml.parse(path.read_text(encoding="utf-8"), Loader=_LOADER):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"expected at most {_DEEPEST} levels; there are more")
 
 
 def build_requests(name: str, task, rows: Sequence[int]) -> None:

@@ -62,7 +62,7 @@ def export_pruned(
         UnknownName: There is no such format.
         InvalidMask: The mask belongs to another model, or to another granularity.
         ExportRefused: The folder holds something, the format can't hold the model, recovery did not help, or what was
-            written does not compute what the masked model does. Nothing stays behind then.
+            written does not compute what the masked model does, or it can't be written. Nothing stays behind then.
     """
     chosen = FORMATS[check_known("export format", format, FORMATS)]
     folder = Path(folder).expanduser().absolute()
@@ -77,8 +77,13 @@ def export_pruned(
     draft = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         inner = draft / folder.name
-        inner.mkdir(parents=True)
-        chosen.write(pruned, inner)
+        try:
+            inner.mkdir(parents=True)
+            chosen.write(pruned, inner)
+        except RapError:
+            raise
+        except Exception as error:  # libraries raise anything where a disk is full
+            raise ExportRefused(f"the export to {folder} can't be written, and nothing of it stays: {error}") from error
         reader = chosen.check(pruned, inner)
         inner.rename(folder)  # at once: nobody sees an export that is half written or was not checked
     finally:

@@ -145,7 +145,7 @@ def _check_hub(source: str, revision: str | None) -> None:
         raise ConnectionError(str(error)) from error
 
 
-def _explain(error: Exception, source: str) -> Exception:
+def _explain(error: Exception, source: str) -> ModelUnavailable:
     """Turns what the hub client and transformers raise into one message that says what to do."""
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
@@ -162,10 +162,9 @@ def _explain(error: Exception, source: str) -> Exception:
         advice = "the repository has no safetensors weights; pickled ones are not loaded: convert them first"
     elif "trust_remote_code" in str(error):
         advice = "the repository wants to run its own code: read it, then set model.trust_remote_code=true"
-    elif isinstance(error, OSError | ValueError | SafetensorError):  # of the files, not of our code
-        advice = str(error).splitlines()[0]
-    else:
-        return error  # a bug of ours or upstream's: hiding it behind advice would help nobody
+    else:  # of the files: libraries raise anything on damaged ones, and the cause stays chained
+        kind = "" if isinstance(error, OSError | ValueError | SafetensorError) else f"{type(error).__name__}: "
+        advice = kind + next(iter(str(error).splitlines()), "its files can't be read")[:300]
     return ModelUnavailable(f"can't load {source!r}: {advice}")
 
 

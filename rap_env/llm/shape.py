@@ -3,7 +3,7 @@
 import copy
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rap_env.llm.parts import weight_bytes
 from rap_env.mask import ATTENTION, KINDS, Component, Site, shared
 
 GRANULARITIES = ("block", "group")
+_MOST = 2**53  # bytes, tokens or channels: beyond that arithmetic in floats is not exact
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,14 @@ class ModelShape:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelShape":
-        """Builds a shape again from `to_dict`; `TypeError` or `KeyError` where it is something else."""
+        """Builds a shape again from `to_dict`; `TypeError`, `KeyError` or `ValueError` where it is something else."""
         rows = [row | {"site": Site(**row["site"])} for row in values["components"]]
-        return cls(**{**values, "components": tuple(Component(**row) for row in rows)})
+        shape = cls(**{**values, "components": tuple(Component(**row) for row in rows)})
+        for each in (shape, *shape.components, *(component.site for component in shape.components)):
+            _check_types(each)
+        if len(names := {component.name for component in shape.components}) < len(rows) or not names:
+            raise ValueError("expected components, and a name of its own for each")
+        return shape
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -141,6 +147,20 @@ class ModelShape:
         if kind == ATTENTION:
             return 2 * self.query_channels + 2 * self.kv_channels
         return 3 * self.intermediate_size
+
+
+def _check_types(row: ModelShape | Component | Site) -> None:
+    """Refuses what JSON can hold in place of a name, or of a whole number of at least 0."""
+    for field in fields(row):
+        value = getattr(row, field.name)
+        if field.type in (int, int | None):
+            is_right = (type(value) is int and 0 <= value < _MOST) or (value is None and field.type is not int)
+        elif field.type is str:
+            is_right = isinstance(value, str)
+        else:
+            continue
+        if not is_right:
+            raise ValueError(f"{field.name}: expected {field.type}; got {str(value)[:40]!r}")
 
 
 def _rows(layer: DecoderLayer, site: Site, kv_bytes_per_token: int, granularity: str) -> list[Component]:

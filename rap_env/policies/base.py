@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from rap_env.errors import PolicyUnreadable, UnknownName
@@ -15,6 +14,7 @@ from rap_env.files import write_over
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask
 from rap_env.memory.workload import Workload
+from rap_env.reading import reading
 
 _DESCRIPTION, _FORMAT = "policy.json", 2
 _KINDS: dict[str, type["Policy"]] = {}
@@ -98,16 +98,14 @@ def load_policy(folder: str | Path) -> Policy:
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         raise PolicyUnreadable(f"{folder}: expected {_DESCRIPTION}; found: {found or 'nothing'}")
-    try:
-        description = json.loads(path.read_text())
+    with reading(folder, "a policy of this version", PolicyUnreadable):
+        description = json.loads(path.read_text(encoding="utf-8"))
         if description["format"] != _FORMAT:
             raise PolicyUnreadable(f"{path}: expected format {_FORMAT}; got {description['format']!r}")
         kind, shape = description["kind"], ModelShape.from_dict(description["shape"])
         tensors = load_file(folder / Path(description["tensors"]).name) if description["tensors"] else {}
+        if odd := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
+            raise ValueError(f"expected finite weights; those of {odd[0]} are not")
         if kind in _KINDS:
             return _KINDS[kind].restore(shape, description["parameters"], tensors)
-    except PolicyUnreadable:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise PolicyUnreadable(f"{folder}: not a policy of this version: {error}") from error
     raise UnknownName("policy kind", kind, _KINDS)

@@ -13,7 +13,7 @@ from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
 from rap_env.observation import observe, valid_actions
 from rap_env.policies.base import Policy, policy_kind
-from rap_env.policies.network import ComponentNetwork
+from rap_env.policies.network import ComponentNetwork, with_weights
 from rap_env.policies.walk import fit_to_budget
 
 
@@ -40,8 +40,8 @@ class _NetworkPolicy(Policy):
 
     @classmethod
     def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping[str, torch.Tensor]):
-        network = ComponentNetwork(shape, cls.sequential, parameters["width"], parameters["blind_to"])
-        network.load_state_dict(tensors)
+        width, blind_to = parameters["width"], parameters["blind_to"]
+        network = with_weights(lambda: ComponentNetwork(shape, cls.sequential, width, blind_to), tensors)
         return cls(shape, network, parameters["order"])
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The policy network: one small function shared by all components."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from rap_env.llm.shape import ModelShape
 ENTRIES = ("memory_budget", "batch_size", "sequence_length", "footprint", "gsi_ranking", "component_bytes", "kept")
 _SCENARIO_FEATURES = 5  # budget, batch, length, footprint, excess
 _COMPONENT_FEATURES = 5  # rank, bytes, kept, share of the KV cache, depth
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 class ComponentNetwork(nn.Module):
@@ -74,3 +76,20 @@ class ComponentNetwork(nn.Module):
         pooled = hidden.mean(dim=1)
         outputs = [scores, self.stop(pooled)] if self.stop is not None else [scores]
         return torch.cat([*outputs, self.value(pooled)], dim=-1)
+
+
+def with_weights(build: Callable[[], _Network], tensors: Mapping[str, torch.Tensor]) -> _Network:
+    """A network with weights that were saved.
+
+    Args:
+        build: Makes it. First on the meta device, where no size takes memory: a file may say any.
+        tensors: The weights by name.
+
+    Raises:
+        RuntimeError: They are not the network's.
+    """
+    with torch.device("meta"):
+        build().load_state_dict(tensors, assign=True)
+    network = build()
+    network.load_state_dict(tensors)
+    return network

@@ -16,6 +16,7 @@ from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
 from rap_env.observation import observe_widths
 from rap_env.policies.base import Policy, policy_kind
+from rap_env.policies.network import with_weights
 
 # Entries of the observation that the network reads; the others are the same at every decision.
 WIDTH_ENTRIES = ("memory_budget", "batch_size", "sequence_length", "site_bytes")
@@ -121,6 +122,6 @@ class WidthPolicy(Policy):
 
     @classmethod
     def restore(cls, shape: ModelShape, parameters: Mapping, tensors: Mapping[str, torch.Tensor]) -> "WidthPolicy":
-        network = WidthNetwork(len(shape.components.sites), **parameters["network"])
-        network.load_state_dict(tensors)
+        n_sites, arguments = len(shape.components.sites), parameters["network"]
+        network = with_weights(lambda: WidthNetwork(n_sites, **arguments), tensors)
         return cls(shape, network, Projection(**parameters["projection"]))

@@ -2,8 +2,6 @@
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -14,6 +12,7 @@ import numpy as np
 
 from rap_env.errors import PathsUnreadable
 from rap_env.files import write_once
+from rap_env.reading import reading, unpacked_arrays
 
 _FORM = 2
 _WITHOUT_SIMILARITIES = 1  # an earlier form, which is read too
@@ -119,8 +118,9 @@ class ScorePaths:
             FileNotFoundError: There is no such file.
             PathsUnreadable: The file is damaged, or holds something else.
         """
-        arrays = _arrays(Path(path))
-        try:
+        content = Path(path).read_bytes()
+        with reading(path, "an .npz file of score paths", PathsUnreadable):
+            arrays = _arrays(content)
             if arrays["form"] not in (_WITHOUT_SIMILARITIES, _FORM):
                 raise PathsUnreadable(f"expected form {_WITHOUT_SIMILARITIES} or {_FORM}; got {arrays['form']}")
             counts = arrays["counts"].tolist()
@@ -134,31 +134,16 @@ class ScorePaths:
             of_all = arrays["similarities"]
             similarities = tuple(of_all[first:end] for first, end in ends) if of_all.size else ()
             return ScorePaths(tuple(_decoded(arrays["names"])), *columns, _decoded(arrays["provenance"]), similarities)
-        except (ValueError, TypeError, IndexError) as error:  # our own among them
-            raise PathsUnreadable(f"{path}: {error}") from error
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    content = path.read_bytes()
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _DTYPES if name != "similarities" or name in file}
-            if arrays["form"] == _WITHOUT_SIMILARITIES:
-                arrays["similarities"] = np.zeros(0)
-            arrays = {name: arrays[name] for name in _DTYPES}
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise _unreadable(path, error) from error
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, SyntaxError) as error:
-        raise _unreadable(path, error) from error
+def _arrays(content: bytes) -> dict[str, np.ndarray]:
+    arrays = unpacked_arrays(content)
+    if arrays["form"] == _WITHOUT_SIMILARITIES:
+        arrays["similarities"] = np.zeros(0)
     for name, dtype in _DTYPES.items():
         if arrays[name].dtype != dtype:
-            raise PathsUnreadable(f"{path}: expected {name} of type {dtype}; got {arrays[name].dtype}")
+            raise PathsUnreadable(f"expected {name} of type {dtype}; got {arrays[name].dtype}")
     return arrays
-
-
-def _unreadable(path: Path, error: Exception) -> PathsUnreadable:
-    reason = " ".join(str(error).split())[:200]
-    return PathsUnreadable(f"expected an .npz file of score paths in {path}; it can't be read: {reason}")
 
 
 def _encoded(value: object) -> np.ndarray:

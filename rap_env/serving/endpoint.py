@@ -30,7 +30,9 @@ class _HungUp(Exception):
     """Who asked does not listen any more."""
 
 
-def create_app(service: Service, llm: SwitchableLLM, metrics: Metrics, max_body_bytes: int = 2**20) -> FastAPI:
+def create_app(
+    service: Service, llm: SwitchableLLM, metrics: Metrics, max_body_bytes: int = 2**20, body_seconds: float = 60.0
+) -> FastAPI:
     """The application; it starts the service and closes it.
 
     Args:
@@ -38,6 +40,7 @@ def create_app(service: Service, llm: SwitchableLLM, metrics: Metrics, max_body_
         llm: What it serves, for tokenizer and sizes.
         metrics: What the service counts with.
         max_body_bytes: Of a call.
+        body_seconds: That a call's body may take to arrive.
     """
 
     @contextlib.asynccontextmanager
@@ -47,7 +50,7 @@ def create_app(service: Service, llm: SwitchableLLM, metrics: Metrics, max_body_
         await asyncio.to_thread(service.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    calls = _Calls(service, llm, metrics, max_body_bytes)
+    calls = _Calls(service, llm, metrics, max_body_bytes, body_seconds)
     created = int(time.time())
 
     @app.post("/v1/completions")
@@ -91,14 +94,17 @@ def _health(service: Service) -> dict[str, Any]:
 class _Calls:
     """Answers calls of either protocol."""
 
-    def __init__(self, service: Service, llm: SwitchableLLM, metrics: Metrics, max_body_bytes: int) -> None:
+    def __init__(
+        self, service: Service, llm: SwitchableLLM, metrics: Metrics, max_body_bytes: int, body_seconds: float
+    ) -> None:
         self.asking = Asking(llm, llm.name)
-        self._service, self._metrics, self._max_body_bytes = service, metrics, max_body_bytes
+        self._service, self._metrics = service, metrics
+        self._max_body_bytes, self._body_seconds = max_body_bytes, body_seconds
 
     async def answer(self, http: Request, read: Callable[[bytes], Asked], form: Answer) -> Response:
         """Answers one call; whatever goes wrong is said in the protocol's format."""
         try:
-            raw = await _body(http, self._max_body_bytes)
+            raw = await self._body(http)
             asked = await asyncio.to_thread(read, raw)
             generation = Generation(self._service, asked, self.asking.decode)
             try:
@@ -119,6 +125,14 @@ class _Calls:
             refused = ApiError(500, "the call failed; the server's log says why", code="internal_error")
         self._metrics.answered(refused.status)
         return _refusal(refused)
+
+    async def _body(self, http: Request) -> bytes:
+        try:
+            async with asyncio.timeout(self._body_seconds):
+                return await _body(http, self._max_body_bytes)
+        except TimeoutError as error:
+            message = f"expected the whole body within {self._body_seconds:g} seconds"
+            raise ApiError(408, message, code="body_too_slow") from error
 
     async def _streamed(self, http: Request, generation: Generation, asked: Asked, form: Answer) -> Response:
         """A stream, once its first piece is there: what is refused before is refused with its status."""

@@ -1,5 +1,6 @@
 """How much memory there is: of the machine, the control group and the GPU, or as it was recorded."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,7 +83,9 @@ class BudgetFile:
 
     def __call__(self) -> float:
         self._last = self._path.read_text(encoding="ascii").strip() or self._last
-        return float(self._last)
+        if math.isnan(budget := float(self._last)):
+            raise ValueError(f"expected a number of bytes; got {self._last}")
+        return budget
 
 
 class LimitedProcess:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rap_env.errors import InvalidTable
 from rap_env.files import write_once
+from rap_env.reading import reading
 
 _MEASURED = Path(__file__).parent / "measured"
 _EMBEDDED = "smollm2-135m"
@@ -136,20 +137,14 @@ class ServingTable:
         """Reads what `save` wrote.
 
         Raises:
-            InvalidTable: It is no such JSON, or no such table.
-            OSError: The file can't be read.
+            InvalidTable: The file can't be read, is no such JSON, or no such table.
         """
-        try:
+        with reading(path, "a serving table", InvalidTable):
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InvalidTable(f"{path}: expected JSON; {error}") from error
-        try:
             rows = _matching(cls, data, "the table")["levels"]
             if not isinstance(rows, list):
                 raise InvalidTable(f"levels: expected a list; got {type(rows).__name__}")
             return cls(**{**data, "levels": tuple(Level(**_matching(Level, row, "a level")) for row in rows)})
-        except InvalidTable as error:
-            raise InvalidTable(f"{path}: {error}") from error
 
 
 @cache

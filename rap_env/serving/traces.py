@@ -110,7 +110,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 if row:
                     yield number + 1, dict(zip(header, row, strict=True))
                 number = reader.line_num
-    except csv.Error as error:
+    except (csv.Error, UnicodeError) as error:
         raise TraceUnreadable(path, number + 1, f"expected CSV; {error}") from error
 
 

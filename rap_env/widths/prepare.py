@@ -22,7 +22,8 @@ from rap_env.llm.embedded import cache_folder
 from rap_env.llm.parts import add_bias
 from rap_env.llm.prepared import Preparation
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import Site
+from rap_env.mask import ATTENTION, Site
+from rap_env.reading import reading
 from rap_env.widths.compensation import COMPENSATIONS, best_ridge
 from rap_env.widths.elimination import OBS, elimination_order
 from rap_env.widths.order import SCORES, input_places, order_of, reorder
@@ -32,6 +33,7 @@ from rap_env.widths.statistics import InputStatistics, input_statistics, merged
 NONE = "none"
 _DESCRIPTION = "parts.json"
 _HELD_OUT = 4  # one window of so many is held out where a ridge is chosen
+_AGAIN = "remove its folder to have it measured again"
 _VERSION = 2  # of what is written, and of how it is computed
 
 
@@ -86,7 +88,8 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
         InvalidMask: The components are whole sites.
         UnsupportedArchitecture: The weights are quantised already.
         InvalidWorkload: Nothing can be measured on the windows.
-        CompensationFailed: A system is singular, or there are too few windows to choose a ridge on.
+        CompensationFailed: A system is singular, there are too few windows to choose a ridge on, or what was kept is
+            damaged; the model is as it was then.
     """
     recipe = recipe or WidthRecipe()
     if not llm.shape.has_parts:
@@ -102,22 +105,43 @@ def prepare_widths(llm: SwitchableLLM, windows: torch.Tensor, recipe: WidthRecip
         if recipe.compensation != NONE:
             _check_room(llm)
         _measure(llm, windows, recipe, folder)
-    description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+    seconds, scores, order_of_site = _measured(llm, folder)
     orders = hashlib.sha256()
-    for site in llm.shape.sites:
-        with safe_open(file_of(folder, site), "pt") as file:
-            order = file.get_tensor("order")
+    for site, order in order_of_site.items():
         reorder(llm.layer_of(site), site.kind, order)
         orders.update(order.numpy().tobytes())
         if recipe.compensation == "bias":
             add_bias(llm.layer_of(site).output(site.kind))
     llm.refits = None if recipe.compensation == NONE else Refits(folder, digest)
-    prepared = Preparation(orders.hexdigest()[:6], windows.numel(), description["seconds"])
+    prepared = Preparation(orders.hexdigest()[:6], windows.numel(), seconds)
     llm.preparation = prepared
     llm.weights_changed()
     names = [component.name for component in llm.shape.components]
-    of_parts = {rule: dict(zip(names, of.values(), strict=True)) for rule, of in description["scores"].items()}
+    of_parts = {rule: dict(zip(names, values, strict=True)) for rule, values in scores.items()}
     llm.preparation = replace(prepared, scores=of_parts)
+
+
+def _measured(llm: SwitchableLLM, folder: Path) -> tuple[float, dict[str, list[float]], dict[Site, torch.Tensor]]:
+    """The seconds that measuring took, the scores of all parts by rule, and the order of what each site has.
+
+    All of it is read and checked before the model is changed.
+    """
+    path, orders = folder / _DESCRIPTION, {}
+    with reading(path, f"a model's widths; {_AGAIN}", CompensationFailed):
+        description = json.loads(path.read_text(encoding="utf-8"))
+        scores = {rule: [float(value) for value in of.values()] for rule, of in description["scores"].items()}
+        if any(len(values) != len(llm.shape.components) for values in scores.values()):
+            raise ValueError("expected a score of each part")
+        seconds = float(description["seconds"])
+    for site, own in llm.shape.components.sites:
+        path = file_of(folder, site)
+        n = own.stop - own.start if site.kind == ATTENTION else llm.layer_of(site).output(site.kind).in_features
+        with reading(path, f"the order of a site's parts; {_AGAIN}", CompensationFailed):
+            with safe_open(path, "pt") as file:
+                orders[site] = file.get_tensor("order")
+            if sorted(orders[site].tolist()) != list(range(n)):
+                raise ValueError(f"expected each of {n} places once")
+    return seconds, scores, orders
 
 
 def _check_room(llm: SwitchableLLM) -> None:

@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 from rap_env.errors import CompensationFailed
 from rap_env.mask import Site
+from rap_env.reading import reading
 from rap_env.widths.compensation import Refit
 
 
@@ -42,13 +43,18 @@ class Refits:
         """The output matrix of a site with some of its parts [H, K], and its bias.
 
         Raises:
-            CompensationFailed: What the site keeps are not its first parts.
+            CompensationFailed: What the site keeps are not its first parts, or the file is damaged.
         """
         n_parts = len(site.parts)
         if site.parts != tuple(range(n_parts)):
             raise CompensationFailed(
                 f"refits are for masks that keep the first parts of each site; {site} keeps others"
             )
-        with safe_open(file_of(self._folder, site), "pt") as file:
-            bias = file.get_tensor(f"bias.{n_parts}") if f"bias.{n_parts}" in file.keys() else None  # noqa: SIM118
-            return file.get_tensor(f"weight.{n_parts}"), bias
+        path = file_of(self._folder, site)
+        with reading(path, "a site's refits; remove its folder to have them measured again", CompensationFailed):
+            with safe_open(path, "pt") as file:
+                bias = file.get_tensor(f"bias.{n_parts}") if f"bias.{n_parts}" in file.keys() else None  # noqa: SIM118
+                weight = file.get_tensor(f"weight.{n_parts}")
+            if not weight.isfinite().all() or (bias is not None and bias.shape != weight.shape[:1]):
+                raise ValueError(f"expected finite weights, and a bias for each row; got {list(weight.shape)}")
+            return weight, bias

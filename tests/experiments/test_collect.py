@@ -6,7 +6,7 @@ import pytest
 
 from experiments.collect import main, write_table
 from experiments.records import read_records, write_record
-from rap_env.errors import InvalidConfig
+from rap_env.errors import InvalidConfig, RecordUnreadable
 
 
 def record(seed: int, commit: str = "a", dirty: bool = False) -> dict:
@@ -41,7 +41,7 @@ def test_a_table_may_be_compressed_and_is_the_same_bytes_each_time(tmp_path):
     assert packed.read_bytes() == again.read_bytes()
     assert packed.stat().st_size < 0.1 * plain.stat().st_size
     packed.write_bytes(plain.read_bytes())
-    with pytest.raises(OSError, match="gzip"):
+    with pytest.raises(RecordUnreadable, match="gzip"):
         read_records(packed)
 
 

@@ -8,7 +8,7 @@ import pytest
 from experiments.report import docs
 from experiments.report.docs import rewritten
 from experiments.report.tables import table_lines
-from rap_env.errors import UnknownName
+from rap_env.errors import RecordUnreadable, UnknownName
 from tests.experiments.comparison_records import records
 
 PROJECT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def test_empty_markers_are_filled_and_several_tables_stand_in_one_text(root):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        (MARKED.replace("toys.jsonl", "tois.jsonl"), FileNotFoundError, "tois.jsonl"),
+        (MARKED.replace("toys.jsonl", "tois.jsonl"), RecordUnreadable, "tois.jsonl"),
         (MARKED.replace("toys.jsonl ", ""), ValueError, "expected files and a kind of table; got '<!-- table: spen"),
         (MARKED.replace("<!-- end -->", ""), ValueError, "expected a line '<!-- end -->' after each"),
         (MARKED.replace("<!-- end -->", "") + MARKED, ValueError, "expected a line '<!-- end -->' after each"),

@@ -162,7 +162,9 @@ def test_errors_of_what_a_config_names_are_said_as_they_are(groups, folder, refu
     assert refused(f"run={run}", "scenario=1").startswith("error: unknown model or folder 'gone'")
     other = model | {"_target_": "rap_env.llm.loading.load_other"}
     run = changed(folder / "groups", tmp_path / "renamed", config=groups["config"] | {"model": other})
-    assert "the model can't be built from the config in" in refused(f"run={run}", "scenario=1")
+    assert "would call rap_env.llm.loading.load_other, which no file in conf/ names" in refused(
+        f"run={run}", "scenario=1"
+    )
 
 
 def test_a_model_that_is_not_what_it_was_is_refused_with_what_changed(groups, folder, refused, tmp_path):

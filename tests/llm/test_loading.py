@@ -210,13 +210,14 @@ def test_a_model_in_the_hubs_cache_is_loaded_without_asking_the_hub(hub, monkeyp
         load_llm(HUB_NAME)
 
 
-def test_an_error_that_is_not_about_the_model_stays_itself(folder, monkeypatch):
+def test_an_error_of_any_kind_names_the_model_and_stays_chained(folder, monkeypatch):
     def broken(*_args, **_kwargs):
-        raise AttributeError("a bug")
+        raise AttributeError("no such thing")
 
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", broken)
-    with pytest.raises(AttributeError, match="a bug"):
+    with pytest.raises(ModelUnavailable, match=r"can't load .*model': AttributeError: no such thing") as error:
         load_llm(str(folder))
+    assert isinstance(error.value.__cause__, AttributeError)
 
 
 def test_a_repositorys_own_code_is_refused_and_not_run(folder):

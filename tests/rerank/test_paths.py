@@ -96,9 +96,9 @@ def text(value: object) -> np.ndarray:
     ("arrays", "message"),
     [
         ({"form": np.array(3)}, "expected form 1 or 2; got 3"),
-        ({"counts": None}, "can't be read: .*counts"),
+        ({"counts": None}, "not an .npz file of score paths: .*counts"),
         ({"scores": np.zeros((2, 5), "float32")}, "expected scores of type float64; got float32"),
-        ({"scores": np.array([[1, "a"]], dtype=object)}, "can't be read: Object arrays"),
+        ({"scores": np.array([[1, "a"]], dtype=object)}, "not an .npz file of score paths: Object arrays"),
         ({"counts": np.array([3, 3])}, "expected scores of 6 candidates; got 5"),
         ({"counts": np.array([5, 0])}, "expected scores of 5 candidates"),
         ({"scores": np.full((2, 5), np.nan)}, "query 'eins': expected finite scores"),
@@ -108,7 +108,7 @@ def text(value: object) -> np.ndarray:
         ({"grades": np.zeros(4)}, "expected tokens and grades for each candidate"),
         ({"similarities": np.zeros(4)}, "a finite one of each candidate, or none"),
         ({"similarities": np.full(5, np.nan)}, "a finite one of each candidate, or none"),
-        ({"similarities": None}, "can't be read: .*similarities"),
+        ({"similarities": None}, "not an .npz file of score paths: .*similarities"),
         ({"names": text(["a", "a"])}, "a name of its own for each"),
         ({"names": text(["a"])}, "expected scores, tokens and grades for each query"),
         ({"names": np.frombuffer(b"\xff{", np.uint8)}, "paths.npz: "),
@@ -126,7 +126,7 @@ def test_files_that_are_cut_or_changed_anywhere_are_refused_or_read_as_they_were
     whole, rng = file.read_bytes(), np.random.default_rng(0)
     for content in (b"", b"no zip", whole[:50], whole[:-30], whole[len(whole) // 2 :]):
         file.write_bytes(content)
-        with pytest.raises(PathsUnreadable, match=r"expected an \.npz file of score paths in .*paths\.npz"):
+        with pytest.raises(PathsUnreadable, match=r"paths\.npz: not an \.npz file of score paths"):
             ScorePaths.load(file)
     for _ in range(150):
         damaged = bytearray(whole)

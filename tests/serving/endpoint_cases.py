@@ -82,14 +82,20 @@ def random_llm() -> SwitchableLLM:
 
 
 @contextlib.contextmanager
-def served(folder: Path, max_body_bytes: int = 4096, max_waiting: int = 64, patience_seconds: float = 0.2):
+def served(
+    folder: Path,
+    max_body_bytes: int = 4096,
+    max_waiting: int = 64,
+    patience_seconds: float = 0.2,
+    body_seconds: float = 60.0,
+):
     """A server, until the block ends."""
     llm, budget = random_llm(), Budget()
     WeightStore(llm, folder)
     options = Options(max_batch=8, read_tokens=64, patience_seconds=patience_seconds)
     deciders = {"even": OrderPolicy(llm.shape, even_order(llm.shape))}
     service, metrics = assemble(llm, deciders, budget, options, Limits(window_seconds=0.2), max_waiting)
-    app = create_app(service, llm, metrics, max_body_bytes)
+    app = create_app(service, llm, metrics, max_body_bytes, body_seconds)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -79,7 +79,7 @@ def test_levels_that_are_no_ladder_are_refused(changes, says):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "expected JSON"),
+        ("{", "Expecting property name"),
         ("[1]", "the table: expected a JSON object; got list"),
         ("{}", "the table: missing: activation_bytes, "),
         ("levels=5", "levels: expected a list; got int"),
@@ -92,7 +92,7 @@ def test_files_that_are_no_tables_are_refused_by_their_name(tmp_path, text, says
     if text.startswith("levels="):
         text = json.dumps(dataclasses.asdict(TABLE) | {"levels": json.loads(text.removeprefix("levels="))})
     path.write_text(text)
-    with pytest.raises(InvalidTable, match=rf"hostile\.json: {says}"):
+    with pytest.raises(InvalidTable, match=rf"hostile\.json: not a serving table: {says}"):
         ServingTable.load(path)
 
 
