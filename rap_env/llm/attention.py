@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 _BLOCK_ROWS = 64  # queries of a block
-_FILL = 32  # queries and keys come in multiples of it
+_FILL = 32  # a few queries or keys are filled up to a multiple of it, more of them to whole blocks
 _BLOCK_SCORES = 2**19  # that exist at once: they stay in a core's cache
 
 
@@ -30,7 +30,8 @@ def attention(
         key: [B, g, S, D].
         value: As `key`.
         scale: Of the scores; by default 1 / sqrt(D).
-        visible: Which keys each query may see [B or 1, 1, T, S]; None where each of T sees those up to its own.
+        visible: Which keys each query may see [B or 1, 1, T, S], none behind its own: the last query's is the last key.
+            None where each sees all of those.
     """
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
         return _in_blocks(query, key, value, scale or query.shape[-1] ** -0.5, visible)
@@ -46,8 +47,8 @@ def _in_blocks(
 ) -> torch.Tensor:
     sequences, heads, n_queries, size = query.shape
     groups, n_keys = key.shape[1:3]
-    # oneDNN makes and keeps a program for each shape of a product: few shapes, so rows and keys are filled up.
-    more_rows, more_keys = -n_queries % _FILL, -n_keys % _FILL
+    # oneDNN makes and keeps a program for each shape of a product, 0.7 MB: few shapes, so rows and keys are filled up.
+    more_rows, more_keys = (-n % (_FILL if n <= _BLOCK_ROWS else _BLOCK_ROWS) for n in (n_queries, n_keys))
     query = functional.pad(query * scale, (0, 0, 0, more_rows)).unflatten(1, (groups, -1))
     key, value = (functional.pad(states, (0, 0, 0, more_keys)) for states in (key, value))
     unseen = None
@@ -61,13 +62,14 @@ def _in_blocks(
         keys, values = (states[own].flatten(0, 1) for states in (key, value))
         for start in range(0, n_queries, rows):
             block = slice(start, min(start + rows, n_queries + more_rows))
-            n_rows, end = block.stop - start, block.stop if unseen is None else keys.shape[1]
+            n_rows, last = block.stop - start, block.stop + n_keys - n_queries
+            end = min(last + -last % rows, keys.shape[1])
             queries = query[own, :, :, block].flatten(0, 1).flatten(1, 2)
             scores = torch.bmm(queries, keys[:, :end].transpose(1, 2)).view(-1, groups, heads // groups, n_rows, end)
             if unseen is None:
                 scores[..., start:] += later[:n_rows, :n_rows]
             else:
-                scores += unseen[own if len(unseen) > 1 else slice(1), :, :, block]
+                scores += unseen[own if len(unseen) > 1 else slice(1), :, :, block, :end]
             weights = scores.softmax(-1).view(len(keys), -1, end)
             parts = torch.bmm(weights, values[:, :end]).view(-1, groups, heads // groups, n_rows, size)
             read[own, block] = parts.permute(0, 3, 1, 2, 4).flatten(2, 3)
