@@ -1,6 +1,6 @@
 """A check of what runs on a GPU: `python -m scripts.gpu_check`; exactness, memory against the formula, speed.
 
-Needs torch, transformers, safetensors and gymnasium, and no network: all weights are random and made on the card.
+Needs torch, transformers, safetensors, gymnasium and psutil, and no network: weights are random and made on the card.
 """
 
 import platform

@@ -65,8 +65,9 @@ def _shares(llm: SwitchableLLM, events: Iterable[Any], plain_seconds: float) -> 
 
 
 def _kind(name: str, shapes: Sequence[Sequence[int]], llm: SwitchableLLM) -> str:
-    if name in _PRODUCTS:  # the head's tiles have more words than any other matrix has outputs
-        return "head" if _outputs(name, shapes) > llm.shape.vocab_size // 8 else "matrix products"
+    if name in _PRODUCTS:
+        sizes = {one.shape[0] for site in llm.shape.sites for one in llm.parameters_of(site)}
+        return "matrix products" if _outputs(name, shapes) in sizes else "head"
     for kind, names in {"attention": _ATTENTION, "log-softmax": _LOSSES, "copies": _COPIES}.items():
         if name in names:
             return kind

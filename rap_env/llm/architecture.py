@@ -160,7 +160,7 @@ class DecoderLayer:
 
     @property
     def device(self) -> torch.device:
-        return self._attention_norm.weight.device
+        return next(iter(submodule(self.module, self._architecture.attention_output)._parameters.values())).device
 
     def run(self, kind: str, hidden: torch.Tensor, context: dict) -> torch.Tensor:
         """Adds one site's output to the residual stream, [batch, tokens, hidden] -> the same.

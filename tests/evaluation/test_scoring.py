@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from rap_env.evaluation import scoring
 from rap_env.evaluation.scoring import ScoringPlan
 from rap_env.llm.loading import build_tiny_llm
+from rap_env.llm.packing import TokenTree
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from tests.evaluation.scoring_cases import score_continuations
@@ -168,7 +169,8 @@ def test_bfloat16_logits_are_normalised_in_float32():
     scores = [score for score, _ in score_continuations(llm, [(SHARED, (token,)) for token in range(257)])]
     assert torch.tensor(scores).double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
     with torch.inference_mode():
-        logits = llm.model(torch.tensor([SHARED])).logits[0, -1]
+        hidden, context, _ = llm.open_packed([TokenTree(tuple(SHARED))])
+        logits = llm.logits(llm.run(llm.shape.sites, hidden, context))[0, -1]
     assert scores == pytest.approx(logits.double().log_softmax(-1).tolist(), abs=1e-5)
 
 

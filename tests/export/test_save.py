@@ -43,7 +43,7 @@ def test_nothing_stays_where_writing_fails(llm, mask, tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setitem(save.FORMATS, "hf", Format(lambda pruned: None, fail, hf.check))
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(ExportRefused, match="no space left"):
         export_pruned(llm, mask, "hf", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
