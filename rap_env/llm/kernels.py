@@ -22,7 +22,7 @@ def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         norm: Upstream's module.
         hidden: States of the model's type.
     """
-    if hidden.device.type != "cpu" or torch.is_grad_enabled() or hooked(norm):
+    if hidden.device.type != "cpu" or hooked(norm) or _learns(hidden, norm.weight):
         return norm(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     normed = torch.empty_like(rows)
@@ -69,13 +69,17 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
+def _learns(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
     return (
         inputs.dtype == torch.bfloat16
         and inputs.device.type == "cpu"
         and type(linear) is nn.Linear
         and not hooked(linear)
-        and not torch.is_grad_enabled()
+        and not _learns(inputs, linear.weight)
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

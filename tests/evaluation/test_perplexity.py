@@ -123,7 +123,8 @@ def test_a_model_that_knows_nothing_has_the_vocabularys_perplexity(windows):
 def test_in_bfloat16_the_loss_is_not_rounded_to_bfloat16(windows):
     llm = build_tiny_llm(dtype="bfloat16")
     with torch.inference_mode():
-        logits = llm.logits(llm.run(llm.shape.sites, *llm.open_stream(windows)))[:, :-1].reshape(-1, 257)
+        hidden = llm.run(llm.shape.sites, *llm.open_stream(windows))
+        logits = llm.logits(hidden[:, :-1].reshape(-1, hidden.shape[-1]))
     expected = functional.cross_entropy(logits.double(), windows[:, 1:].reshape(-1)).item()
     assert abs(torch.tensor(expected).bfloat16().item() - expected) > 1e-4  # so that rounding would show
     losses = losses_of(llm, windows)

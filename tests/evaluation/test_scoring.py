@@ -170,7 +170,7 @@ def test_bfloat16_logits_are_normalised_in_float32():
     assert torch.tensor(scores).double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
     with torch.inference_mode():
         hidden, context, _ = llm.open_packed([TokenTree(tuple(SHARED))])
-        logits = llm.logits(llm.run(llm.shape.sites, hidden, context))[0, -1]
+        logits = llm.logits(llm.run(llm.shape.sites, hidden, context)[0, -1:])[0]
     assert scores == pytest.approx(logits.double().log_softmax(-1).tolist(), abs=1e-5)
 
 

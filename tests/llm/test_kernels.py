@@ -13,18 +13,12 @@ from rap_env.llm.packing import TokenTree
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
 def states(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def linear(n_inputs: int, n_outputs: int, bias: bool, seed: int = 0) -> nn.Linear:
-    made = nn.Linear(n_inputs, n_outputs, bias=bias, dtype=torch.bfloat16)
+    made = nn.Linear(n_inputs, n_outputs, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
     made.weight.copy_(states(n_outputs, n_inputs, seed=seed) / n_inputs**0.5)
     if bias:
         made.bias.copy_(states(n_outputs, seed=seed + 1))
@@ -33,7 +27,7 @@ def linear(n_inputs: int, n_outputs: int, bias: bool, seed: int = 0) -> nn.Linea
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_an_rms_norm_has_the_bits_of_upstreams_whatever_the_tiles(dtype):
-    norm = LlamaRMSNorm(576, eps=1e-5).to(dtype)
+    norm = LlamaRMSNorm(576, eps=1e-5).to(dtype).requires_grad_(False)
     norm.weight.copy_(states(576, dtype=dtype))
     for shape in ((1, 1, 576), (2, 700, 576), (3, 576)):
         hidden = states(*shape, dtype=dtype, seed=1)
@@ -79,6 +73,13 @@ def test_views_of_a_matrix_give_what_copies_of_them_give():
             nn.Parameter(weight, requires_grad=False) for weight in (laid_out[:, :128], laid_out[:, :128].contiguous())
         )
         assert torch.equal(added(view, inputs, residual), added(copied, inputs, residual))
+
+
+def test_what_learns_runs_as_upstreams_does():
+    norm, down = LlamaRMSNorm(96), nn.Linear(160, 96, dtype=torch.bfloat16)
+    rms_norm(norm, states(2, 96, dtype=torch.float32)).sum().backward()
+    added(down, states(2, 160), states(2, 96)).sum().backward()
+    assert norm.weight.grad is not None and down.weight.grad is not None
 
 
 def test_a_module_with_hooks_is_called():
