@@ -60,7 +60,7 @@ def test_two_workers_of_which_one_is_killed_in_the_middle_equal_one_process_exac
         for mask, evaluation in RemoteEvaluator(evaluator, workers).evaluate_many(tiny_llm, masks):
             assert mask not in found
             found[mask] = evaluation
-            if len(found) == 10:
+            if len(found) == 1:  # each has a second batch
                 ray.kill(workers._slots[0].actor)
         assert sum(workers._deaths.values()) >= 1
         expected = dict(evaluator.evaluate_many(tiny_llm, masks))
