@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
+_FEW_ROWS = 4  # with fewer, as in decoding, fused products take longer than those of separate operations
 _TILE_ELEMENTS = 2**17  # of float32: what a tile needs stays in a core's cache
 
 
@@ -25,6 +26,8 @@ def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if hidden.device.type != "cpu" or hooked(norm) or _learns(hidden, norm.weight):
         return norm(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
+    if len(rows) < _FEW_ROWS:
+        return norm(hidden)
     normed = torch.empty_like(rows)
     tile_rows = -(-_TILE_ELEMENTS // rows.shape[1])
     for tile, out in zip(rows.split(tile_rows), normed.split(tile_rows), strict=True):
@@ -76,6 +79,7 @@ def _learns(*tensors: torch.Tensor) -> bool:
 def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
     return (
         inputs.dtype == torch.bfloat16
+        and inputs.numel() >= _FEW_ROWS * inputs.shape[-1]
         and inputs.device.type == "cpu"
         and type(linear) is nn.Linear
         and not hooked(linear)
