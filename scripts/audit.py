@@ -16,6 +16,7 @@ from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
 from rap_env.files import write_over
+from scripts.options import parsed
 
 
 def bill_of_materials() -> str:
@@ -42,7 +43,7 @@ def known_vulnerabilities() -> tuple[int, list[str]]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.audit", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/sbom.json"), help="for the bill of materials")
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     bill = bill_of_materials()
     print(f"bill of materials: {write_over(options.out, bill)}, {len(json.loads(bill)['components'])} packages")
     n_asked, known = known_vulnerabilities()

@@ -16,6 +16,7 @@ from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.files import write_once
 from rap_env.importance.bits import MixedFormats
 from rap_env.llm.loading import load_llm
+from scripts.options import parsed
 
 
 def main(arguments: list[str]) -> None:
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--formats", default="int4", help="beside INT8, with commas between")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--window_tokens", type=int, default=256)
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     try:
         if options.out.exists():
             raise FileExistsError(f"expected a new file; {options.out} exists")

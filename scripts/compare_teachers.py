@@ -12,6 +12,7 @@ from experiments.report.rerank_training import rerank_teachers_table
 from experiments.rerank_training.options import add_recipe_options, chosen_recipe
 from experiments.rerank_training.recipe import Run
 from rap_env.errors import RapError
+from scripts.options import parsed
 
 
 def main(arguments: list[str]) -> None:
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with corpus.jsonl, queries.jsonl, qrels.tsv")
     parser.add_argument("--record", type=Path, required=True, help="where the record goes; it must not be there yet")
     add_recipe_options(parser)
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     try:
         if options.record.exists():
             raise FileExistsError(f"{options.record} exists, and records are written once; name another file")

@@ -16,6 +16,7 @@ from rap_env.serving.endpoint import create_app
 from rap_env.serving.engine import Options
 from rap_env.serving.readings import BudgetFile
 from rap_env.serving.switching import RESTORING
+from scripts.options import parsed
 
 
 def main(arguments: list[str]) -> None:
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max_body_bytes", type=int, default=2**20, help="of a call")
     parser.add_argument("--patience_seconds", type=float, default=10.0, help="how long one waits for memory")
     parser.add_argument("--restoring", choices=RESTORING, default="left out", help="what heads mean that come back")
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     read = options.reserve_bytes if options.budget_bytes is None else lambda: options.budget_bytes
     try:
         read = BudgetFile(options.budget_file) if options.budget_file else read

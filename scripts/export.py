@@ -13,6 +13,7 @@ from rap_env.errors import RapError
 from rap_env.export.recovery import Recovery
 from rap_env.export.save import FORMATS, export_pruned, read_mask
 from rap_env.llm.loading import load_llm
+from scripts.options import parsed
 
 _OF_MODELS = ("name", "granularity", "dtype")  # as `load_llm` calls them
 
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--recover_steps", type=int, default=0, help="LoRA steps before the export; 0 for none")
     parser.add_argument("--text", type=Path, help="the text that they learn from")
     # KEY=VALUE, as everywhere in this project; what begins with a dash is an option of argparse's own.
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     of_model = {key: value for key in _OF_MODELS if (value := getattr(options, key)) is not None}
     if options.run and of_model:
         parser.error("run says which model: leave model, granularity and dtype out")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
 
-from experiments.records import provenance, write_record
+from scripts.options import parsed, write_results
 from tests.hardening.fuzzing import fuzz
 from tests.hardening.model_subjects import MODELS
 from tests.hardening.subjects import DATA
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cases", type=int, default=1000, help="of all readers together")
     parser.add_argument("--seed", type=int, default=0, help="of all cases")
     parser.add_argument("--record", type=Path, help="a new file for what came of them")
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     logging.disable(logging.CRITICAL)  # libraries complain about each file
     subjects, of_subject, faults, started = [*DATA, *MODELS], {}, [], time.perf_counter()
     for number, subject in enumerate(subjects):
@@ -42,8 +42,7 @@ def main(arguments: list[str]) -> int:
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
     print(f"{results['inputs']} inputs, {len(faults)} faults")
-    if options.record:
-        write_record(options.record, {"config": vars(options), "provenance": provenance(), "results": results})
+    write_results(options, results)
     return min(1, len(faults))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"
 
-from experiments.records import provenance, write_record
+from scripts.options import parsed, write_results
 from tests.hardening.kills import WORKS, killed
 
 
@@ -20,15 +20,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=50, help="of all of them together")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--record", type=Path, help="a new file for what came of them")
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     found = {}
     for number, name in enumerate(WORKS):
         n_kills = options.kills // len(WORKS) + (number < options.kills % len(WORKS))
         with tempfile.TemporaryDirectory() as folder:
             found[name] = killed(name, Path(folder), n_kills, options.seed)
         print(f"{name}: {found[name]}", flush=True)
-    if options.record:
-        write_record(options.record, {"config": vars(options), "provenance": provenance(), "results": found})
+    write_results(options, found)
     return min(1, sum(len(each["faults"]) for each in found.values()))
 
 

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.records import provenance, write_record
 from rap_env.evaluation.table import load_tables
 from rap_env.llm.loading import build_tiny_llm
+from scripts.options import parsed, write_results
 from tests.hardening.decisions import POLICIES, over_budget
 from tests.hardening.model_subjects import grouped
 
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--n", type=int, default=1000, help="of every kind of policy")
     parser.add_argument("--seed", type=int, default=0, help="of policies and scenarios")
     parser.add_argument("--record", type=Path, help="a new file for what came of them")
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     hundredth = options.n // 100
     on_parts = (options.n - hundredth) // 2
     sizes = {"parts": on_parts, "table": hundredth, "blocks": options.n - hundredth - on_parts}
@@ -33,9 +33,7 @@ def main(arguments: list[str]) -> int:
             over += over_budget(kind, shapes[name], n, options.seed)
         results[kind] = {"decisions": sizes, "seconds": time.perf_counter() - started}
         print(f"{kind}: {options.n} decisions; over budget so far: {len(over)}", flush=True)
-    if options.record:
-        results = {"of_policies": results, "over_budget": over}
-        write_record(options.record, {"config": vars(options), "provenance": provenance(), "results": results})
+    write_results(options, {"of_policies": results, "over_budget": over})
     return min(1, len(over))
 
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments.records import provenance, write_record
+from scripts.options import parsed, write_results
 from tests.hardening.soak import Endpoint, soak
 
 _MOST_GROWTH_BYTES = 1_000_000  # a minute
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", default="float32", help="in bfloat16 the company in a batch may tip an answer")
     parser.add_argument("--seed", type=int, default=0, help="of the load")
     parser.add_argument("--record", type=Path, help="a new file for what came of it")
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     with tempfile.TemporaryDirectory() as folder:
         endpoint = Endpoint(Path(folder), f"model.name={options.model}", f"model.dtype={options.dtype}")
         try:
@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> int:
         finally:
             endpoint.close()
     print({key: value for key, value in results.items() if key != "minutes_and_resident_bytes"})
-    if options.record:
-        write_record(options.record, {"config": vars(options), "provenance": provenance(), "results": results})
+    write_results(options, results)
     grows = (results["slope_bytes_per_minute"] or 0.0) >= _MOST_GROWTH_BYTES
     return int(results["killed"] or bool(results["faults"]) or not results["compared"] or grows)
 

@@ -12,6 +12,7 @@ from experiments.rerank_training.evaluation import lines
 from experiments.rerank_training.options import add_recipe_options, chosen_recipe
 from experiments.rerank_training.recipe import Run
 from rap_env.errors import RapError
+from scripts.options import parsed
 
 
 def main(arguments: list[str]) -> None:
@@ -22,7 +23,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--start", type=Path, help="folder of an adapter to go on from; by default an untrained one")
     parser.add_argument("--minutes", type=float, default=45, help="that training may take before it stops")
     add_recipe_options(parser)
-    options = parser.parse_args([given if given.startswith("-") else f"--{given}" for given in arguments])
+    options = parsed(parser, arguments)
     try:
         if options.record.exists():
             raise FileExistsError(f"{options.record} exists, and records are written once; name another file")

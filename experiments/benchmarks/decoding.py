@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from experiments.benchmarks.bench import Bench
+from experiments.benchmarks.generation import generated, read_together
 from experiments.benchmarks.timing import alternate, counted, speedup
 from rap_env.llm.live import LiveModel
 
@@ -16,25 +15,13 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     prompt = bench.windows()[0, : options["prompt_tokens"]].tolist()
     live, step = LiveModel(llm), counted(progress, 4 * options["repeats"])
 
-    @torch.inference_mode()
-    def generated(n_new: int) -> list[int]:
-        settings = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
-        return llm.model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
-
-    def read(n_new: int) -> list[int]:
-        cache, found, tokens = live.new_cache(len(prompt) + n_new), [], prompt
-        for _ in range(n_new):
-            tokens = [int(live.read([(cache, tokens)])[0].argmax())]
-            found += tokens
-        return found
-
     new = options["new_tokens"]
-    generated(2), read(2)
+    generated(llm, [prompt], 2), read_together(live, [prompt], 2)
     ways = {
-        "generate": lambda _: step(generated(new)),
-        "live": lambda _: step(read(new)),
-        "generate, prompt": lambda _: step(generated(1)),
-        "live, prompt": lambda _: step(read(1)),
+        "generate": lambda _: step(generated(llm, [prompt], new)[0]),
+        "live": lambda _: step(read_together(live, [prompt], new)[0]),
+        "generate, prompt": lambda _: step(generated(llm, [prompt], 1)[0]),
+        "live, prompt": lambda _: step(read_together(live, [prompt], 1)[0]),
     }
     seconds, tokens = alternate(ways, options["repeats"])
     plain, ours = (

@@ -2,13 +2,15 @@
 
 import gc
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
+from experiments.benchmarks.generation import generated, read_together
 from experiments.benchmarks.timing import alternate, speedup, timed
-from rap_env.llm.formats import quantise, site_matrices
+from rap_env.llm.formats import put_matrices, quantise, site_matrices
 from rap_env.llm.live import LiveModel
 from rap_env.llm.loading import build_random_llm, build_tiny_llm
 from rap_env.llm.quantised import QuantisedLinear
@@ -55,12 +57,7 @@ def generation_exactness(device: str) -> dict[str, Any]:
     llm = build_tiny_llm(device=device)
     prompts = [random_tokens(llm, length, seed=length) for length in (3, 9, 17)]
     together = read_together(LiveModel(llm), prompts, 8)
-    alone = [
-        llm.model.generate(
-            torch.tensor([prompt], device=device), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
+    alone = [generated(llm, [prompt], 8)[0] for prompt in prompts]
     return {"sequences": len(prompts), "tokens_equal": together == alone}
 
 
@@ -71,15 +68,17 @@ def formats(weights: str, kv_cache: str, device: str) -> dict[str, Any]:
     tokens = torch.tensor([random_tokens(llm, 48)], device=device)
     quantise(llm.model, weights, kv_cache)
     quantised = llm.model(tokens, use_cache=False).logits
-    for site, matrices in site_matrices(llm.model).items():
-        for path, matrix in matrices.items():
-            if isinstance(matrix, QuantisedLinear):
-                linear = nn.Linear(matrix.in_features, matrix.out_features, bias=False, device=device)
-                linear.weight.copy_(matrix.matrix(slice(0, matrix.out_features)).t())
-                parent, _, name = path.rpartition(".")
-                setattr(llm.model.model.layers[site.layer].get_submodule(parent), name, linear)
+    sites = site_matrices(llm.model)
+    put_matrices(llm.model, {site: {path: _plain(own) for path, own in sites[site].items()} for site in sites})
     exact = llm.model(tokens, use_cache=False).logits
     return {"largest_logit_difference": (quantised - exact).abs().max().item(), "logit_scale": exact.std().item()}
+
+
+def _plain(matrix: QuantisedLinear) -> nn.Linear:
+    """A layer with the numbers that a quantised one stands for."""
+    linear = nn.Linear(matrix.in_features, matrix.out_features, bias=False, device=matrix.weight.device)
+    linear.weight.copy_(matrix.matrix(slice(0, matrix.out_features)).t())
+    return linear
 
 
 def switching(llm: SwitchableLLM, tokens: Sequence[int], repeats: int) -> dict[str, Any]:
@@ -115,11 +114,6 @@ def decoding(llm: SwitchableLLM, tokens: Sequence[int], repeats: int) -> dict[st
     for n_sequences in (1, 8):
         prompts = [list(tokens)] * n_sequences
 
-        def generated(_repeat: int, prompts=prompts) -> None:
-            inputs = torch.tensor(prompts, device=llm.device)
-            options = {"do_sample": False, "pad_token_id": 0}
-            llm.model.generate(inputs, max_new_tokens=_NEW_TOKENS, min_new_tokens=_NEW_TOKENS, **options)
-
         def read(mask: PruningMask, prompts=prompts) -> Callable[[int], Any]:
             def run(_repeat: int) -> None:
                 live_model.switch(mask)
@@ -128,7 +122,7 @@ def decoding(llm: SwitchableLLM, tokens: Sequence[int], repeats: int) -> dict[st
             return run
 
         live_model.switch(masks["dense"])
-        plain, _ = alternate({"generate": generated}, repeats + 1)
+        plain, _ = alternate({"generate": lambda _, prompts=prompts: generated(llm, prompts, _NEW_TOKENS)}, repeats + 1)
         seconds, _ = alternate({name: read(mask) for name, mask in masks.items()}, repeats + 1)
         live_model.switch(masks["dense"])
         results[f"{n_sequences} sequences"] = {
@@ -142,11 +136,11 @@ def decoding(llm: SwitchableLLM, tokens: Sequence[int], repeats: int) -> dict[st
 def masks_of(llm: SwitchableLLM) -> dict[str, PruningMask]:
     """The first 70% of the parts of each site, and 70% of the layers."""
     dense = PruningMask.all_kept(llm.shape)
-    narrow = [own[round(0.7 * len(own)) :] for _site, span in dense.components.sites if (own := dense.components[span])]
+    widths = [round(0.7 * len(bits)) for _site, bits in dense.kept_parts]
     dropped = range(llm.shape.n_layers - round(0.3 * llm.shape.n_layers), llm.shape.n_layers)
     layers = [component for component in dense.components if component.site.layer in dropped]
     return {
-        "70% of each site": dense.drop(*(component for own in narrow for component in own)),
+        "70% of each site": PruningMask.from_widths(llm.shape, widths),
         "70% of the layers": dense.drop(*layers),
     }
 
@@ -154,19 +148,6 @@ def masks_of(llm: SwitchableLLM) -> dict[str, PruningMask]:
 @torch.inference_mode()
 def last_logits(llm: SwitchableLLM, tokens: Sequence[int]) -> torch.Tensor:
     return llm.model(torch.tensor([list(tokens)], device=llm.device), use_cache=False, logits_to_keep=1).logits
-
-
-@torch.inference_mode()
-def read_together(model: LiveModel, prompts: Sequence[Sequence[int]], n_new: int) -> list[list[int]]:
-    """Greedy tokens behind each prompt, all sequences read in one stream."""
-    caches = [model.new_cache(len(prompt) + n_new) for prompt in prompts]
-    pieces, found = [list(prompt) for prompt in prompts], [[] for _ in prompts]
-    for _ in range(n_new):
-        chosen = model.read(list(zip(caches, pieces, strict=True))).argmax(-1).tolist()
-        pieces = [[token] for token in chosen]
-        for own, token in zip(found, chosen, strict=True):
-            own.append(token)
-    return found
 
 
 def random_tokens(llm: SwitchableLLM, length: int, seed: int = 0) -> list[int]:
@@ -189,7 +170,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         printed.append(f"{name}: logits within {difference:.1e} of their spread of those of the numbers in float32")
     for name, entry in results["switching"]["masks"].items():
         left = sum(entry["left_allocator_bytes"]) / len(entry["left_allocator_bytes"])
-        milliseconds = [1000 * sorted(entry[way])[len(entry[way]) // 2] for way in ("down_seconds", "up_seconds")]
+        milliseconds = [1000 * median(entry[way]) for way in ("down_seconds", "up_seconds")]
         printed.append(
             f"{name}: {left / 1e9:.3f} GB leave the GPU, {entry['freed_bytes'] / 1e9:.3f} GB predicted;"
             f" {milliseconds[0]:.0f} ms down, {milliseconds[1]:.0f} ms up; logits equal: {entry['logits_equal']}"

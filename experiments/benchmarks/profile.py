@@ -3,13 +3,14 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.benchmarks.bench import Bench
+from experiments.benchmarks.generation import read_together
 from experiments.benchmarks.timing import counted, gemm_flops_per_second
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.live import LiveModel
@@ -33,7 +34,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
         "text": lambda: list(text.evaluate_many(llm, [dense])),
         "tasks": lambda: list(bench.evaluator.evaluate_many(llm, [dense])),
         "population": lambda: list(text.evaluate_many(llm, population)),
-        "decoding": lambda: _decode(LiveModel(llm), windows[0, :64].tolist(), options["decoded_tokens"]),
+        "decoding": lambda: read_together(LiveModel(llm), [windows[0, :64].tolist()], options["decoded_tokens"]),
     }
     step, shares = counted(progress, len(works)), {}
     for name, work in works.items():
@@ -47,26 +48,21 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     return {"shares": shares, "limits": _limits(llm), "threads": torch.get_num_threads()}
 
 
-def _decode(live: LiveModel, prompt: list[int], n_new: int) -> None:
-    cache, tokens = live.new_cache(len(prompt) + n_new), prompt
-    for _ in range(n_new):
-        tokens = [int(live.read([(cache, tokens)])[0].argmax())]
-
-
 def _shares(llm: SwitchableLLM, events: Iterable[Any], plain_seconds: float) -> dict[str, Any]:
     """Seconds of an operation's own by kind, operations of products, and the call's seconds without a profiler."""
     seconds: dict[str, float] = defaultdict(float)
     operations: dict[str, float] = defaultdict(float)
+    sizes = {one.shape[0] for site in llm.shape.sites for one in llm.parameters_of(site)}
     for event in events:
-        kind = _kind(event.name, event.input_shapes, llm)
+        kind = _kind(event.name, event.input_shapes, sizes)
         seconds[kind] += event.self_cpu_time_total / 1e6
         operations[kind] += _operations(event.name, event.input_shapes)
     return {"seconds": plain_seconds, "profiled_seconds": dict(seconds), "operations": dict(operations)}
 
 
-def _kind(name: str, shapes: Sequence[Sequence[int]], llm: SwitchableLLM) -> str:
+def _kind(name: str, shapes: Sequence[Sequence[int]], sizes: Set[int]) -> str:
+    """Of an operation; `sizes` are the numbers of outputs of the sites' matrices."""
     if name in _PRODUCTS:
-        sizes = {one.shape[0] for site in llm.shape.sites for one in llm.parameters_of(site)}
         return "matrix products" if _outputs(name, shapes) in sizes else "head"
     for kind, names in {"attention": _ATTENTION, "log-softmax": _LOSSES, "copies": _COPIES}.items():
         if name in names:

@@ -22,7 +22,7 @@ def attention(
 ) -> torch.Tensor:
     """What queries read, [B, h, T, D] -> [B, T, h, D].
 
-    PyTorch's kernel multiplies bfloat16 by AMX; where a CPU has none it is half as fast as batched products over blocks
+    PyTorch's kernel multiplies bfloat16 by AMX; where a CPU has none it is slower than batched products over blocks
     of queries, whose scores are rounded to bfloat16.
 
     Args:
@@ -47,7 +47,7 @@ def _in_blocks(
 ) -> torch.Tensor:
     sequences, heads, n_queries, size = query.shape
     groups, n_keys = key.shape[1:3]
-    # oneDNN makes and keeps a program for each shape of a product, 0.7 MB: few shapes, so rows and keys are filled up.
+    # oneDNN makes and keeps a program for each shape of a product: few shapes, so rows and keys are filled up.
     more_rows, more_keys = (-n % (_FILL if n <= _BLOCK_ROWS else _BLOCK_ROWS) for n in (n_queries, n_keys))
     query = functional.pad(query * scale, (0, 0, 0, more_rows)).unflatten(1, (groups, -1))
     key, value = (functional.pad(states, (0, 0, 0, more_keys)) for states in (key, value))
