@@ -1,4 +1,4 @@
-"""Kills training, comparing and exporting on the tiny model: `python -m scripts.kills kills=50 record=FILE`.
+"""Kills training, comparing, exporting and serving on the tiny model: `python -m scripts.kills kills=50 record=FILE`.
 
 Each is begun again until it ends. Needs the checkout's tests; ends with 1 if something was lost or half-written.
 """

@@ -20,13 +20,16 @@ from experiments.records import read_record
 from rap_env.evaluation.store import ResultStore
 from rap_env.export import hf
 from rap_env.export.save import export_pruned
+from rap_env.files import write_over
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.mask import PruningMask
 from rap_env.policies import load_policy
+from tests.serving.endpoint_cases import PLENTY, served, until
 
 _QUIET = ("hydra/job_logging=none", "hydra/hydra_logging=none", "~hydra.callbacks.report")
 _DROPPED = ("layer0.mlp", "layer2.attention")
 _EXPORTS = 6
+_ANSWERS = 8
 _TOKENS = torch.tensor([[5, 77, 130, 9, 200, 31]])
 
 
@@ -92,6 +95,25 @@ def _exported(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _serve(folder: Path) -> None:
+    """Calls of an endpoint whose model leaves memory for a part before each of them, and comes back from the disk."""
+    with served(folder / "weights") as server:
+        until(lambda: server.service.step is not None)
+        store, whole_bytes = server.llm.store, server.llm.store.resident.weight_bytes
+        for number in range(_ANSWERS):
+            if (out := folder / f"{number}.json").exists():
+                continue
+            server.budget.n_bytes = 0.75 * server.llm.shape.weight_bytes
+            until(lambda: store.resident.weight_bytes < whole_bytes)
+            server.budget.n_bytes = PLENTY
+            until(lambda: store.resident.weight_bytes == whole_bytes)
+            write_over(out, json.dumps(server.ask([5, 77, 130, number]).choices[0].text))
+
+
+def _answered(folder: Path) -> dict[str, Any]:
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
+
+
 WORKS = {
     "training": Work(lambda folder: _train(folder, "agent=greedy_gsi", f"hydra.run.dir={folder}/run"), _finished_runs),
     "comparing": Work(
@@ -99,6 +121,7 @@ WORKS = {
         _finished_runs,
     ),
     "exporting": Work(_export, _exported),
+    "serving": Work(_serve, _answered),
 }
 
 
