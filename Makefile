@@ -8,6 +8,7 @@
 # make services                     a PostgreSQL server of your own for results that several processes share; prints store=URL
 # make audit                        a bill of materials of the environment, and its known vulnerabilities
 # make test                         linters and the fast test suite
+# make test ARGS="-m slow"          the tests that this leaves out, a few minutes more
 # make site                         the documentation as a site in build/site, every link inside it checked
 # make soak                         24 minutes of mixed load on the endpoint while its memory budget moves
 # make kills                        writers of one store killed at random, on SQLite and on that server
@@ -57,7 +58,7 @@ test: model
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow" $(ARGS)
 
 site: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -230,6 +230,7 @@ def test_one_step_refuses_an_action_that_is_no_mask(make):
             env.step(action)
 
 
+@pytest.mark.slow
 @pytest.mark.llm
 def test_the_default_environment_is_made_and_stepped_with_nothing_given(embedded_folder, tmp_path):
     """In a process and a cache folder of its own; the ranking of 60 components is measured here."""

@@ -106,6 +106,7 @@ def test_a_cpu_with_another_number_of_threads_is_another_platform(monkeypatch):
     assert found[0] | {"threads": 2} == found[1] != found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.llm
 def test_threads_are_lanes_which_round_differently_in_bfloat16(embedded_folder):
     code = (

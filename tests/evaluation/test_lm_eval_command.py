@@ -42,6 +42,7 @@ def finish(process: subprocess.Popen, folder: Path, name: str) -> dict:
     return {metric: metrics[f"{metric},none"] for metric in ("acc", "acc_norm")}
 
 
+@pytest.mark.slow
 def test_the_command_gives_what_lm_eval_gives_of_the_saved_and_of_the_masked_model(tiny_llm, tmp_path):
     tiny_llm.model.save_pretrained(tmp_path / "model")
     tiny_llm.tokenizer.save_pretrained(tmp_path / "model")

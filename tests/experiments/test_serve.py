@@ -32,6 +32,7 @@ TINY = [
 SHAPE = build_tiny_llm().shape
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_systems_serve_in_processes_of_their_own_and_who_passes_the_limit_is_killed(tmp_path):
     """The model has 0.6 MB, less than a process's memory wavers by: so the limit is far away, or far below."""
