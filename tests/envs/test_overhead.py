@@ -1,5 +1,6 @@
 """What an environment costs when evaluating is free: far less than a network's forward and backward pass."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -24,14 +25,14 @@ def parts(toy_problem):
     return {"problem": PruningProblem(llm, type(toy_problem.evaluator)()), "importance": ImportanceSource(names)}
 
 
-def fastest_seconds(call: Callable, before: Callable = lambda: None) -> float:
+def median_seconds(call: Callable, before: Callable = lambda: None) -> float:
     seconds = []
     for _ in range(100):
         before()
         started = time.thread_time()  # without waiting for others
         call()
         seconds.append(time.thread_time() - started)
-    return min(seconds)
+    return statistics.median(seconds)
 
 
 def test_one_step_environment_answers_at_once_when_the_mask_is_known(parts):
@@ -39,8 +40,8 @@ def test_one_step_environment_answers_at_once_when_the_mask_is_known(parts):
     env.reset(seed=0)
     action = np.arange(2 * N_LAYERS) % 2
     env.step(action)
-    assert fastest_seconds(env.reset) < LIMIT_SECONDS
-    assert fastest_seconds(lambda: env.step(action), before=env.reset) < LIMIT_SECONDS
+    assert median_seconds(env.reset) < LIMIT_SECONDS
+    assert median_seconds(lambda: env.step(action), before=env.reset) < LIMIT_SECONDS
     assert env.unwrapped.problem.evaluator.calls == 1
 
 
@@ -48,10 +49,10 @@ def test_sequential_environment_answers_at_once(parts):
     env = gymnasium.make("rap/SequentialPruning-v0", **parts)
     env.reset(seed=0)
     stop = 2 * N_LAYERS
-    assert fastest_seconds(env.reset) < LIMIT_SECONDS
-    assert fastest_seconds(lambda: env.step(5), before=env.reset) < LIMIT_SECONDS
-    assert fastest_seconds(lambda: env.step(stop), before=env.reset) < LIMIT_SECONDS
-    assert fastest_seconds(env.get_wrapper_attr("action_masks")) < LIMIT_SECONDS
+    assert median_seconds(env.reset) < LIMIT_SECONDS
+    assert median_seconds(lambda: env.step(5), before=env.reset) < LIMIT_SECONDS
+    assert median_seconds(lambda: env.step(stop), before=env.reset) < LIMIT_SECONDS
+    assert median_seconds(env.get_wrapper_attr("action_masks")) < LIMIT_SECONDS
 
 
 @pytest.mark.parametrize("name", ["rap/Pruning-v0", "rap/SequentialPruning-v0"])
@@ -60,5 +61,5 @@ def test_vector_environment_costs_no_more_for_each_of_its_environments(parts, na
     envs.reset(seed=0)
     actions = np.ones((N_ENVS, 2 * N_LAYERS), dtype=np.int8) if "Seq" not in name else np.full(N_ENVS, 2 * N_LAYERS)
     envs.step(actions)
-    assert fastest_seconds(envs.reset) / N_ENVS < LIMIT_SECONDS
-    assert fastest_seconds(lambda: envs.step(actions)) / N_ENVS < LIMIT_SECONDS  # with its autoresets
+    assert median_seconds(envs.reset) / N_ENVS < LIMIT_SECONDS
+    assert median_seconds(lambda: envs.step(actions)) / N_ENVS < LIMIT_SECONDS  # with its autoresets
