@@ -18,6 +18,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # OpenMP threads that spin at barriers make everything crawl as soon as another process wants the cores.
 export OMP_WAIT_POLICY ?= passive
+# Without bytecode each of the processes that tests and sweeps start would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Whoever may enter this folder may use the server: it listens on a socket in it and nowhere else. PostgreSQL refuses root.
 PG_DATA ?= $(CURDIR)/outputs/postgresql

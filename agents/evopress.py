@@ -102,11 +102,15 @@ def mutate(parent: np.ndarray, space: Granularity, generator: np.random.Generato
     for _ in range(generator.integers(1, _MOST_SWAPS + 1, size=2).min()):
         if child.all():
             break
-        restored = generator.choice(np.flatnonzero(~child))
+        restored = _one_of(np.flatnonzero(~child), generator)
         trade = space.trades and generator.random() < 0.5
         partners = np.flatnonzero(child & (trade | (space.labels == space.labels[restored])))
         if len(partners):
-            going = space.beside(child, generator.choice(partners), generator)
+            going = space.beside(child, _one_of(partners, generator), generator)
             coming = space.beside(child, restored, generator)
             child[going], child[coming] = False, True
     return space.repair(child, generator)
+
+
+def _one_of(positions: np.ndarray, generator: np.random.Generator) -> int:
+    return positions[generator.integers(len(positions))]  # what `choice` draws, in a tenth of its time

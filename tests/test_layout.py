@@ -1,6 +1,7 @@
 """The layout that the architecture promises: short files, each large library in its one place, a small public face."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -63,10 +64,16 @@ def name_of(path: Path) -> str:
     return path.relative_to(PROJECT).as_posix()
 
 
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imported_libraries(path: Path) -> set[str]:
     """Top-level names of everything that a file imports, inside functions too."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -94,7 +101,7 @@ def test_functions_are_under_60_lines():
     lengths = {
         f"{name_of(path)}:{node.name}": lines_of(node)
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert {name: n_lines for name, n_lines in lengths.items() if n_lines >= 60} == {}
@@ -180,14 +187,14 @@ def test_importing_what_serves_loads_nothing_that_only_the_endpoint_needs():
 
 
 def test_every_module_says_what_it_is_for():
-    texts = {name_of(path): path.read_text(encoding="utf-8") for path in FILES if "tests" not in path.parts}
-    assert [name for name, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))] == []
+    files = [path for path in FILES if "tests" not in path.parts and tree(path).body]
+    assert [name_of(path) for path in files if not ast.get_docstring(tree(path))] == []
 
 
 @pytest.mark.parametrize("module", ["rap_env.reward", "rap_env.memory.footprint"])
 def test_pure_modules_import_no_torch(module):
-    tree = importlib.import_module(module)
-    assert not imported_libraries(Path(tree.__file__)) & {"torch", "transformers", "numpy"}
+    file = importlib.import_module(module).__file__
+    assert not imported_libraries(Path(file)) & {"torch", "transformers", "numpy"}
 
 
 def tree_of(text: str) -> dict[str, str]:

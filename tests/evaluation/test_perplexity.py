@@ -171,6 +171,7 @@ def test_windows_with_tokens_that_the_model_does_not_know_are_refused(tiny_llm):
 
 
 @pytest.mark.llm
+@pytest.mark.slow
 def test_the_dense_embedded_model_has_the_published_perplexity(embedded_llm):
     if not WIKITEXT.is_file():
         pytest.skip(f"no WikiText-2 test text at {WIKITEXT}")
