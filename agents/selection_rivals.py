@@ -8,12 +8,14 @@ import numpy as np
 
 from rap_env.rerank.clusters import ClusterRule
 from rap_env.rerank.cuts import CUTS, GO_ON, STOP, Cut
+from rap_env.rerank.margins import MarginRule
 from rap_env.rerank.selection import Decider, Decision
 from rap_env.rerank.similarity import SimilarityExit
 
 PUBLISHED = "published rule"
 _THRESHOLDS = (*np.geomspace(0.02, 200.0, 25).round(4).tolist(), 1e9)  # of |std / mean|; the last never prunes
 _SIMILARITY_MARGINS = (*np.linspace(0.0, 6.0, 25).tolist(), 1e9)  # in spreads of a request's; the last drops nobody
+_MARGINS = (*np.geomspace(0.05, 16.0, 60).round(4).tolist(), 1e9)  # in units of each layer's noise
 _N_FIRST_LAYERS = 8
 
 
@@ -67,14 +69,18 @@ class Setting(NamedTuple):
     decider: Decider | SimilarityExit
 
 
-def rivals(spreads: np.ndarray, with_similarities: bool = False) -> dict[str, list[Setting]]:
+def rivals(spreads: np.ndarray, noise: np.ndarray, with_similarities: bool = False) -> dict[str, list[Setting]]:
     """All settings of each rule, by its name.
 
     Args:
         spreads: The usual spread of scores after each layer [layers].
+        noise: By how much differences of scores still move after each layer [layers], see `score_noise`.
         with_similarities: Whether similarities of embeddings were recorded, by which documents can leave.
     """
     families = _by_scores(spreads)
+    families["margin of each layer's own noise"] = [
+        Setting({"margin": margin}, MarginRule(tuple(noise.tolist()), margin)) for margin in _MARGINS
+    ]
     if with_similarities:
         families["similarity before the first layer"] = [
             Setting({"margin": margin}, SimilarityExit(margin)) for margin in _SIMILARITY_MARGINS

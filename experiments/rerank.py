@@ -1,10 +1,10 @@
 """Rerankers compared by seconds, memory and what they find: `python -m experiments.rerank`; see conf/rerank.yaml."""
 
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,14 +26,17 @@ from experiments.rerank_training.evaluation import ndcg
 from experiments.reranking.answers import Plan, ask_all
 from experiments.reranking.paths import paths_of
 from experiments.reranking.process import Process
+from experiments.reranking.ranker import load_reranker_llm
+from experiments.reranking.recorded import recorded_paths
 from experiments.reranking.requests import Request, packaged_collection, requests_of
 from experiments.reranking.summary import Judges, summary
-from experiments.reranking.systems import System, systems_of
-from experiments.reranking.thresholds import lowest_threshold
+from experiments.reranking.systems import MARGINS, System, systems_of
+from experiments.reranking.thresholds import lowest_margin, lowest_threshold
 from rap_env.errors import InvalidConfig, RecordExists
 from rap_env.files import write_over
 from rap_env.llm.loading import load_llm
 from rap_env.rerank import ClusterRule
+from rap_env.rerank.margins import score_noise
 
 _RECORD = "rerank.json"
 _CONFIG = "config.json"
@@ -65,12 +68,13 @@ class Comparison:
         self._requests = requests_of(self._collection, [*training, *report], max(config["candidates"]))
         self._training = range(len(training))
         self._report = range(len(training), len(self._requests))
+        self._noise: dict[bool, np.ndarray] = {}  # of each layer, by whether the model is masked; see `score_noise`
         _check_same(folder / _CONFIG, config)
 
     def results(self) -> dict[str, Any]:
         """Asks everything that has no answer yet, and sums up."""
-        full = self._paths(System(), [*self._training, *self._report])
-        thresholds = self._thresholds(full)
+        full = self._paths(System(), self._report)
+        thresholds = self._thresholds()
         config = self._config
         plan = Plan(self._report, config["candidates"], config["top_k"], config["repeats"], thresholds)
         with phase("requests") as progress:
@@ -83,8 +87,8 @@ class Comparison:
             "left_out": self.left_out | failed,
             "catches_peaks": all(each["catches_peaks"] for own in whole.values() for each in own),
             "thresholds": [
-                {"masked": masked, "candidates": n, "top_k": k, "threshold": threshold}
-                for (masked, n, k), threshold in thresholds.items()
+                {"rule": rule, "masked": masked, "candidates": n, "top_k": k, "threshold": threshold}
+                for (rule, masked, n, k), threshold in thresholds.items()
             ],
             "gamma": [_numbers(gamma_by_layer(full[number]["path"])) for number in self._report],
             "prompt_tokens_behind_the_query": mean(t for number in self._report for t in full[number]["tokens"]),
@@ -96,7 +100,9 @@ class Comparison:
         for candidates in self._config["candidates"]:
             asked = [self._requests[number] for number in self._report]
             run = {
-                each.name: {name: -float(place) for place, name in enumerate(islice(each.documents, candidates))}
+                each.name: {
+                    name: -float(place) for place, name in enumerate(itertools.islice(each.documents, candidates))
+                }
                 for each in asked
             }
             found.append({"candidates": candidates, "ndcg_at_10": mean(ndcg(self._collection.grades, run).values())})
@@ -124,17 +130,31 @@ class Comparison:
                 progress,
             )
 
-    def _thresholds(self, full: Mapping[int, Mapping[str, Any]]) -> dict[tuple[bool, int, int], float]:
-        """Of each model that is pruned: a masked one is held against its own full reading."""
+    def _thresholds(self) -> dict[tuple[str, bool, int, int], float]:
+        """Of each rule and each model that is pruned: a masked one is held against its own full reading."""
         found, config = {}, self._config
-        for masks in sorted({each.masks for each in self._systems.values() if each.prunes}):
-            paths = self._paths(System(masks=True), self._training) if masks else full
-            for candidates in config["candidates"]:
-                known = [paths[number]["path"][:, :candidates] for number in self._training]
-                for k in config["top_k"]:
-                    rule = ClusterRule(0.0, **config["rule"])
-                    found[masks, candidates, k] = lowest_threshold(rule, known, k, config["target"])
+        pruned = sorted({(each.masks, each.prunes) for each in self._systems.values() if each.prunes})
+        paths = {masks: self._training_paths(masks) for masks in {masks for masks, _rule in pruned}}
+        self._noise = {masks: score_noise(paths[masks]) for masks, rule in pruned if rule == MARGINS}
+        for (masks, rule), candidates, k in itertools.product(pruned, config["candidates"], config["top_k"]):
+            known = [path[:, :candidates] for path in paths[masks]]
+            if rule == MARGINS:
+                threshold = lowest_margin(self._noise[masks], known, k, config["target"])
+            else:
+                threshold = lowest_threshold(ClusterRule(0.0, **config["rule"]), known, k, config["target"])
+            found[rule, masks, candidates, k] = threshold
         return found
+
+    def _training_paths(self, masks: bool) -> list[np.ndarray]:
+        """Of the calibration queries, each [layers, n]."""
+        config = self._config
+        if config["paths"] is None or masks:
+            paths = self._paths(System(masks=masks), self._training)
+            return [paths[number]["path"] for number in self._training]
+        digest = load_reranker_llm(config).digest
+        source = {"model_digest": digest, "document_tokens": config["max_document_tokens"]}
+        names = [self._requests[number].name for number in self._training]
+        return recorded_paths(config["paths"], names, max(config["candidates"]), source)
 
     def _full_orders(self, full: Mapping[int, Mapping[str, Any]]) -> dict[tuple[int, int], list[int]]:
         return {
@@ -150,13 +170,14 @@ class Comparison:
         requests = [{"query": each.query, "documents": list(each.documents.values())} for each in self._requests]
         loaded = {key: self._config[key] for key in _LOADED}
         examples = [self._example(self._requests[number]) for number in self._training]
-        own = {"system": system.as_dict(), "requests": requests, "examples": examples}
+        noise = self._noise[system.masks].tolist() if system.prunes == MARGINS else None
+        own = {"system": system.as_dict(), "requests": requests, "examples": examples, "noise": noise}
         return {**loaded, **own, "folder": str(self._folder / _WEIGHTS)}
 
     def _example(self, request: Request) -> dict[str, Any]:
         """A calibration query with the fewest candidates that are asked for, as the heads are chosen on it."""
         grades = self._collection.grades[request.name]
-        documents = dict(islice(request.documents.items(), min(self._config["candidates"])))
+        documents = dict(itertools.islice(request.documents.items(), min(self._config["candidates"])))
         relevant = [grades.get(name, 0) > 0 for name in documents]
         return {"query": request.query, "documents": list(documents.values()), "relevant": relevant}
 

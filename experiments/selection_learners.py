@@ -28,6 +28,7 @@ from experiments.selection_matching import Outcomes, cheapest, frontier, matched
 from rap_env.envs.selection import TOP_KS, SelectionEnv
 from rap_env.errors import InvalidConfig
 from rap_env.rerank.choosing import Choosing
+from rap_env.rerank.margins import score_noise
 from rap_env.rerank.paths import ScorePaths
 from rap_env.rerank.selection import Decider
 
@@ -111,7 +112,7 @@ def _tuned_rules(parts: Parts, plan: Plan) -> tuple[dict[str, dict], dict[int, d
     columns = ("scores", "tokens", "grades", "similarities")
     *joined, similarities = (getattr(parts.training, name) + getattr(parts.validation, name) for name in columns)
     tuning = ScorePaths(names, *joined, parts.training.provenance, similarities)
-    families = rivals(parts.training.spreads(), bool(similarities))
+    families = rivals(parts.training.spreads(), score_noise(parts.training.scores), bool(similarities))
     rules: dict[str, dict] = {name: {} for name in families}
     curves: dict[int, dict[str, Outcomes]] = {k: {} for k in plan.top_ks}
     with phase("tuning rules") as progress:

@@ -23,21 +23,22 @@ class Plan:
         candidates: Sizes of a request: so many of its first documents.
         top_k: Values of K that systems which prune are asked for; the others rank all documents once.
         repeats: How often everything is asked.
-        thresholds: Of the cluster rule, by whether the model is masked, candidates and K.
+        thresholds: Of each rule that prunes, by its name, whether the model is masked, candidates and K.
     """
 
     requests: Sequence[int]
     candidates: Sequence[int]
     top_k: Sequence[int]
     repeats: int
-    thresholds: Mapping[tuple[bool, int, int], float]
+    thresholds: Mapping[tuple[str, bool, int, int], float]
 
     def commands(self, system: System, repeat: int) -> Iterator[dict[str, Any]]:
         """What a system is asked in one repeat."""
         for candidates in self.candidates:
             for number in self.requests:
                 for k in self.top_k if system.prunes else [None]:
-                    threshold = self.thresholds[system.masks, candidates, k] if system.prunes else None
+                    rule = (system.prunes, system.masks, candidates, k)
+                    threshold = self.thresholds[rule] if system.prunes else None
                     asked = {"rank": number, "candidates": candidates, "top_k": k, "threshold": threshold}
                     yield {"repeat": repeat, **asked}
 

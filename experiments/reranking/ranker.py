@@ -9,7 +9,7 @@ import torch
 
 from experiments.reranking.heads import AttentionHeads, Example
 from experiments.reranking.padded import PaddedBatches, offload
-from experiments.reranking.systems import CROSS_ENCODER, HEADS, OFFLOADED, RERANKER, System
+from experiments.reranking.systems import CROSS_ENCODER, HEADS, MARGINS, OFFLOADED, RERANKER, System
 from rap_env.calibration.corpus import packaged_corpus
 from rap_env.calibration.sampling import random_windows
 from rap_env.llm.formats import quantise
@@ -17,7 +17,7 @@ from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import MLP, PruningMask, Site
-from rap_env.rerank import ClusterRule, MemoryBounds, Reranker, Template
+from rap_env.rerank import ClusterRule, Decider, MarginRule, MemoryBounds, Reranker, Template
 from rap_env.rerank.adapter import merge_adapter
 from rap_env.rerank.prompts import Prompts
 from rap_env.rerank.reranker import own_of
@@ -53,7 +53,8 @@ class Ranker:
     Args:
         system: What is switched on.
         spec: `model_name`, `dtype`, `adapter`, `template`, `max_document_tokens`, `batch_size`, `kept_channels`,
-            `n_heads`, `bounds` and `rule`, as in conf/rerank.yaml, `folder` for files, and `examples` for the heads.
+            `n_heads`, `bounds` and `rule`, as in conf/rerank.yaml, `folder` for files, `examples` for the heads, and
+            `noise` of each layer for margins.
     """
 
     def __init__(self, system: System, spec: Mapping[str, Any]) -> None:
@@ -75,13 +76,12 @@ class Ranker:
             query: What is asked for.
             documents: The candidates.
             top_k: How many; None for all.
-            threshold: Of the cluster rule; None: nobody leaves early.
+            threshold: Of the rule that prunes; None: nobody leaves early.
         """
         if self.system.reads != RERANKER:
             scores = np.array(self._scorer.scores(query, documents))
             return Ranked(np.argsort(-scores, kind="stable")[:top_k].tolist(), self._n_layers, None)
-        rule = None if threshold is None else ClusterRule(threshold, **self._spec["rule"])
-        self._reranker.decider = rule
+        self._reranker.decider = None if threshold is None else self._rule(threshold)
         rows_before = self._rows_read()
         ranking = self._reranker.ranking(query, documents, top_k)
         read_bytes = (self._rows_read() - rows_before) * self._row_bytes()
@@ -98,11 +98,14 @@ class Ranker:
         """Tokens that are read for each document alone [n]."""
         return self._reranker.token_counts(query, documents).tolist()
 
+    def _rule(self, threshold: float) -> Decider:
+        if self.system.prunes == MARGINS:
+            return MarginRule(tuple(self._spec["noise"]), threshold)
+        return ClusterRule(threshold, **self._spec["rule"])
+
     def _load(self) -> SwitchableLLM:
         spec, system = self._spec, self.system
-        llm = load_llm(spec["model_name"], spec["dtype"], "cpu", granularity="group" if system.masks else "block")
-        if adapter := _adapter(spec):
-            merge_adapter(llm, adapter)
+        llm = load_reranker_llm(spec, "group" if system.masks else "block")
         if system.masks:
             mask_channels(llm, spec["kept_channels"], Path(spec["folder"]))
         if system.weights != "full":
@@ -139,6 +142,14 @@ class Ranker:
 
     def _row_bytes(self) -> int:
         return self._reranker.llm.shape.hidden_size * self._reranker.llm.dtype.itemsize
+
+
+def load_reranker_llm(spec: Mapping[str, Any], granularity: str = "block") -> SwitchableLLM:
+    """The model with its adapter merged; `model_name`, `dtype` and `adapter` of the specification are read."""
+    llm = load_llm(spec["model_name"], spec["dtype"], "cpu", granularity=granularity)
+    if adapter := _adapter(spec):
+        merge_adapter(llm, adapter)
+    return llm
 
 
 def mask_channels(llm: SwitchableLLM, kept_share: float, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from rap_env.errors import check_known
 
 RERANKER, PADDED, OFFLOADED, CROSS_ENCODER, HEADS = "reranker", "padded", "offloaded", "cross_encoder", "heads"
+CLUSTERS, MARGINS = "clusters", "margins"
 _PACKAGES = {OFFLOADED: "accelerate", CROSS_ENCODER: "sentence_transformers"}
 
 
@@ -19,7 +20,8 @@ class System:
         reads: `"reranker"`, this package's; or, over the same prompts, `"padded"` batches of transformers, the same
             with layers `"offloaded"` to the disk by accelerate, or sentence-transformers' `"cross_encoder"`; or, over
             one prompt with all documents, attention `"heads"`.
-        prunes: Whether documents leave early, by the cluster rule.
+        prunes: By which rule documents leave early: the published one over `"clusters"`, or by `"margins"` that each
+            layer has from calibration; None: nobody does.
         streams: Whether only two sites' weights are in memory.
         chunks: Whether a layer reads the documents chunk by chunk.
         caches_rows: Whether only some rows of the embedding are in memory.
@@ -28,7 +30,7 @@ class System:
     """
 
     reads: str = RERANKER
-    prunes: bool = False
+    prunes: str | None = None
     streams: bool = False
     chunks: bool = True
     caches_rows: bool = False
@@ -56,16 +58,18 @@ SYSTEMS = {
     "heads": System(HEADS),
     "int8": System(weights="int8"),
     "full": System(),
-    "pruned": System(prunes=True),
+    "pruned": System(prunes=CLUSTERS),
+    "margins": System(prunes=MARGINS),
     "streamed": System(streams=True, caches_rows=True),
-    "streamed_pruned": System(prunes=True, streams=True, caches_rows=True),
+    "streamed_pruned": System(prunes=CLUSTERS, streams=True, caches_rows=True),
+    "streamed_margins": System(prunes=MARGINS, streams=True, caches_rows=True),
     # From everything on, one part is off; without pruning it is `streamed`.
-    "without_streaming": System(prunes=True, caches_rows=True),
-    "without_chunks": System(prunes=True, streams=True, chunks=False, caches_rows=True),
-    "without_row_cache": System(prunes=True, streams=True),
-    "pruning_alone": System(prunes=True, chunks=False),
+    "without_streaming": System(prunes=CLUSTERS, caches_rows=True),
+    "without_chunks": System(prunes=CLUSTERS, streams=True, chunks=False, caches_rows=True),
+    "without_row_cache": System(prunes=CLUSTERS, streams=True),
+    "pruning_alone": System(prunes=CLUSTERS, chunks=False),
     "masked": System(masks=True),
-    "masked_pruned": System(prunes=True, masks=True),
+    "masked_pruned": System(prunes=CLUSTERS, masks=True),
 }
 
 

@@ -1,14 +1,18 @@
-"""The threshold of the cluster rule: the lowest one that still agrees with the full model on training queries."""
+"""Thresholds of the rules that prune: the lowest that still agree with the full model on training queries."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from rap_env.rerank import ClusterRule
 from rap_env.rerank.calibration import precision
+from rap_env.rerank.margins import MarginRule
+from rap_env.rerank.selection import Decider
 
 _QUANTILES, _TAIL = 16, 25  # steps
+_NEVER = 1e9
+MARGINS = tuple(np.geomspace(16.0, 0.05, 60).round(4).tolist())  # in units of the noise
 
 
 def lowest_threshold(rule: ClusterRule, paths: Sequence[np.ndarray], top_k: int, target: float) -> float:
@@ -29,9 +33,29 @@ def lowest_threshold(rule: ClusterRule, paths: Sequence[np.ndarray], top_k: int,
     lowest = float(spreads.max()) * 2  # a subset of the scores may spread more than all of them
     highest, second, *others = np.quantile(spreads, np.linspace(1, 0, _QUANTILES))
     tail = np.geomspace(highest, second, _TAIL) if second > 0 else [highest, second]
-    for threshold in map(float, [*tail, *others]):
-        tried = replace(rule, threshold=threshold)
-        if np.mean([precision(path, tried, top_k) for path in paths]) < target:
+    thresholds = map(float, [*tail, *others])
+    rules = ((threshold, replace(rule, threshold=threshold)) for threshold in thresholds)
+    return _last_that_agrees(rules, paths, top_k, target, lowest)
+
+
+def lowest_margin(noise: np.ndarray, paths: Sequence[np.ndarray], top_k: int, target: float) -> float:
+    """Walks down over `MARGINS` in the same way; so large that nobody leaves where even the first loses too much.
+
+    Args:
+        noise: Of each layer [layers], see `score_noise`.
+        paths: As for `lowest_threshold`.
+        top_k: K.
+        target: Least mean share of the full model's best K.
+    """
+    rules = ((margin, MarginRule(tuple(noise.tolist()), margin)) for margin in MARGINS)
+    return _last_that_agrees(rules, paths, top_k, target, _NEVER)
+
+
+def _last_that_agrees(
+    rules: Iterable[tuple[float, Decider]], paths: Sequence[np.ndarray], top_k: int, target: float, lowest: float
+) -> float:
+    for threshold, rule in rules:
+        if np.mean([precision(path, rule, top_k) for path in paths]) < target:
             break
         lowest = threshold
     return lowest

@@ -3,6 +3,7 @@
 from rap_env.rerank.calibration import calibrate
 from rap_env.rerank.clusters import ClusterRule
 from rap_env.rerank.encoder import EncoderReranker
+from rap_env.rerank.margins import MarginRule
 from rap_env.rerank.prompts import QWEN3, SMOLLM2, Template
 from rap_env.rerank.reranker import MemoryBounds, Reranker
 from rap_env.rerank.selection import Decider, Decision, Ranking, replay
@@ -14,6 +15,7 @@ __all__ = [
     "Decider",
     "Decision",
     "EncoderReranker",
+    "MarginRule",
     "MemoryBounds",
     "Ranking",
     "Reranker",

@@ -9,12 +9,12 @@ import numpy as np
 from rap_env.errors import RankingFailed
 from rap_env.rerank.clusters import ClusterRule
 from rap_env.rerank.outcomes import agreement
-from rap_env.rerank.selection import replay
+from rap_env.rerank.selection import Decider, replay
 
 _GAIN = 2.0
 
 
-def precision(path: np.ndarray, rule: ClusterRule, top_k: int) -> float:
+def precision(path: np.ndarray, rule: Decider, top_k: int) -> float:
     """Which share of the full model's best K a rule returns.
 
     Args:

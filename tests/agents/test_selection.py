@@ -9,6 +9,7 @@ from rap_env.envs.selection import SelectionEnv
 from rap_env.errors import UnknownName
 from rap_env.rerank.choosing import Choosing
 from rap_env.rerank.cuts import CUTS, Cut
+from rap_env.rerank.margins import score_noise
 from rap_env.rerank.outcomes import replayed
 from rap_env.rerank.paths import ScorePaths
 from rap_env.rerank.selection import replay
@@ -37,11 +38,12 @@ def test_a_request_ends_when_the_best_did_not_change_for_some_layers():
 
 
 def test_all_settings_of_all_rules_make_rankings_and_some_of_each_read_less():
-    for name, settings in rivals(PATHS.spreads()).items():
+    rules = rivals(PATHS.spreads(), score_noise(PATHS.scores))
+    for name, settings in rules.items():
         found = [replayed(PATHS.scores[0], PATHS.tokens[0], one.decider, 5) for one in settings]
         assert min(one.compute for one in found) < 1.0, name
         assert len({tuple(one.values.items()) for one in settings}) == len(settings)
-    assert replayed(PATHS.scores[0], PATHS.tokens[0], rivals(PATHS.spreads())[PUBLISHED][-1].decider, 5).compute == 1.0
+    assert replayed(PATHS.scores[0], PATHS.tokens[0], rules[PUBLISHED][-1].decider, 5).compute == 1.0
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

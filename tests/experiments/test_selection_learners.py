@@ -109,7 +109,7 @@ def test_a_run_writes_one_record_with_all_that_it_compared(tmp_path, capsys):
     assert results["rules"][PUBLISHED]["1"]["tuning"]["agreement"] >= 0.992
     assert results["wins"] == {"ppo": {"1": False, "5": False}, "dqn": {"1": False, "5": False}}
     table = rewritten("<!-- table: record.json selection_learners -->\n<!-- end -->\n", tmp_path)
-    assert len(table.splitlines()) == 2 + 2 + 2 * (4 + 2) and table.splitlines()[1] in capsys.readouterr().out
+    assert len(table.splitlines()) == 2 + 2 + 2 * (5 + 2) and table.splitlines()[1] in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(arguments)
     assert "records are written once" in capsys.readouterr().err

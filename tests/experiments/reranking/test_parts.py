@@ -11,12 +11,14 @@ from experiments.rerank_training.data import Collection, Document
 from experiments.reranking.answers import Plan, ask_all
 from experiments.reranking.heads import contrastive_scores
 from experiments.reranking.process import SystemFailed
+from experiments.reranking.recorded import recorded_paths
 from experiments.reranking.requests import Request, packaged_collection, requests_of
 from experiments.reranking.summary import Judges, summary
 from experiments.reranking.systems import SYSTEMS, System, systems_of
-from experiments.reranking.thresholds import lowest_threshold
+from experiments.reranking.thresholds import MARGINS, lowest_margin, lowest_threshold
 from rap_env.errors import InvalidConfig, UnknownName
 from rap_env.rerank import ClusterRule
+from rap_env.rerank.paths import ScorePaths
 
 
 def test_gamma_counts_pairs_in_the_same_and_in_opposite_order():
@@ -57,6 +59,32 @@ def test_the_lowest_threshold_is_the_last_one_that_still_agrees():
     assert never >= 1 / 3
 
 
+def test_the_lowest_margin_is_the_last_one_that_still_agrees():
+    # The first layer is 1 apart and orders wrongly.
+    path, noise = np.array([[1.0, 2.0], [3.0, 1.0], [4.0, 1.0]]), np.array([0.1, 0.1, 0.0])
+    margin = lowest_margin(noise, [path], 1, target=1.0)
+    assert margin > 10 and max(each for each in MARGINS if each < margin) <= 10
+    assert lowest_margin(noise, [path], 1, target=0.0) == MARGINS[-1]
+    assert lowest_margin(noise / 10, [path], 1, target=1.0) > 1e8, "no margin is wide enough"
+
+
+def test_recorded_paths_are_those_of_the_same_model_queries_and_candidates(tmp_path):
+    scores = tuple(np.arange(6.0).reshape(2, 3) + number for number in range(2))
+    source = {"model_digest": "a", "document_tokens": 12, "candidates": 3}
+    ones = (np.ones(3),) * 2
+    file = ScorePaths(("one", "two"), scores, ones, ones, source).save(tmp_path / "paths.npz")
+    own = {"model_digest": "a", "document_tokens": 12}
+    (path,) = recorded_paths(file, ["two"], 2, own)
+    assert path.tolist() == [[1.0, 2.0], [4.0, 5.0]]
+    for names, n, other, words in [
+        (["two"], 2, own | {"model_digest": "b"}, "'model_digest': 'b'"),
+        (["three", "one"], 2, own, "has none of three"),
+        (["one"], 4, own, "of 4 candidates; .* has those of 3"),
+    ]:
+        with pytest.raises(InvalidConfig, match=words):
+            recorded_paths(file, names, n, other)
+
+
 class FakeProcess:
     """Answers so many commands, then ends."""
 
@@ -77,8 +105,8 @@ class FakeProcess:
 
 
 def test_systems_are_asked_in_turn_and_what_was_answered_is_not_asked_again(tmp_path):
-    systems = {"first": System(), "second": System(prunes=True), "third": System()}
-    plan = Plan([0, 1], [2], [1], 2, {(False, 2, 1): 0.5})
+    systems = {"first": System(), "second": System(prunes="margins"), "third": System()}
+    plan = Plan([0, 1], [2], [1], 2, {("margins", False, 2, 1): 0.5})
     asked: list[str] = []
 
     def start(name: str) -> FakeProcess:

@@ -56,6 +56,9 @@ def test_pruning_reads_fewer_layers_and_a_mask_or_int8_changes_scores(spec, monk
     monkeypatch.setenv("RAP_CACHE", str(tmp_path / "cache"))
     full, pruned = ranked(SYSTEMS["full"], spec, 1), ranked(SYSTEMS["pruned"], spec, 1, 0.0)
     assert pruned.layers < full.layers and len(pruned.ids) == 1
+    noise = {"noise": [1.0] * 4}
+    assert ranked(SYSTEMS["margins"], spec | noise, 1, 1e-6).layers < full.layers
+    assert ranked(SYSTEMS["margins"], spec | noise, 1, 1e9).ids == full.ids[:1]
     assert Ranker(SYSTEMS["masked"], spec).path(QUERY, DOCUMENTS) != Ranker(SYSTEMS["full"], spec).path(
         QUERY, DOCUMENTS
     )
@@ -138,14 +141,16 @@ def test_a_comparison_asks_processes_and_goes_on_with_what_an_earlier_run_left(t
     config |= {
         "model_name": "tiny",
         "dtype": "float32",
-        "systems": ["streamed_pruned"],
+        "systems": ["streamed_pruned", "streamed_margins"],
         "candidates": [4],
         "top_k": [1],
     }
     config |= {"calibration_queries": 2, "report_queries": 1, "max_document_tokens": 12, "repeats": 1}
     results = Comparison(config, tmp_path).results()
-    (row,) = results["systems"]["streamed_pruned"]
-    assert row["peak_bytes"] > 0 and row["read_bytes"] > 0 and 0 <= row["agreement"] <= 1
+    for name in config["systems"]:
+        (row,) = results["systems"][name]
+        assert row["peak_bytes"] > 0 and row["read_bytes"] > 0 and 0 <= row["agreement"] <= 1
+    assert [each["rule"] for each in results["thresholds"]] == ["clusters", "margins"]
     assert len(results["gamma"]) == 1 and results["left_out"] == {}
     monkeypatch.setattr("experiments.rerank.Process", None)  # nothing is asked again
     assert Comparison(config, tmp_path).results() == results
