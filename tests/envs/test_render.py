@@ -180,6 +180,7 @@ def test_rendering_never_loads_pyplot():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_only_pictures_need_matplotlib():
     code = """
 import sys

@@ -51,6 +51,7 @@ def remote(evaluator, load=build_tiny_llm, **options) -> RemoteEvaluator:
     return RemoteEvaluator(evaluator, Workers(load, **options))
 
 
+@pytest.mark.slow
 def test_two_workers_of_which_one_is_killed_in_the_middle_equal_one_process_exactly(tiny_llm, masks, tmp_path, store):
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)

@@ -36,7 +36,7 @@ class Swept(types.SimpleNamespace):
     """A finished sweep: its folder, what it said, and a line for each mask that was measured."""
 
 
-@pytest.fixture(scope="module", params=["joblib", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS])
 def swept(tmp_path_factory, request) -> Swept:
     """The default experiment on two workers at once."""
     if request.param == "ray":

@@ -200,6 +200,7 @@ def test_jobs_of_a_sweep_share_what_neither_agent_nor_seed_changes():
     assert parts("model.dtype=bfloat16").search.llm is not one.search.llm
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_in_its_folder_and_repeats_no_finished_evaluation(tmp_path, run_here):
     run, long = tmp_path / "run", (SEARCH, "evaluation.limit=16", "token_budget=1_000_000", "tracker=jsonl")
     command = [sys.executable, str(PROJECT / "train.py"), "experiment=smoke", *long, f"hydra.run.dir={run}"]

@@ -42,6 +42,7 @@ def test_transformers_computes_exactly_the_masked_logits_and_generates_the_same(
             assert torch.equal(model(ours).logits, llm.model(ours).logits)
 
 
+@pytest.mark.slow
 def test_llama_cpp_computes_what_the_masked_model_does(llm, mask, tmp_path, llama_cpp_reads):
     assert export_pruned(llm, mask, "gguf", tmp_path / "out").reader == "llama.cpp"
 

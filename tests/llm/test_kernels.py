@@ -100,6 +100,7 @@ def test_a_module_with_hooks_is_called():
     assert len(seen) == 4
 
 
+@pytest.mark.slow
 def test_in_bfloat16_tokens_are_as_near_to_float32_as_upstreams(embedded_llm, embedded_llm_float32):
     text = "".join(packaged_corpus().documents)
     tokens = consecutive_windows(text, embedded_llm.tokenizer, tokens_per_sample=256, limit=4)

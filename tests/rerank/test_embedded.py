@@ -28,6 +28,7 @@ def test_a_prompt_in_parts_has_the_tokens_of_the_prompt_as_a_whole(embedded_llm_
         assert [*prompt.prefix, *ending] == tokenizer(whole, add_special_tokens=False).input_ids
 
 
+@pytest.mark.slow
 @pytest.mark.llm
 def test_scores_equal_upstreams_whatever_is_bounded(embedded_llm_float32, tmp_path, embedded_folder):
     llm = embedded_llm_float32

@@ -9,6 +9,8 @@ from experiments.records import read_record
 from rap_env.llm.architecture import ARCHITECTURES
 from scripts.gpu_check import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
