@@ -31,10 +31,12 @@ def attention(
         value: As `key`.
         scale: Of the scores; by default 1 / sqrt(D).
         visible: Which keys each query may see [B or 1, 1, T, S], none behind its own: the last query's is the last key.
-            None where each sees all of those.
+            None where each sees all of those. There are at least as many keys as queries.
     """
     if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
         return _in_blocks(query, key, value, scale or query.shape[-1] ** -0.5, visible)
+    if visible is None and (before := key.shape[2] - query.shape[2]):  # is_causal takes the first keys for the own ones
+        visible = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril_(before)[None, None]
     if visible is not None and query.device.type == "cuda":  # no kernel has both a mask and shared heads
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], 1) for states in (key, value))
     return functional.scaled_dot_product_attention(
@@ -56,18 +58,18 @@ def _in_blocks(
         unseen = query.new_zeros(()).masked_fill(~visible, -torch.inf).unsqueeze(1)
         unseen = functional.pad(functional.pad(unseen, (0, more_keys), value=-torch.inf), (0, 0, 0, more_rows))
     rows = min(n_queries + more_rows, _BLOCK_ROWS)
-    later = query.new_full((rows, rows), -torch.inf).triu_(1)
+    later = query.new_full((rows, 2 * rows), -torch.inf).triu_(1)  # those behind a block's own keys are filled up
     read = query.new_empty(sequences, n_queries + more_rows, heads, size)
     for own in _runs(sequences, _BLOCK_SCORES // (heads * rows * (n_keys + more_keys))):
         keys, values = (states[own].flatten(0, 1) for states in (key, value))
         for start in range(0, n_queries, rows):
             block = slice(start, min(start + rows, n_queries + more_rows))
-            n_rows, last = block.stop - start, block.stop + n_keys - n_queries
+            n_rows, first, last = block.stop - start, start + n_keys - n_queries, block.stop + n_keys - n_queries
             end = min(last + -last % rows, keys.shape[1])
             queries = query[own, :, :, block].flatten(0, 1).flatten(1, 2)
             scores = torch.bmm(queries, keys[:, :end].transpose(1, 2)).view(-1, groups, heads // groups, n_rows, end)
             if unseen is None:
-                scores[..., start:] += later[:n_rows, :n_rows]
+                scores[..., first:] += later[:n_rows, : end - first]
             else:
                 scores += unseen[own if len(unseen) > 1 else slice(1), :, :, block, :end]
             weights = scores.softmax(-1).view(len(keys), -1, end)

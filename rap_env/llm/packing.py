@@ -48,7 +48,7 @@ class _Bucket:
 
     tokens: slice  # where they lie in the stream
     trees: int  # B
-    # Which token may attend to which [B or 1, 1, T, P + T], first the P of the prefix; None if all are plain sequences.
+    # Which token may attend to which [B or 1, 1, T, P + T], first the P of the prefix; None: to all up to itself.
     visible: torch.Tensor | None
 
 
@@ -166,9 +166,9 @@ class Packing(PackedStream):
 
     def _visible(self, trees: list[TokenTree]) -> torch.Tensor | None:
         length, window, plain = len(trees[0]), self._window, not any(tree.branches for tree in trees)
-        if plain and self._prefix is None and (window is None or length <= window):
-            return None
         first = 0 if self._prefix is None else len(self._prefix.tokens)
+        if plain and (window is None or first + length <= window):
+            return None
         shown = trees[:1] if plain else trees  # plain sequences of one length are alike
         segments = torch.tensor([tree.segments for tree in shown])
         positions = torch.tensor([tree.positions for tree in shown])

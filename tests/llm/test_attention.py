@@ -40,13 +40,16 @@ def test_queries_read_what_they_see(processor, sequences, tokens, heads, groups,
         assert torch.equal(alike[0], read[0])
 
 
+@pytest.mark.parametrize(("tokens", "before"), [(40, 17), (1, 3), (64, 64), (130, 1), (130, 100), (65, 400)])
 @torch.inference_mode()
-def test_prefixes_lie_in_front_of_what_is_read(processor):
+def test_prefixes_lie_in_front_of_what_is_read_and_need_no_mask(processor, tokens, before):
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 3, 40, 16, generator=generator).bfloat16()
-    key, value = (torch.randn(2, 3, 57, 16, generator=generator).bfloat16() for _ in range(2))
-    visible = torch.ones(1, 1, 40, 57, dtype=torch.bool).tril(17)
+    query = torch.randn(2, 6, tokens, 16, generator=generator).bfloat16()
+    key, value = (torch.randn(2, 3, before + tokens, 16, generator=generator).bfloat16() for _ in range(2))
+    visible = torch.ones(1, 1, tokens, before + tokens, dtype=torch.bool).tril(before)
     exact = functional.scaled_dot_product_attention(
-        *(states.double() for states in (query, key, value)), attn_mask=visible
+        *(states.double() for states in (query, key, value)), attn_mask=visible, enable_gqa=True
     ).transpose(1, 2)
-    assert (attention(query, key, value, None, visible) - exact).abs().max() < 0.04
+    read = attention(query, key, value, None, visible)
+    assert (read - exact).abs().max() < 0.04
+    assert torch.equal(attention(query, key, value), read)
