@@ -17,6 +17,7 @@ from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import MLP, PruningMask, Site
+from rap_env.memory.measured import keep_less_freed_memory
 from rap_env.rerank import ClusterRule, Decider, MarginRule, MemoryBounds, Reranker, Template
 from rap_env.rerank.adapter import merge_adapter
 from rap_env.rerank.prompts import Prompts
@@ -105,6 +106,8 @@ class Ranker:
 
     def _load(self) -> SwitchableLLM:
         spec, system = self._spec, self.system
+        if system.streams:
+            keep_less_freed_memory()  # as `Reranker.load` does
         llm = load_reranker_llm(spec, "group" if system.masks else "block")
         if system.masks:
             mask_channels(llm, spec["kept_channels"], Path(spec["folder"]))

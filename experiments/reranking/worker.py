@@ -1,6 +1,6 @@
 """The process of one system: reads commands from stdin, a line of JSON each, and answers each with one on stdout."""
 
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -11,6 +11,7 @@ import torch
 
 from experiments.reranking.ranker import Ranker
 from experiments.reranking.systems import System
+from rap_env.llm.loading import build_tiny_llm
 from rap_env.memory.measured import trim_freed_memory
 
 _WARM_UP_DOCUMENTS = 4
@@ -31,8 +32,8 @@ def serve(commands: TextIO, answers: TextIO) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    square = torch.ones(64, 64, dtype=torch.bfloat16)
-    torch.nn.functional.linear(square, square)  # the libraries behind a product take memory when they are first used
+    _touch_libraries()
+    trim_freed_memory()
     tell({"imported": True})
     spec = json.loads(commands.readline())
     ranker = Ranker(System(**spec["system"]), spec)
@@ -44,6 +45,15 @@ def serve(commands: TextIO, answers: TextIO) -> None:
         answer = _answer(ranker, spec["requests"][command.get("rank", command.get("path"))], command)
         trim_freed_memory()  # now: the parent sets the mark of the peak back before it asks again
         tell(answer)
+
+
+@torch.inference_mode()
+def _touch_libraries() -> None:
+    """Runs a tiny model: code that is imported or read when it is first used is no part of what a system needs."""
+    if importlib.util.find_spec("peft"):
+        importlib.import_module("peft")
+    llm = build_tiny_llm(dtype="bfloat16")
+    llm.model(llm.tokenizer("a", return_tensors="pt").input_ids)
 
 
 def _warm_up(ranker: Ranker, request: dict[str, Any]) -> None:

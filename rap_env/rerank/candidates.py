@@ -89,9 +89,14 @@ class Candidates:
 
     def scores(self, head: AnswerHead) -> np.ndarray:
         """Those of the candidates by their last tokens, in the order of their numbers [n]."""
-        packing: Packing = self._context["attention_mask"]
-        last = [start - 1 for start in [*packing.starts[1:], packing.end]]
-        return head.scores(self._hidden[0, last])[list(self._places.values())]
+        return head.scores(self._hidden[0, self._last])[list(self._places.values())]
+
+    def forget_all_but_the_last_tokens(self) -> None:
+        """Leaves what the scores are made of; behind the last attention the other tokens have nothing to say."""
+        n = len(self._last)
+        self._hidden = self._hidden[:, [*self._last, *self._last[-1:] * (-n % self._step)]]
+        self._chunks, self._last = [], list(range(n))
+        self._block(n)
 
     def keep(self, ids: Sequence[int]) -> None:
         """Cuts everybody else out; takes numbers of candidates, ascending."""
@@ -105,7 +110,11 @@ class Candidates:
 
     def _chunk(self) -> None:
         end, step = self._context["attention_mask"].end, self._step
-        most = self._chunk_tokens or end + step
-        self._chunks = chunks_of(self._hidden, self._context, most, step)
-        rows = self._hidden[0, : end + -end % step].unflatten(0, (-1, step))  # as sequences, which may go to lanes
-        self._blocks = [(block, {}) for block in rows.split(most // step)]
+        self._chunks = chunks_of(self._hidden, self._context, self._chunk_tokens or end + step, step)
+        self._last = [start - 1 for start in [*self._context["attention_mask"].starts[1:], end]]
+        self._block(end)
+
+    def _block(self, n_rows: int) -> None:
+        step = self._step  # of rows, as sequences, which may go to lanes
+        rows = self._hidden[0, : n_rows + -n_rows % step].unflatten(0, (-1, step))
+        self._blocks = [(block, {}) for block in rows.split((self._chunk_tokens or len(rows) * step) // step)]

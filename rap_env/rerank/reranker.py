@@ -14,8 +14,8 @@ from rap_env.errors import RankingFailed
 from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import Site, kept_sites
-from rap_env.memory.measured import trim_freed_memory
+from rap_env.mask import MLP, Site, kept_sites
+from rap_env.memory.measured import keep_less_freed_memory, trim_freed_memory
 from rap_env.rerank.adapter import EMBEDDED_ADAPTER, merge_adapter
 from rap_env.rerank.candidates import AnswerHead, Candidates
 from rap_env.rerank.layerwise import LayerwiseReranker, check_request
@@ -116,10 +116,13 @@ class Reranker(LayerwiseReranker):
                 model's own. That model is asked with the template that its adapter was trained with.
             dtype: As in `load_llm`.
             device: As in `load_llm`.
-            **options: As in `Reranker`.
+            **options: As in `Reranker`. Where weights are streamed, the C library keeps less freed memory from then on,
+                for the whole process.
 
         Raises what `load_llm`, `merge_adapter` and `Reranker` raise.
         """
+        if options.get("memory", MemoryBounds()).stream_weights:
+            keep_less_freed_memory()
         llm = load_llm(name, dtype, device)
         own_adapter, template = own_of(name)
         if (adapter := adapter or own_adapter) is not None:
@@ -156,6 +159,8 @@ class Reranker(LayerwiseReranker):
         with contextlib.closing(walk):
             for layer, own in enumerate(self._sites):
                 for site in itertools.islice(walk, len(own)):
+                    if layer == self.n_layers - 1 and site.kind == MLP:
+                        candidates.forget_all_but_the_last_tokens()
                     candidates.run(site)
                 yield layer, candidates
 

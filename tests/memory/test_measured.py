@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from rap_env.memory import measured
-from rap_env.memory.measured import measured_peak, return_freed_memory, trim_freed_memory
+from rap_env.memory.measured import (
+    keep_less_freed_memory,
+    measured_peak,
+    return_freed_memory,
+    trim_freed_memory,
+)
 
 MB = 1_000_000
 
@@ -126,6 +131,8 @@ def test_glibc_is_told_to_map_large_blocks(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     assert return_freed_memory()
     assert calls == [(-3, 131_072)]  # M_MMAP_THRESHOLD of malloc.h
+    assert keep_less_freed_memory()
+    assert calls[1:] == [(-3, 524_288), (-1, 4_194_304)]  # and M_TRIM_THRESHOLD
 
 
 @pytest.mark.parametrize("error", [OSError, TypeError, AttributeError])
@@ -135,7 +142,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch, error):
 
     trim_freed_memory()  # else the tensor may lie in what an earlier test left, which is resident already
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    assert not return_freed_memory()
+    assert not return_freed_memory() and not keep_less_freed_memory()
     with measured_peak() as peak:
         tensor = ones(100 * MB)
     assert tensor.nbytes == 100 * MB
