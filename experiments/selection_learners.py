@@ -188,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", type=Path, help=".npz file of score paths")
     parser.add_argument("record", type=Path, help="JSON file to write; it must not exist")
+    parser.add_argument("--candidates", type=int, help="the first ones of each query; all by default")
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--validation-share", type=float, default=0.2, help="of the queries")
     parser.add_argument("--report-share", type=float, default=0.4, help="of the queries")
@@ -203,6 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.record.exists():
         parser.error(f"{options.record} exists, and records are written once")
     paths = ScorePaths.load(options.paths)
+    if options.candidates is not None:
+        paths = paths.first(options.candidates)
     n_validation, n_report = (round(s * len(paths.queries)) for s in (options.validation_share, options.report_share))
     split = split_queries(paths.queries, n_validation, n_report, options.split_seed)
     steps = {name: n for name in ALGORITHMS if (n := getattr(options, f"{name}_steps"))}
@@ -212,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     digest = hashlib.sha256(options.paths.read_bytes()).hexdigest()
     config = {
         **vars(plan),
+        "candidates": options.candidates,
         "paths": {"file": options.paths.name, "sha256": digest, "provenance": dict(paths.provenance)},
         "split": {"seed": options.split_seed, **vars(split)},
     }

@@ -33,4 +33,4 @@ def recorded_paths(
         raise InvalidConfig(f"expected score paths of all calibration queries; {file} has none of {', '.join(unknown)}")
     if (fewest := paths.provenance.get("candidates", 0)) < n_candidates:
         raise InvalidConfig(f"expected score paths of {n_candidates} candidates; {file} has those of {fewest}")
-    return [path[:, :n_candidates] for path in paths.part(names).scores]
+    return list(paths.part(names).first(n_candidates).scores)

@@ -82,6 +82,11 @@ class ScorePaths:
         similarities = tuple(self.similarities[place] for place in places if self.similarities)
         return ScorePaths(tuple(queries), *columns, self.provenance, similarities)
 
+    def first(self, n: int) -> "ScorePaths":
+        """The paths of the first n candidates of each query; a candidate's scores don't depend on the others."""
+        columns = (tuple(own[..., :n] for own in column) for column in (self.scores, self.tokens, self.grades))
+        return ScorePaths(self.queries, *columns, self.provenance, tuple(own[:n] for own in self.similarities))
+
     def spreads(self) -> np.ndarray:
         """The usual spread of scores after each layer [layers]: the median over queries of the standard deviation.
 

@@ -57,6 +57,13 @@ def test_similarities_are_kept_and_files_of_the_form_without_them_are_read(tmp_p
     assert ScorePaths.load(file).similarities == () == ScorePaths.load(file).part(["eins"]).similarities
 
 
+def test_the_first_candidates_of_each_query_are_what_a_smaller_request_has():
+    few = with_similarities().first(2)
+    assert [scores.tolist() for scores in few.scores] == [[[1.0, 2.0], [3.0, 2.0]], [[0.5, -1.0], [0.25, 1e-3]]]
+    assert [own.tolist() for own in few.similarities] == [[0.9, 0.1], [-1.0, 0.5]]
+    assert few.tokens[0].tolist() == [10, 20] and len(few.grades[0]) == 2 and few.queries == by_hand().queries
+
+
 def test_an_exit_by_similarity_reads_no_layer_of_who_leaves():
     path, tokens = np.array([[1.0, 2.0, 3.0, 0.0], [4.0, 2.0, 3.0, 1.0]]), np.array([10, 20, 30, 40])
     similarities = np.array([0.9, 0.1, 0.5, 0.5])  # their standard deviation is 0.283
