@@ -13,8 +13,6 @@ from rap_env.llm.attention import attention
 from rap_env.llm.lanes import cut
 
 PACKED_ATTENTION = "rap_packed"
-# By device: for attention trees are filled up to a multiple of so many tokens, for fewer launches.
-FILLED = {"cuda": 32}
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,10 @@ class TokenTree:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """B trees that lie side by side and that attention sees as a batch of equal sequences of T tokens."""
+    """B trees of T tokens each that lie side by side, so that attention sees them as a batch of equal sequences."""
 
     tokens: slice  # where they lie in the stream
     trees: int  # B
-    # Which rows of the stream a batch [B x T] is of and which of its rows are the trees'; None: the rows as they lie.
-    filled: tuple[torch.Tensor, torch.Tensor] | None
     # Which token may attend to which [B or 1, 1, T, P + T], first the P of the prefix; None: to all up to itself.
     visible: torch.Tensor | None
 
@@ -68,8 +64,7 @@ class Packing(PackedStream):
     """Trees in one stream of N tokens, ordered by length.
 
     Norms, projections and MLPs run over the stream as it is; attention runs over groups of trees of equal length, as
-    views of the stream. So no token is padding, and none sees another tree. On a GPU, where many small groups would
-    cost more than padding does, attention runs over copies that are filled up to a few lengths.
+    views of the stream. So no token is padding, and none sees another tree.
 
     Args:
         trees: What to pack, in order of length.
@@ -145,21 +140,11 @@ class Packing(PackedStream):
     @functools.cached_property
     def _buckets(self) -> list[_Bucket]:
         buckets, start = [], 0
-        step = FILLED.get(self._device.type, 1)
-        for length, group in groupby(self._trees, key=lambda tree: len(tree) + -len(tree) % step):
-            trees = list(group)
-            tokens = slice(start, start := start + sum(map(len, trees)))
-            if len(trees[0]) == len(trees[-1]):
-                length = len(trees[0])
-            filled = None if start - tokens.start == length * len(trees) else self._filled(trees, tokens.start, length)
-            buckets.append(_Bucket(tokens, len(trees), filled, self._visible(trees, length)))
+        for length, group in groupby(self._trees, key=len):
+            equal = list(group)
+            tokens = slice(start, start := start + length * len(equal))
+            buckets.append(_Bucket(tokens, len(equal), self._visible(equal)))
         return buckets
-
-    def _filled(self, trees: list[TokenTree], start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.tensor([[len(tree)] for tree in trees])
-        places = torch.arange(length).expand(len(trees), -1)
-        rows = start + lengths.cumsum(0) - lengths + torch.minimum(places, lengths - 1)  # the last token repeats
-        return rows.flatten().to(self._device), (places < lengths).flatten().nonzero()[:, 0].to(self._device)
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention within trees, and to the prefix; takes and returns what `PackedStream` says.
@@ -168,27 +153,25 @@ class Packing(PackedStream):
         """
         outputs = []
         for bucket in self._buckets:
-            rows = bucket.tokens if bucket.filled is None else bucket.filled[0]
-            parts = [  # [B, heads, T, size], views of the stream where nothing is filled up
-                tensor[0, :, rows].unflatten(1, (bucket.trees, -1)).transpose(0, 1) for tensor in (query, key, value)
+            parts = [  # [B, heads, T, size], views of the stream
+                tensor[0, :, bucket.tokens].unflatten(1, (bucket.trees, -1)).transpose(0, 1)
+                for tensor in (query, key, value)
             ]
             if self._prefix is not None:
                 parts[1:] = self._prefix.in_front_of(*parts[1:])
-            read = attention(*parts, scale, bucket.visible).flatten(0, 1)
-            outputs.append(read if bucket.filled is None else read[bucket.filled[1]])
+            outputs.append(attention(*parts, scale, bucket.visible).flatten(0, 1))
         if behind := query.shape[2] - self.end:
             outputs.append(query.new_zeros(behind, *outputs[0].shape[1:]))
         return torch.cat(outputs)[None]
 
-    def _visible(self, trees: list[TokenTree], length: int) -> torch.Tensor | None:
-        window, plain = self._window, not any(tree.branches for tree in trees)
+    def _visible(self, trees: list[TokenTree]) -> torch.Tensor | None:
+        length, window, plain = len(trees[0]), self._window, not any(tree.branches for tree in trees)
         first = 0 if self._prefix is None else len(self._prefix.tokens)
         if plain and (window is None or first + length <= window):
             return None
-        shown = trees[-1:] if plain else trees  # shorter plain sequences see no further than the longest one does
-        more = [length - len(tree) for tree in shown]  # tokens that nobody sees
-        segments = torch.tensor([tree.segments + [-1] * n for tree, n in zip(shown, more, strict=True)])
-        positions = torch.tensor([tree.positions + [len(tree)] * n for tree, n in zip(shown, more, strict=True)])
+        shown = trees[:1] if plain else trees  # plain sequences of one length are alike
+        segments = torch.tensor([tree.segments for tree in shown])
+        positions = torch.tensor([tree.positions for tree in shown])
         back = positions[:, :, None] - positions[:, None, :]
         same_or_context = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
         visible = same_or_context & (back >= 0)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rap_env.llm.loading import build_random_llm, build_tiny_llm
-from rap_env.llm.packing import FILLED, PACKED_ATTENTION, Packing, TokenTree
+from rap_env.llm.packing import PACKED_ATTENTION, Packing, TokenTree
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import Site
 from rap_env.rng import isolated_rng
@@ -102,25 +102,10 @@ def test_what_is_visible_is_what_the_sequences_one_by_one_would_see(window):
     assert {tuple(pair) for pair in visible_in(TREES, window).nonzero().tolist()} == expected
 
 
-@pytest.fixture(params=[1, 4, 32], ids=lambda step: f"filled up to {step}s")
-def step(request, monkeypatch) -> int:
-    """Tokens up to a multiple of which trees are filled up, as on a GPU."""
-    monkeypatch.setitem(FILLED, "cpu", request.param)
-    return request.param
-
-
-def test_trees_of_near_lengths_are_read_in_one_batch_where_they_are_filled_up(step):
-    buckets = Packing(random_trees(), CPU)._buckets
-    lengths = [len(tree) for tree in random_trees()]
-    assert len(buckets) == len({-(-length // step) for length in lengths})
-    assert sum(bucket.trees for bucket in buckets) == len(lengths)
-    assert step > 1 or all(bucket.filled is None for bucket in buckets)
-
-
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
-def test_packed_attention_equals_attention_of_each_sequence(window, scale, key_heads, step):
+def test_packed_attention_equals_attention_of_each_sequence(window, scale, key_heads):
     generator, n, size = torch.Generator().manual_seed(0), sum(map(len, TREES)), 8
     query = torch.randn(1, 4, n, size, generator=generator)
     key, value = torch.randn(2, 1, key_heads, n, size, generator=generator)
@@ -158,7 +143,7 @@ def random_trees() -> list[TokenTree]:
 
 
 @torch.inference_mode()
-def test_a_packed_stream_has_the_logits_of_each_sequence(llm, step):
+def test_a_packed_stream_has_the_logits_of_each_sequence(llm):
     trees = random_trees()
     hidden, context, packing = llm.open_packed(trees)
     assert hidden.shape == (1, sum(map(len, trees)), 32)
