@@ -15,7 +15,7 @@ from rap_env.rerank.similarity import SimilarityExit
 PUBLISHED = "published rule"
 _THRESHOLDS = (*np.geomspace(0.02, 200.0, 25).round(4).tolist(), 1e9)  # of |std / mean|; the last never prunes
 _SIMILARITY_MARGINS = (*np.linspace(0.0, 6.0, 25).tolist(), 1e9)  # in spreads of a request's; the last drops nobody
-_MARGINS = (*np.geomspace(0.05, 16.0, 60).round(4).tolist(), 1e9)  # in units of each layer's noise
+MARGINS = (*np.geomspace(0.05, 16.0, 60).round(4).tolist(), 1e9)  # in noises of a layer; the last drops nobody
 _N_FIRST_LAYERS = 8
 
 
@@ -79,7 +79,7 @@ def rivals(spreads: np.ndarray, noise: np.ndarray, with_similarities: bool = Fal
     """
     families = _by_scores(spreads)
     families["margin of each layer's own noise"] = [
-        Setting({"margin": margin}, MarginRule(tuple(noise.tolist()), margin)) for margin in _MARGINS
+        Setting({"margin": margin}, MarginRule(tuple(noise.tolist()), margin)) for margin in MARGINS
     ]
     if with_similarities:
         families["similarity before the first layer"] = [

@@ -99,12 +99,8 @@ class Comparison:
         found = []
         for candidates in self._config["candidates"]:
             asked = [self._requests[number] for number in self._report]
-            run = {
-                each.name: {
-                    name: -float(place) for place, name in enumerate(itertools.islice(each.documents, candidates))
-                }
-                for each in asked
-            }
+            names = {each.name: itertools.islice(each.documents, candidates) for each in asked}
+            run = {query: {name: -float(place) for place, name in enumerate(own)} for query, own in names.items()}
             found.append({"candidates": candidates, "ndcg_at_10": mean(ndcg(self._collection.grades, run).values())})
         return found
 

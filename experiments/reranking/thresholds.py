@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from agents.selection_rivals import MARGINS
 from rap_env.rerank import ClusterRule
 from rap_env.rerank.calibration import precision
 from rap_env.rerank.margins import MarginRule
 from rap_env.rerank.selection import Decider
 
 _QUANTILES, _TAIL = 16, 25  # steps
-_NEVER = 1e9
-MARGINS = tuple(np.geomspace(16.0, 0.05, 60).round(4).tolist())  # in units of the noise
 
 
 def lowest_threshold(rule: ClusterRule, paths: Sequence[np.ndarray], top_k: int, target: float) -> float:
@@ -39,7 +38,7 @@ def lowest_threshold(rule: ClusterRule, paths: Sequence[np.ndarray], top_k: int,
 
 
 def lowest_margin(noise: np.ndarray, paths: Sequence[np.ndarray], top_k: int, target: float) -> float:
-    """Walks down over `MARGINS` in the same way; so large that nobody leaves where even the first loses too much.
+    """Walks down over `MARGINS` in the same way, from the one with which nobody leaves.
 
     Args:
         noise: Of each layer [layers], see `score_noise`.
@@ -47,8 +46,8 @@ def lowest_margin(noise: np.ndarray, paths: Sequence[np.ndarray], top_k: int, ta
         top_k: K.
         target: Least mean share of the full model's best K.
     """
-    rules = ((margin, MarginRule(tuple(noise.tolist()), margin)) for margin in MARGINS)
-    return _last_that_agrees(rules, paths, top_k, target, _NEVER)
+    rules = ((margin, MarginRule(tuple(noise.tolist()), margin)) for margin in reversed(MARGINS))
+    return _last_that_agrees(rules, paths, top_k, target, MARGINS[-1])
 
 
 def _last_that_agrees(

@@ -17,7 +17,7 @@ _RESETS_HIGH_WATER = "5"  # see proc_pid_clear_refs(5)
 _M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on are mapped, and unmapped when they are freed
 _M_TRIM_THRESHOLD = -1  # of malloc.h: what the heap may have free at its end
 _LARGE_BLOCK_BYTES = 2**17  # glibc's own first choice, which it raises up to 32 MiB unless it is set
-_QUICK_BLOCK_BYTES, _QUICK_TRIM_BYTES = 2**19, 2**22  # measured: they cost a reranker no time, and smaller ones 40%
+_QUICK_BLOCK_BYTES, _QUICK_TRIM_BYTES = 2**19, 2**22  # smaller ones would map activations anew each time
 _SLACK_BYTES = 2**20  # between two readings of /proc; the kernel counts pages in batches for each processor
 
 
@@ -115,10 +115,10 @@ def return_freed_memory() -> bool:
 
 
 def keep_less_freed_memory() -> bool:
-    """Makes the C library keep less of what is freed, for the rest of the process, at hardly any cost in time.
+    """Makes the C library keep less of what is freed, for the rest of the process.
 
     Blocks of 512 KiB and more are given back as soon as they are freed, and what is free at the heap's end from 4 MiB
-    on. Activations are of about that size: a process that bounds its memory would else keep half as much again. Call
+    on. Activations are of about that size: a process that bounds its memory would else keep many. Call
     it before a model is loaded: blocks that are already kept are used first.
 
     Returns:

@@ -165,7 +165,7 @@ def build_agent(name: str, **changes) -> Agent:
 
 
 def _target_of(name: str) -> str:
-    """Without composing, which takes a tenth of a second for each YAML."""
+    """Without composing, which is slow for so many."""
     config = OmegaConf.load(CONF / f"{name}.yaml")
     return config.get("_target_") or _target_of(config.defaults[0])
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from agents.selection_rivals import MARGINS
 from experiments.report.gamma import gamma_by_layer, goodman_kruskal_gamma
 from experiments.report.reranking import found_table, gamma_picture, reranking_table, trade_off_picture
 from experiments.rerank_training.data import Collection, Document
@@ -15,7 +16,7 @@ from experiments.reranking.recorded import recorded_paths
 from experiments.reranking.requests import Request, packaged_collection, requests_of
 from experiments.reranking.summary import Judges, summary
 from experiments.reranking.systems import SYSTEMS, System, systems_of
-from experiments.reranking.thresholds import MARGINS, lowest_margin, lowest_threshold
+from experiments.reranking.thresholds import lowest_margin, lowest_threshold
 from rap_env.errors import InvalidConfig, UnknownName
 from rap_env.rerank import ClusterRule
 from rap_env.rerank.paths import ScorePaths
@@ -64,7 +65,7 @@ def test_the_lowest_margin_is_the_last_one_that_still_agrees():
     path, noise = np.array([[1.0, 2.0], [3.0, 1.0], [4.0, 1.0]]), np.array([0.1, 0.1, 0.0])
     margin = lowest_margin(noise, [path], 1, target=1.0)
     assert margin > 10 and max(each for each in MARGINS if each < margin) <= 10
-    assert lowest_margin(noise, [path], 1, target=0.0) == MARGINS[-1]
+    assert lowest_margin(noise, [path], 1, target=0.0) == min(MARGINS) == 0.05
     assert lowest_margin(noise / 10, [path], 1, target=1.0) > 1e8, "no margin is wide enough"
 
 
