@@ -19,6 +19,7 @@ _NUMBERS = {
     "first": (2.0, "weight of the label in it"),
     "random_documents": (3, "of a list's 8; the others are among BM25's best"),
     "lists_seed": (0, "of the lists that are drawn"),
+    "early_weight": (0.0, "of each of early_layers in the loss"),
     "label_share": (0.4, "share of lists from labelled queries"),
     "candidates": (30, "BM25's best, which are reranked"),
     "validation_queries": (20, "for weights of fused scores"),
@@ -30,6 +31,9 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `chosen_recipe` reads."""
     for name, (default, text) in _NUMBERS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    parser.add_argument(
+        "--early_layers", type=_numbers, default=(), help="after so many layers scores are to be those after the last"
+    )
     parser.add_argument("--report", choices=("report", "validation"), default="report", help="which queries")
     parser.add_argument(
         "--plain_model", choices=("yes", "no"), default="yes", help="whether it is scored untrained too"
@@ -44,6 +48,8 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
         first_layer=options.first_layer,
         max_document_tokens=options.document_tokens,
         first_document_tokens=options.first_document_tokens,
+        early_layers=options.early_layers,
+        early_weight=options.early_weight,
         teacher=TeacherWeights(options.likelihood, options.bm25, options.encoder, options.first),
     )
     lists = ListSettings(
@@ -58,3 +64,7 @@ def chosen_recipe(options: argparse.Namespace) -> Recipe:
         report=options.report,
         plain_model=options.plain_model == "yes",
     )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))

@@ -27,6 +27,7 @@ class ListScorer:
 
     def __init__(self, model: nn.Module, tokenizer, template: Template, max_document_tokens: int) -> None:
         self._decoder, self._tokenizer, self._template = model.base_model, tokenizer, template
+        self._n_layers = model.config.num_hidden_layers
         self._context_tokens = model.config.max_position_embeddings
         self.max_document_tokens = max_document_tokens
         self._head = model.get_output_embeddings().weight.detach()
@@ -36,8 +37,16 @@ class ListScorer:
 
     def scores(self, query: str, documents: Sequence[str]) -> torch.Tensor:
         """logit(yes) - logit(no) of the documents [N], float32."""
-        hidden, lengths, _tokens = self._read(query, documents)
-        return hidden[torch.arange(len(lengths)), lengths - 1].float() @ self._direction
+        return self.layer_scores(query, documents, [self._n_layers])[0]
+
+    def layer_scores(self, query: str, documents: Sequence[str], n_layers: Sequence[int]) -> torch.Tensor:
+        """The same by the model's own head after so many layers [L, N]."""
+        states, lengths, _tokens = self._read(query, documents)
+        rows = torch.arange(len(lengths), device=lengths.device)
+        last = {n: states[n][rows, lengths - 1] for n in n_layers}
+        # Behind the last layer the model has done it.
+        normed = [state if n == self._n_layers else self._decoder.norm(state) for n, state in last.items()]
+        return torch.stack(normed).float() @ self._direction
 
     @torch.no_grad()
     def likelihoods(self, query: str, documents: Sequence[str]) -> torch.Tensor:
@@ -46,10 +55,10 @@ class ListScorer:
         before, behind = ending.split("{query}")
         behind = behind.format(instruction=self._template.instruction)
         n_before, n_all, n_behind = (self._n_tokens(text) for text in (before, before + query + behind, behind))
-        hidden, lengths, tokens = self._read(query, documents)
+        states, lengths, tokens = self._read(query, documents)
         places = lengths[:, None] - n_all + torch.arange(n_before, n_all - n_behind, device=lengths.device)
         rows = torch.arange(len(lengths), device=lengths.device)[:, None]
-        logits = (hidden[rows, places - 1] @ self._head.T).float()
+        logits = (states[-1][rows, places - 1] @ self._head.T).float()
         return -nn.functional.cross_entropy(logits.transpose(1, 2), tokens[rows, places], reduction="none").mean(1)
 
     @torch.no_grad()
@@ -70,8 +79,10 @@ class ListScorer:
     def _n_tokens(self, text: str) -> int:
         return len(self._tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _read(self, query: str, documents: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Final hidden states [N, T, H] of what each document has of its own, its number of tokens [N], and these."""
+    def _read(
+        self, query: str, documents: Sequence[str]
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+        """What each document has of its own: states after 0, 1, ... layers [N, T, H], their number [N], its tokens."""
         device, prompt = self._direction.device, self._prompts().of(query, documents)
         prefix, ends = prompt.prefix, prompt.endings
         lengths = torch.tensor([len(end) for end in ends], device=device)
@@ -81,8 +92,8 @@ class ListScorer:
         visible = torch.cat([visible.new_ones(len(ends), len(prefix)), visible], 1)
         cache = self._decoder(torch.tensor([prefix], device=device), use_cache=True).past_key_values
         cache.batch_repeat_interleave(len(ends))
-        hidden = self._decoder(
-            tokens, attention_mask=visible.long(), past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        states = self._decoder(
+            tokens, attention_mask=visible.long(), past_key_values=cache, use_cache=True, output_hidden_states=True
+        ).hidden_states
         self.tokens += len(prefix) + int(lengths.sum())
-        return hidden, lengths, tokens
+        return states, lengths, tokens

@@ -42,6 +42,9 @@ class TrainingSettings:
         first_document_tokens: Where they are cut at the start; in between it grows with the steps. Short documents cost
             little, and whether their words match a query is easy to see, so that the model soon learns to look for it.
         teacher: What a list's scores are to be.
+        early_layers: After so many layers scores are to be those after the last one, so that who leaves early is known
+            early.
+        early_weight: Of each of them in the loss, where the last layer has 1.
         seed: Of the LoRA matrices at the start.
         start_digest: SHA-256 of the adapter file that they were taken from instead; empty where they were drawn.
     """
@@ -54,6 +57,8 @@ class TrainingSettings:
     max_document_tokens: int = 128
     first_document_tokens: int = 32
     teacher: TeacherWeights = field(default_factory=TeacherWeights)
+    early_layers: tuple[int, ...] = ()
+    early_weight: float = 0.0
     seed: int = 0
     start_digest: str = ""
 
@@ -82,15 +87,17 @@ def with_adapter(llm: SwitchableLLM, settings: TrainingSettings) -> nn.Module:
 def load_adapter(adapted: nn.Module, folder: Path) -> str:
     """Puts the matrices of a saved adapter in place of those that were drawn; returns the SHA-256 of its file.
 
+    Layers that it has nothing for stay as they are.
+
     Raises:
-        ValueError: It has other matrices.
+        ValueError: It has matrices that are not among these, or of another rank.
     """
     path = folder / "adapter_model.safetensors"
     saved, own = load_file(path), peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     shapes, expected = ({name: tuple(each.shape) for name, each in group.items()} for group in (saved, own))
-    if shapes != expected:
+    if not shapes.items() <= expected.items():
         raise ValueError(f"{path}: expected {len(expected)} matrices of this rank and these layers; it has others")
-    peft.set_peft_model_state_dict(adapted, saved)
+    peft.set_peft_model_state_dict(adapted, own | saved)
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -176,8 +183,7 @@ class Trainer:
         self._scorer.max_document_tokens = self._document_tokens()
         for number in range(self.step * n_lists, (self.step + 1) * n_lists):
             each = self._lists[number]
-            shares = self._teacher.shares(each.query, each.texts, self._likelihoods(each))
-            loss = list_loss(self._scorer.scores(each.query, each.texts), shares) / n_lists
+            loss = self._loss(each) / n_lists
             loss.backward()
             total += loss.item()
         for exact, learned in zip(self._exact, self._learned.values(), strict=True):
@@ -191,6 +197,14 @@ class Trainer:
         self.step += 1
         self.tokens += self._scorer.tokens - tokens
         self.losses.append(total)
+
+    def _loss(self, each: TrainingList) -> torch.Tensor:
+        settings = self._settings
+        wanted = self._teacher.shares(each.query, each.texts, self._likelihoods(each))
+        n_layers = [*settings.early_layers, self._adapted.config.num_hidden_layers]
+        *early, last = self._scorer.layer_scores(each.query, each.texts, n_layers)
+        own = last.detach().softmax(0)
+        return list_loss(last, wanted) + settings.early_weight * sum(list_loss(scores, own) for scores in early)
 
     def _likelihoods(self, each: TrainingList) -> list[float]:
         """By the model without what is learned; zeros where they count nothing."""
