@@ -30,7 +30,7 @@ from experiments.reranking.ranker import load_reranker_llm
 from experiments.reranking.recorded import recorded_paths
 from experiments.reranking.requests import Request, packaged_collection, requests_of
 from experiments.reranking.summary import Judges, summary
-from experiments.reranking.systems import MARGINS, System, systems_of
+from experiments.reranking.systems import HEADS, MARGINS, System, systems_of
 from experiments.reranking.thresholds import lowest_margin, lowest_threshold
 from rap_env.errors import InvalidConfig, RecordExists
 from rap_env.files import write_over
@@ -121,7 +121,7 @@ class Comparison:
             return paths_of(
                 numbers,
                 candidates,
-                lambda: Process(name, self._spec(system), self._folder / f"paths.{name}.log"),
+                lambda: self._process(f"paths.{name}", system),
                 self._folder / f"paths.{name}",
                 progress,
             )
@@ -160,14 +160,18 @@ class Comparison:
         }
 
     def _start(self, name: str) -> Process:
-        return Process(name, self._spec(self._systems[name]), self._folder / f"{name}.log")
+        return self._process(name, self._systems[name])
+
+    def _process(self, name: str, system: System) -> Process:
+        requests = [{"query": each.query, "documents": list(each.documents.values())} for each in self._requests]
+        return Process(name, self._spec(system), requests, self._folder / f"{name}.log")
 
     def _spec(self, system: System) -> dict[str, Any]:
-        requests = [{"query": each.query, "documents": list(each.documents.values())} for each in self._requests]
         loaded = {key: self._config[key] for key in _LOADED}
-        examples = [self._example(self._requests[number]) for number in self._training]
+        training = self._training if system.reads == HEADS else []
+        examples = [self._example(self._requests[number]) for number in training]
         noise = self._noise[system.masks].tolist() if system.prunes == MARGINS else None
-        own = {"system": system.as_dict(), "requests": requests, "examples": examples, "noise": noise}
+        own = {"system": system.as_dict(), "examples": examples, "noise": noise}
         return {**loaded, **own, "folder": str(self._folder / _WEIGHTS)}
 
     def _example(self, request: Request) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from experiments.serving.resident import ResidentMemory
 from rap_env.errors import RapError
 
 _LOG_LINES = 3
+_WARM_UP_DOCUMENTS = 4
 
 
 class SystemFailed(RapError):
@@ -26,6 +27,8 @@ class Process:
     Args:
         name: Of the system.
         spec: What it loads.
+        requests: `query` and `documents` of each that it may be asked. A command has the text of its own, so that no
+            other is in the process's memory.
         log: File for what it prints.
 
     Attributes:
@@ -36,8 +39,8 @@ class Process:
         SystemFailed: It ended while it loaded.
     """
 
-    def __init__(self, name: str, spec: Mapping[str, Any], log: Path) -> None:
-        self.name, self._log = name, log
+    def __init__(self, name: str, spec: Mapping[str, Any], requests: Sequence[Mapping[str, Any]], log: Path) -> None:
+        self.name, self._requests, self._log = name, requests, log
         package = System(**spec["system"]).package
         command = launched([sys.executable, "-m", "experiments.reranking.worker", *([package] if package else [])])
         environment = {"OMP_WAIT_POLICY": "passive"} | os.environ
@@ -49,7 +52,7 @@ class Process:
             self._read()
             self._memory = ResidentMemory(self._process.pid)
             self.catches_peaks, self.baseline_bytes = self._memory.catches_peaks, self._memory.now_bytes()
-            self._ask(spec)
+            self._ask({**spec, "warm_up": self._text(0, _WARM_UP_DOCUMENTS)})
         except BaseException:
             self.close()
             raise
@@ -61,12 +64,12 @@ class Process:
             SystemFailed: The process has ended.
         """
         self._memory.peak_bytes()  # sets the mark back
-        answer = self._ask(command)
+        answer = self._ask({**command, **self._text(command["rank"], command["candidates"])})
         return answer | {"peak_bytes": max(0, self._memory.peak_bytes() - self.baseline_bytes)}
 
     def path(self, number: int, candidates: int) -> dict[str, Any]:
         """Scores of a request after every layer, and the tokens of its documents."""
-        return self._ask({"path": number, "candidates": candidates})
+        return self._ask({"path": number, **self._text(number, candidates)})
 
     def close(self) -> None:
         """Ends the process."""
@@ -76,6 +79,10 @@ class Process:
         self._process.wait()
         self._process.stdin.close()
         self._process.stdout.close()
+
+    def _text(self, number: int, candidates: int) -> dict[str, Any]:
+        request = self._requests[number]
+        return {"query": request["query"], "documents": request["documents"][:candidates]}
 
     def _ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         try:

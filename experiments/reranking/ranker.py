@@ -138,6 +138,7 @@ class Ranker:
             stream_weights=system.streams,
             embedding_share=bounds["embedding_share"] if system.caches_rows else None,
             folder=Path(self._spec["folder"]),
+            states_in_file=system.files_states,
         )
 
     def _rows_read(self) -> int:

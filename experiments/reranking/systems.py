@@ -25,6 +25,7 @@ class System:
         streams: Whether only two sites' weights are in memory.
         chunks: Whether a layer reads the documents chunk by chunk.
         caches_rows: Whether only some rows of the embedding are in memory.
+        files_states: Whether the hidden states of the documents are in a file, and only a chunk's in memory.
         masks: Whether the model runs without some groups of MLP channels.
         weights: Number format of the weights.
     """
@@ -34,6 +35,7 @@ class System:
     streams: bool = False
     chunks: bool = True
     caches_rows: bool = False
+    files_states: bool = False
     masks: bool = False
     weights: str = "full"
 
@@ -60,13 +62,14 @@ SYSTEMS = {
     "full": System(),
     "pruned": System(prunes=CLUSTERS),
     "margins": System(prunes=MARGINS),
-    "streamed": System(streams=True, caches_rows=True),
-    "streamed_pruned": System(prunes=CLUSTERS, streams=True, caches_rows=True),
-    "streamed_margins": System(prunes=MARGINS, streams=True, caches_rows=True),
+    "streamed": System(streams=True, caches_rows=True, files_states=True),
+    "streamed_pruned": System(prunes=CLUSTERS, streams=True, caches_rows=True, files_states=True),
+    "streamed_margins": System(prunes=MARGINS, streams=True, caches_rows=True, files_states=True),
     # From everything on, one part is off; without pruning it is `streamed`.
-    "without_streaming": System(prunes=CLUSTERS, caches_rows=True),
-    "without_chunks": System(prunes=CLUSTERS, streams=True, chunks=False, caches_rows=True),
-    "without_row_cache": System(prunes=CLUSTERS, streams=True),
+    "without_streaming": System(prunes=CLUSTERS, caches_rows=True, files_states=True),
+    "without_chunks": System(prunes=CLUSTERS, streams=True, chunks=False, caches_rows=True, files_states=True),
+    "without_row_cache": System(prunes=CLUSTERS, streams=True, files_states=True),
+    "without_states_in_file": System(prunes=CLUSTERS, streams=True, caches_rows=True),
     "pruning_alone": System(prunes=CLUSTERS, chunks=False),
     "masked": System(masks=True),
     "masked_pruned": System(prunes=CLUSTERS, masks=True),

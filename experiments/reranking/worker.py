@@ -14,14 +14,12 @@ from experiments.reranking.systems import System
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.memory.measured import trim_freed_memory
 
-_WARM_UP_DOCUMENTS = 4
-
 
 def serve(commands: TextIO, answers: TextIO) -> None:
     """Answers until there are no more commands.
 
-    The first command is what to load, answered once it is loaded; those that follow name a request by its number:
-    `{"rank": 0, "candidates": 20, "top_k": 5, "threshold": 0.3}` or `{"path": 0, "candidates": 60}`.
+    The first command is what to load, and a request to warm up with; those that follow have a request each:
+    `{"rank": 0, "query": "...", "documents": ["..."], "top_k": 5, "threshold": 0.3}`, or `path` in place of `rank`.
 
     Args:
         commands: Lines of JSON.
@@ -37,12 +35,12 @@ def serve(commands: TextIO, answers: TextIO) -> None:
     tell({"imported": True})
     spec = json.loads(commands.readline())
     ranker = Ranker(System(**spec["system"]), spec)
-    _warm_up(ranker, spec["requests"][0])
+    ranker.rank(**spec["warm_up"], top_k=None, threshold=None)
     trim_freed_memory()  # what loading or an earlier request left would hide what the next one takes
     tell({"loaded": True, "threads": torch.get_num_threads()})
     for line in commands:
         command = json.loads(line)
-        answer = _answer(ranker, spec["requests"][command.get("rank", command.get("path"))], command)
+        answer = _answer(ranker, command)
         trim_freed_memory()  # now: the parent sets the mark of the peak back before it asks again
         tell(answer)
 
@@ -56,12 +54,8 @@ def _touch_libraries() -> None:
     llm.model(llm.tokenizer("a", return_tensors="pt").input_ids)
 
 
-def _warm_up(ranker: Ranker, request: dict[str, Any]) -> None:
-    ranker.rank(request["query"], request["documents"][:_WARM_UP_DOCUMENTS], None, None)
-
-
-def _answer(ranker: Ranker, request: dict[str, Any], command: dict[str, Any]) -> dict[str, Any]:
-    query, documents = request["query"], request["documents"][: command["candidates"]]
+def _answer(ranker: Ranker, command: dict[str, Any]) -> dict[str, Any]:
+    query, documents = command["query"], command["documents"]
     if "path" in command:
         return {"path": ranker.path(query, documents), "tokens": ranker.token_counts(query, documents)}
     started = time.perf_counter()

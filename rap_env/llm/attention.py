@@ -67,13 +67,13 @@ def _in_blocks(
             n_rows, first, last = block.stop - start, start + n_keys - n_queries, block.stop + n_keys - n_queries
             end = min(last + -last % rows, keys.shape[1])
             queries = query[own, :, :, block].flatten(0, 1).flatten(1, 2)
-            scores = torch.bmm(queries, keys[:, :end].transpose(1, 2)).view(-1, groups, heads // groups, n_rows, end)
+            scores = torch.bmm(queries, keys[:, :end].contiguous().transpose(1, 2)).view(-1, groups, heads // groups, n_rows, end)
             if unseen is None:
                 scores[..., first:] += later[:n_rows, : end - first]
             else:
                 scores += unseen[own if len(unseen) > 1 else slice(1), :, :, block, :end]
             weights = scores.softmax(-1).view(len(keys), -1, end)
-            parts = torch.bmm(weights, values[:, :end]).view(-1, groups, heads // groups, n_rows, size)
+            parts = torch.bmm(weights, values[:, :end].contiguous()).view(-1, groups, heads // groups, n_rows, size)
             read[own, block] = parts.permute(0, 3, 1, 2, 4).flatten(2, 3)
     return read[:, :n_queries]
 

@@ -71,8 +71,8 @@ class Packing(PackedStream):
         device: Where the model is.
         window: Tokens that attention looks back, the own one included; None for all.
         prefix: Tokens in front of every tree, which are in a stream of their own; None for none.
-        spare: Rows behind the last tree that belong to nobody, so that `chunks` may end behind their own tokens; they
-            repeat the last token, and attend to nothing.
+
+    A stream may have rows behind the last tree, which belong to nobody and attend to nothing.
     """
 
     def __init__(
@@ -81,16 +81,14 @@ class Packing(PackedStream):
         device: torch.device,
         window: int | None = None,
         prefix: "SharedPrefix | None" = None,
-        spare: int = 0,
     ) -> None:
         first = 0 if prefix is None else len(prefix.tokens)
         tokens = [token for tree in trees for token in tree.tokens]
         positions = [first + place for tree in trees for place in tree.positions]
-        self.tokens = torch.tensor(tokens + tokens[-1:] * spare, device=device)
-        self.positions = torch.tensor(positions + positions[-1:] * spare, device=device)
+        self.tokens = torch.tensor(tokens, device=device)
+        self.positions = torch.tensor(positions, device=device)
         *self.starts, self.end = accumulate(map(len, trees), initial=0)
         self._trees, self._device, self._window, self._prefix = trees, device, window, prefix
-        self._spare = spare
         self._cuts: dict[int, list[tuple[slice, Packing]]] = {}
 
     def cut(self, n_parts: int) -> list[tuple[slice, "Packing"]]:
@@ -104,8 +102,8 @@ class Packing(PackedStream):
 
         Args:
             most_tokens: Of a part's trees.
-            step: Each part's slice has a multiple of so many rows: it reaches into what follows, with `step - 1` spare
-                rows behind the last tree.
+            step: Each part's slice has a multiple of so many rows: it reaches into what follows, up to `step - 1` rows
+                behind the last tree.
         """
         bounds, tokens = [0], 0
         for index, tree in enumerate(self._trees):
@@ -116,26 +114,16 @@ class Packing(PackedStream):
         runs = self._runs([slice(*ends) for ends in pairwise([*bounds, len(self._trees)])])
         return [(slice(own.start, own.stop + (own.start - own.stop) % step), part) for own, part in runs]
 
-    def select(self, kept: Sequence[int]) -> tuple["Packing", torch.Tensor]:
-        """What is left when trees leave the stream.
-
-        Args:
-            kept: Positions of the trees that stay, ascending.
-
-        Returns:
-            The packing of these trees, with as many spare rows, and which rows of this stream are its [N].
-        """
-        bounds = [*self.starts, self.end]
-        rows = [row for tree in kept for row in range(bounds[tree], bounds[tree + 1])]
-        packing = self._packed([self._trees[tree] for tree in kept], self._spare)
-        return packing, torch.tensor(rows + rows[-1:] * self._spare, device=self._device)
+    def select(self, kept: Sequence[int]) -> "Packing":
+        """What is left when trees leave the stream; takes positions of the trees that stay, ascending."""
+        return self._packed([self._trees[tree] for tree in kept])
 
     def _runs(self, runs: Sequence[slice]) -> list[tuple[slice, "Packing"]]:
         bounds = [*self.starts, self.end]
         return [(slice(bounds[run.start], bounds[run.stop]), self._packed(self._trees[run])) for run in runs]
 
-    def _packed(self, trees: Sequence[TokenTree], spare: int = 0) -> "Packing":
-        return Packing(trees, self._device, self._window, self._prefix, spare)
+    def _packed(self, trees: Sequence[TokenTree]) -> "Packing":
+        return Packing(trees, self._device, self._window, self._prefix)
 
     @functools.cached_property
     def _buckets(self) -> list[_Bucket]:

@@ -37,24 +37,16 @@ def join_streams(parts: Sequence[torch.Tensor], context: Mapping[str, Any]) -> t
     return torch.cat(list(parts), dim=1 if isinstance(context.get("attention_mask"), Packing) else 0)
 
 
-def select_trees(hidden: torch.Tensor, context: Mapping[str, Any], kept: Sequence[int]) -> Stream:
-    """What is left of a packed stream [1, N, H] and its context when trees leave it; nothing is computed anew.
+def context_of(context: Mapping[str, Any], packing: Packing, n_rows: int) -> dict[str, Any]:
+    """The context of a packed stream.
 
     Args:
-        hidden: The stream in front of any site.
-        context: What belongs to it: rotary embeddings, positions, packing.
-        kept: Positions of the trees that stay, ascending.
+        context: Of one sequence with at least as many positions.
+        packing: Of the stream.
+        n_rows: Of the stream; those behind the last tree, which belong to nobody, get some position.
     """
-    packing, tokens = context["attention_mask"].select(kept)
-    return hidden[:, tokens], _entries(context, 1, tokens) | {"attention_mask": packing}
-
-
-def chunks_of(hidden: torch.Tensor, context: Mapping[str, Any], most_tokens: int, step: int = 1) -> list[Stream]:
-    """Cuts a packed stream into parts as `Packing.chunks` says, as views of it."""
-    return [
-        (hidden[:, tokens], _entries(context, 1, tokens) | {"attention_mask": part})
-        for tokens, part in context["attention_mask"].chunks(most_tokens, step)
-    ]
+    positions = nn.functional.pad(packing.positions, (0, n_rows - packing.end))
+    return _entries(context, 1, positions) | {"attention_mask": packing}
 
 
 def _entries(context: Mapping[str, Any], dim: int, part: slice | torch.Tensor) -> dict[str, Any]:

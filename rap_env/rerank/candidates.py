@@ -1,16 +1,19 @@
 """The documents of one request, read together layer by layer; those that leave are cut out of the stream."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from rap_env.llm.packing import Packing, SharedPrefix, TokenTree
-from rap_env.llm.streams import chunks_of, select_trees
+from rap_env.llm.streams import context_of
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import ATTENTION, Site
 from rap_env.rerank.prompts import Prompt
+from rap_env.rerank.states import States, StatesInFile
 
 _STEP = 128  # rows; with fewer, a product on a CPU costs more a row
 
@@ -42,13 +45,12 @@ class AnswerHead:
 
 
 class Candidates:
-    """The residual streams of the candidates that are still read, in one buffer [1, N, H].
+    """The residual streams of the candidates that are still read, one behind the other [N, H].
 
     What all candidates have in front is read once for each layer, in a stream of its own, and equal documents are read
     once, so that their scores are equal to the last bit. An attention runs over one chunk of candidates after the
     other, and an MLP, in which tokens do not see each other, over one block of rows after the other. So what they
-    compute inside is bounded by the chunk; beside it the buffer is in memory, and with it the rotary embeddings of its
-    tokens.
+    compute inside is bounded by the chunk; beside it are the states of all candidates, in memory or in a file.
 
     Chunks and blocks have a multiple of 128 rows, for which rows of others are read with them and forgotten: on a CPU
     oneDNN compiles kernels for every number of rows and keeps them (0.6 MB for a matrix of SmolLM2), so that every
@@ -58,45 +60,66 @@ class Candidates:
         llm: The model.
         prompt: Of the request.
         chunk_tokens: Tokens of a chunk; a longer candidate is a chunk of its own. None for one chunk.
+        folder: For a file with the states of all candidates, of which a chunk's are in memory; None: all are.
+
+    Raises:
+        RankingFailed: The file can't be used; its methods raise it too.
     """
 
-    def __init__(self, llm: SwitchableLLM, prompt: Prompt, chunk_tokens: int | None) -> None:
+    def __init__(self, llm: SwitchableLLM, prompt: Prompt, chunk_tokens: int | None, folder: Path | None) -> None:
         window = llm.shape.attention_window
         prefix = SharedPrefix(prompt.prefix, llm.device, window)
         endings = sorted(set(prompt.endings), key=lambda ending: (len(ending), ending))
         places = {ending: place for place, ending in enumerate(endings)}
         self._places = {number: places[ending] for number, ending in enumerate(prompt.endings)}  # in the stream
-        trees = [TokenTree(ending) for ending in endings]
         self._llm, self._chunk_tokens = llm, chunk_tokens
         self._step = min(_STEP, chunk_tokens or _STEP)
         self._prefix, self._prefix_context, _ = llm.open_packed(prefix)
-        packing = Packing(trees, llm.device, window, prefix, spare=self._step - 1)
-        self._hidden, self._context, _ = llm.open_packed(packing)
+        longest, self._positions, _ = llm.open_packed([TokenTree((*prompt.prefix, *endings[-1]))])
+        self._packing = Packing([TokenTree(ending) for ending in endings], llm.device, window, prefix)
+        n_rows, like = self._packing.end + self._step - 1, longest[0]
+        self._states = States(n_rows, like) if folder is None else StatesInFile(n_rows, like, folder)
+        try:
+            for rows, part in self._packing.chunks(chunk_tokens or self._packing.end):
+                self._states.write(rows.start, llm.open_packed(part)[0][0])
+        except BaseException:
+            self.close()
+            raise
         self._chunk()
 
     @property
     def tokens(self) -> int:
         """Tokens of the stream, with those of the prefix."""
-        return self._context["attention_mask"].end + self._prefix.shape[1]
+        return self._packing.end + self._prefix.shape[1]
 
     def run(self, site: Site) -> None:
         """Reads on by a site."""
         self._prefix = self._llm.run([site], self._prefix, self._prefix_context)
-        for hidden, context in self._chunks if site.kind == ATTENTION else self._blocks:
-            own = context["attention_mask"].end if context else len(hidden.flatten(0, 1))
-            after = self._llm.run([site], hidden, context).flatten(0, 1)
-            hidden.flatten(0, 1)[:own].copy_(after[:own])
+        if site.kind == ATTENTION:
+            for rows, part in self._chunks:
+                context = context_of(self._positions, part, rows.stop - rows.start)
+                self._advance(site, rows, part.end, self._states.read(rows)[None], context)
+        else:
+            for rows in self._blocks:  # as sequences, which may go to lanes
+                sequences = self._states.read(rows).unflatten(0, (-1, self._step))
+                self._advance(site, rows, rows.stop - rows.start, sequences, {})
+
+    def _advance(self, site: Site, rows: slice, n_own: int, hidden: torch.Tensor, context: dict[str, Any]) -> None:
+        after = self._llm.run([site], hidden, context).flatten(0, 1)
+        self._states.write(rows.start, after[:n_own])
 
     def scores(self, head: AnswerHead) -> np.ndarray:
         """Those of the candidates by their last tokens, in the order of their numbers [n]."""
-        return head.scores(self._hidden[0, self._last])[list(self._places.values())]
+        return head.scores(self._states.pick(self._last))[list(self._places.values())]
 
     def forget_all_but_the_last_tokens(self) -> None:
         """Leaves what the scores are made of; behind the last attention the other tokens have nothing to say."""
-        n = len(self._last)
-        self._hidden = self._hidden[:, [*self._last, *self._last[-1:] * (-n % self._step)]]
-        self._chunks, self._last = [], list(range(n))
-        self._block(n)
+        last = self._states.pick(self._last)
+        self.close()
+        self._states, self._last = States(len(last) + self._step - 1, last), list(range(len(last)))
+        self._states.write(0, last)
+        self._chunks = []
+        self._block(len(last))
 
     def keep(self, ids: Sequence[int]) -> None:
         """Cuts everybody else out; takes numbers of candidates, ascending."""
@@ -104,17 +127,22 @@ class Candidates:
         kept = sorted({self._places[number] for number in ids})
         self._places = {number: kept.index(self._places[number]) for number in ids}
         if len(kept) < len(before):
-            self._chunks = self._blocks = []  # views of the buffer that goes
-            self._hidden, self._context = select_trees(self._hidden, self._context, kept)
+            bounds = [*self._packing.starts, self._packing.end]
+            self._states.keep([slice(bounds[tree], bounds[tree + 1]) for tree in kept])
+            self._packing = self._packing.select(kept)
             self._chunk()
 
+    def close(self) -> None:
+        """Forgets the states."""
+        self._states.close()
+
     def _chunk(self) -> None:
-        end, step = self._context["attention_mask"].end, self._step
-        self._chunks = chunks_of(self._hidden, self._context, self._chunk_tokens or end + step, step)
-        self._last = [start - 1 for start in [*self._context["attention_mask"].starts[1:], end]]
-        self._block(end)
+        packing, step = self._packing, self._step
+        self._chunks = packing.chunks(self._chunk_tokens or packing.end, step)
+        self._last = [start - 1 for start in [*packing.starts[1:], packing.end]]
+        self._block(packing.end)
 
     def _block(self, n_rows: int) -> None:
-        step = self._step  # of rows, as sequences, which may go to lanes
-        rows = self._hidden[0, : n_rows + -n_rows % step].unflatten(0, (-1, step))
-        self._blocks = [(block, {}) for block in rows.split((self._chunk_tokens or len(rows) * step) // step)]
+        end = n_rows + -n_rows % self._step
+        length = (self._chunk_tokens or end) // self._step * self._step
+        self._blocks = [slice(start, min(start + length, end)) for start in range(0, end, length)]

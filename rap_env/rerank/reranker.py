@@ -37,12 +37,15 @@ class MemoryBounds:
         embedding_share: Of the embedding's rows that are in memory, those used last, the others in a file; None for
             all. Without them the head leaves, too, but for the rows of the two answers.
         folder: For the files; by default `weights` in the cache folder.
+        states_in_file: Whether the hidden states of all documents are in a file between two sites, and only a chunk's
+            in memory.
     """
 
     chunk_tokens: int | None = 1024
     stream_weights: bool = False
     embedding_share: float | None = None
     folder: Path | None = None
+    states_in_file: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
@@ -93,7 +96,7 @@ class Reranker(LayerwiseReranker):
         for site in kept_sites(llm.mask):
             self._sites[site.layer].append(site)
         folder = memory.folder or cache_folder() / "weights"
-        self._chunk_tokens = memory.chunk_tokens
+        self._chunk_tokens, self._states_folder = memory.chunk_tokens, folder if memory.states_in_file else None
         self._window = WeightWindow(llm, folder) if memory.stream_weights else None
         if memory.embedding_share is not None:
             cache_rows(llm, memory.embedding_share, folder)
@@ -154,9 +157,10 @@ class Reranker(LayerwiseReranker):
         return embedding_similarities(self.llm.model.get_input_embeddings(), tokens, self.llm.device)
 
     def _read(self, query: str, documents: Sequence[str]) -> Iterator[tuple[int, Candidates]]:
-        candidates = Candidates(self.llm, self._prompts.of(query, documents), self._chunk_tokens)
+        prompt = self._prompts.of(query, documents)
+        candidates = Candidates(self.llm, prompt, self._chunk_tokens, self._states_folder)
         walk = (site for own in self._sites for site in own) if self._window is None else self._window.walk()
-        with contextlib.closing(walk):
+        with contextlib.closing(candidates), contextlib.closing(walk):
             for layer, own in enumerate(self._sites):
                 for site in itertools.islice(walk, len(own)):
                     if layer == self.n_layers - 1 and site.kind == MLP:

@@ -5,7 +5,7 @@ import torch
 
 from rap_env.llm.loading import build_random_llm, build_tiny_llm
 from rap_env.llm.packing import Packing, SharedPrefix, TokenTree
-from rap_env.llm.streams import chunks_of, select_trees
+from rap_env.llm.streams import context_of
 from rap_env.mask import kept_sites
 from tests.llm.test_packing import CPU, paths_of
 
@@ -36,6 +36,12 @@ def open_behind(llm, trees=TREES):
     return llm.open_packed(prefix), llm.open_packed(Packing(trees, llm.device, window, prefix))
 
 
+def behind_positions(llm, packing: Packing, n_rows: int | None = None):
+    """The context of trees behind the prefix, out of that of one long sequence."""
+    _, context, _ = llm.open_packed([TokenTree(tuple(range(100, 120)))])
+    return context_of(context, packing, packing.end if n_rows is None else n_rows)
+
+
 def run_layer(llm, layer: int, opened, behind):
     sites = [site for site in kept_sites(llm.mask) if site.layer == layer]
     return llm.run(sites, *opened[:2]), [llm.run(sites, *stream) for stream in behind]
@@ -58,45 +64,41 @@ def test_trees_behind_a_prefix_have_the_logits_of_whole_sequences(llm):
 
 @torch.inference_mode()
 def test_what_stays_when_trees_leave_between_layers_is_computed_as_if_nobody_had_left(llm):
-    prefix, (hidden, context, _packing) = open_behind(llm)
+    prefix, (hidden, context, packing) = open_behind(llm)
     before, (hidden,) = run_layer(llm, 0, prefix, [(hidden, context)])
     _, (everything,) = run_layer(llm, 1, (before, prefix[1]), [(hidden, context)])
-    left, left_context = select_trees(hidden, context, [1, 3])
+    left = packing.select([1, 3])
     rows = [*range(1, 4), *range(7, 12)]  # by hand: trees 1 and 3 of lengths 1, 3, 3, 5, 12
-    assert torch.equal(left, hidden[:, rows])
-    assert left_context["attention_mask"].positions.tolist() == [6, 7, 8, 6, 7, 8, 9, 8]
-    _, (some,) = run_layer(llm, 1, (before, prefix[1]), [(left, left_context)])
+    assert left.positions.tolist() == [6, 7, 8, 6, 7, 8, 9, 8]
+    _, (some,) = run_layer(llm, 1, (before, prefix[1]), [(hidden[:, rows], behind_positions(llm, left))])
     torch.testing.assert_close(some, everything[:, rows], rtol=0, atol=1e-6)
 
 
 @torch.inference_mode()
 def test_chunks_compute_what_the_stream_as_a_whole_does(llm):
-    prefix, (hidden, context, _) = open_behind(llm)
-    chunks = chunks_of(hidden, context, 4)
-    assert [stream.shape[1] for stream, _ in chunks] == [4, 3, 5, 12]  # trees of lengths 1, 3 | 3 | 5 | 12
-    _, (whole, *parts) = run_layer(llm, 0, prefix, [(hidden, context), *chunks])
+    prefix, (hidden, context, packing) = open_behind(llm)
+    chunks = packing.chunks(4)
+    assert [part.end for _, part in chunks] == [4, 3, 5, 12]  # trees of lengths 1, 3 | 3 | 5 | 12
+    streams = [(hidden[:, rows], behind_positions(llm, part)) for rows, part in chunks]
+    _, (whole, *parts) = run_layer(llm, 0, prefix, [(hidden, context), *streams])
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
-def test_chunks_that_reach_into_the_next_one_or_into_spare_rows_compute_the_same(llm):
-    prefix, plain = open_behind(llm)
-    packing = Packing(TREES, llm.device, llm.shape.attention_window, plain[2]._prefix, spare=7)
-    hidden, context, _ = llm.open_packed(packing)
-    assert hidden.shape[1] == packing.end + 7 == 24 + 7 and torch.equal(hidden[:, :24], plain[0])
+def test_chunks_that_reach_into_the_next_one_or_behind_the_last_tree_compute_the_same(llm):
+    prefix, (hidden, context, packing) = open_behind(llm)
     parts = packing.chunks(4, step=8)
     assert [rows for rows, _ in parts] == [slice(0, 8), slice(4, 12), slice(7, 15), slice(12, 28)]
-    chunks = chunks_of(hidden, context, 4, 8)
-    _, (whole, *read) = run_layer(llm, 0, prefix, [plain[:2], *chunks])
+    longer = torch.nn.functional.pad(hidden, (0, 0, 0, 7))
+    streams = [(longer[:, rows], behind_positions(llm, part, rows.stop - rows.start)) for rows, part in parts]
+    _, (whole, *read) = run_layer(llm, 0, prefix, [(hidden, context), *streams])
     own = [part[:, : packed.end] for part, (_, packed) in zip(read, parts, strict=True)]
     torch.testing.assert_close(torch.cat(own, 1), whole, rtol=0, atol=1e-5)
-    left, rows = packing.select([1, 3])
-    assert left.end == 8 and rows.tolist() == [1, 2, 3, 7, 8, 9, 10, 11] + 7 * [11]
 
 
 def test_a_stream_of_one_tree_can_be_selected_and_cut():
-    packing, tokens = Packing([TokenTree((1, 2))], CPU).select([0])
-    assert tokens.tolist() == [0, 1] and [part for part, _ in packing.chunks(1)] == [slice(0, 2)]
+    packing = Packing([TokenTree((1, 2))], CPU).select([0])
+    assert packing.tokens.tolist() == [1, 2] and [part for part, _ in packing.chunks(1)] == [slice(0, 2)]
 
 
 def test_a_prefix_has_to_be_read_before_what_stands_behind_it():

@@ -1,6 +1,8 @@
 """Bounded memory: no bound changes a score, layers leave as the window moves on, and what damaged files do."""
 
+import io
 import itertools
+import tempfile
 
 import numpy as np
 import psutil
@@ -17,7 +19,7 @@ from tests.llm.test_weights_files import flip, last_absent_byte
 from tests.llm.weights_cases import LARGE, resident_bytes
 from tests.rerank.cases import DOCUMENTS, N_LAYERS, QUERY, cranfield_like, tiny
 
-BOUNDS = list(itertools.product([None, 300], [False, True], [None, 0.02, 1.0]))
+BOUNDS = list(itertools.product([None, 300], [False, True], [None, 0.02, 1.0], [False, True]))
 
 
 def tied(seed: int = 0) -> SwitchableLLM:
@@ -30,11 +32,11 @@ def model(request):
     return request.param
 
 
-@pytest.mark.parametrize(("chunk_tokens", "stream_weights", "share"), BOUNDS)
+@pytest.mark.parametrize(("chunk_tokens", "stream_weights", "share", "states_in_file"), BOUNDS)
 @pytest.mark.parametrize("decider", [None, ClusterRule(0.05)])
-def test_no_bound_changes_a_result(model, tmp_path, decider, chunk_tokens, stream_weights, share):
+def test_no_bound_changes_a_result(model, tmp_path, decider, chunk_tokens, stream_weights, share, states_in_file):
     expected = Reranker(model(), decider=decider, memory=MemoryBounds(None)).ranking(QUERY, DOCUMENTS, 3)
-    bounds = MemoryBounds(chunk_tokens, stream_weights, share, tmp_path)
+    bounds = MemoryBounds(chunk_tokens, stream_weights, share, tmp_path, states_in_file)
     reranker = Reranker(model(), decider=decider, memory=bounds)
     for _ in range(2):
         ranking = reranker.ranking(QUERY, DOCUMENTS, 3)
@@ -43,11 +45,10 @@ def test_no_bound_changes_a_result(model, tmp_path, decider, chunk_tokens, strea
     assert bool(list(tmp_path.iterdir())) == (stream_weights or share is not None)
 
 
-def test_streaming_and_the_embedding_cache_change_no_bit(model, tmp_path):
+def test_what_is_in_files_changes_no_bit(model, tmp_path):
     expected = Reranker(model()).ranking(QUERY, DOCUMENTS).scores
-    assert (
-        Reranker(model(), memory=MemoryBounds(1024, True, 0.1, tmp_path)).ranking(QUERY, DOCUMENTS).scores == expected
-    )
+    bounds = MemoryBounds(1024, True, 0.1, tmp_path, states_in_file=True)
+    assert Reranker(model(), memory=bounds).ranking(QUERY, DOCUMENTS).scores == expected
 
 
 def test_a_masked_model_is_streamed_without_what_its_mask_drops(tmp_path):
@@ -229,3 +230,23 @@ def test_a_request_that_fails_leaves_a_streamed_model_ready_for_the_next(tmp_pat
     assert reranker.llm.resident.kept == ()
     norm.data.copy_(before)
     assert reranker.ranking(QUERY, DOCUMENTS, 2) == expected
+
+
+class _FullDisk(io.FileIO):
+    """Takes any size, as a sparse file does, and no byte."""
+
+    def __init__(self, **_options) -> None:
+        super().__init__("/dev/full", "r+")
+
+    def truncate(self, size=None) -> int:
+        return size
+
+
+def test_states_in_a_file_leave_nothing_behind_and_a_full_disk_ends_one_request(tmp_path, monkeypatch):
+    reranker = Reranker(tiny(), memory=MemoryBounds(300, folder=tmp_path, states_in_file=True))
+    expected = reranker.ranking(QUERY, DOCUMENTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", _FullDisk)
+        with pytest.raises(RankingFailed, match=f"can't be kept in a file in {tmp_path}: .*No space left"):
+            reranker.ranking(QUERY, DOCUMENTS)
+    assert reranker.ranking(QUERY, DOCUMENTS) == expected and not list(tmp_path.iterdir())

@@ -123,9 +123,10 @@ def test_padded_batches_read_a_model_that_is_not_frozen(spec):
 
 
 def test_a_worker_answers_line_by_line(spec):
-    requests = [{"query": QUERY, "documents": DOCUMENTS}]
-    commands = [{**spec, "system": SYSTEMS["pruned"].as_dict(), "requests": requests}]
-    commands += [{"rank": 0, "candidates": 4, "top_k": 2, "threshold": 0.0}, {"path": 0, "candidates": 3}]
+    request = {"query": QUERY, "documents": DOCUMENTS[:4]}
+    commands = [{**spec, "system": SYSTEMS["pruned"].as_dict(), "warm_up": request}]
+    commands += [{"rank": 0, **request, "top_k": 2, "threshold": 0.0}]
+    commands += [{"path": 0, "query": QUERY, "documents": DOCUMENTS[:3]}]
     answers = io.StringIO()
     serve(io.StringIO("".join(json.dumps(each) + "\n" for each in commands)), answers)
     imported, loaded, rank, path = map(json.loads, answers.getvalue().splitlines())
