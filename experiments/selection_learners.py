@@ -13,7 +13,6 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,9 @@ from agents.selection_rivals import rivals
 from experiments.progress import phase
 from experiments.records import provenance, write_record
 from experiments.report.selection_learners import selection_learners_table
-from experiments.rerank_training.data import Split, split_queries
+from experiments.rerank_training.data import Split
 from experiments.selection_matching import Outcomes, cheapest, frontier, matched_difference, outcomes
+from experiments.selection_split import add_split_options, read_split
 from rap_env.envs.selection import TOP_KS, SelectionEnv
 from rap_env.errors import InvalidConfig
 from rap_env.rerank.choosing import Choosing
@@ -186,13 +186,8 @@ def _wins(found: Mapping[str, Any]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the command line, compares, prints, and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", type=Path, help=".npz file of score paths")
-    parser.add_argument("record", type=Path, help="JSON file to write; it must not exist")
-    parser.add_argument("--candidates", type=int, help="the first ones of each query; all by default")
-    parser.add_argument("--split-seed", type=int, default=0)
-    parser.add_argument("--validation-share", type=float, default=0.2, help="of the queries")
-    parser.add_argument("--report-share", type=float, default=0.4, help="of the queries")
-    parser.add_argument("--target", type=float, default=0.992, help="mean agreement with the full model's best K")
+    add_split_options(parser)
+    parser.add_argument("--validation-share", type=float, default=0.1334, help="of the queries")
     parser.add_argument("--top-ks", type=int, nargs="+", default=list(TOP_KS))
     parser.add_argument("--prices", type=float, nargs="+", default=[0.01, 0.03, 0.1, 0.3], help="of reading everything")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
@@ -201,25 +196,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help_text = "of each training; 0 leaves it out"
         parser.add_argument(f"--{name}-steps", type=int, default=defaults[name], help=help_text)
     options = parser.parse_args(arguments)
-    if options.record.exists():
-        parser.error(f"{options.record} exists, and records are written once")
-    paths = ScorePaths.load(options.paths)
-    if options.candidates is not None:
-        paths = paths.first(options.candidates)
-    n_validation, n_report = (round(s * len(paths.queries)) for s in (options.validation_share, options.report_share))
-    split = split_queries(paths.queries, n_validation, n_report, options.split_seed)
+    paths, split, config = read_split(parser, options, options.validation_share)
     steps = {name: n for name in ALGORITHMS if (n := getattr(options, f"{name}_steps"))}
     plan = Plan(steps, options.prices, options.seeds, options.target, options.top_ks)
     origin = provenance()  # before the run, which may be long
     results = compare(parts_of(paths, split), plan)
-    digest = hashlib.sha256(options.paths.read_bytes()).hexdigest()
-    config = {
-        **vars(plan),
-        "candidates": options.candidates,
-        "paths": {"file": options.paths.name, "sha256": digest, "provenance": dict(paths.provenance)},
-        "split": {"seed": options.split_seed, **vars(split)},
-    }
-    record = {"config": config, "provenance": origin, "results": results}
+    record = {"config": {**config, **vars(plan)}, "provenance": origin, "results": results}
     print("\n".join(selection_learners_table(record).markdown))
     write_record(options.record, record)
 

@@ -19,6 +19,7 @@ from experiments.report.contexts import CONTEXT_TABLES
 from experiments.report.kills import kills_table
 from experiments.report.rerank_training import rerank_teachers_table, rerank_training_table
 from experiments.report.reranking import RERANKING_TABLES
+from experiments.report.selection import selection_calibration_table, selection_margins_table
 from experiments.report.selection_learners import selection_learners_table
 from experiments.report.serving import SERVING_TABLES
 from experiments.report.serving_learners import serving_learners_table
@@ -36,6 +37,8 @@ _OF_ONE_RECORD = {
     "rerank_training": rerank_training_table,
     "serving_learners": serving_learners_table,
     "serving_validation": serving_validation_table,
+    "selection_calibration": selection_calibration_table,
+    "selection_margins": selection_margins_table,
     "selection_learners": selection_learners_table,
 }
 _START, _END = "<!-- table:", "<!-- end -->"

@@ -67,7 +67,9 @@ def _in_blocks(
             n_rows, first, last = block.stop - start, start + n_keys - n_queries, block.stop + n_keys - n_queries
             end = min(last + -last % rows, keys.shape[1])
             queries = query[own, :, :, block].flatten(0, 1).flatten(1, 2)
-            scores = torch.bmm(queries, keys[:, :end].contiguous().transpose(1, 2)).view(-1, groups, heads // groups, n_rows, end)
+            scores = torch.bmm(queries, keys[:, :end].contiguous().transpose(1, 2)).view(
+                -1, groups, heads // groups, n_rows, end
+            )
             if unseen is None:
                 scores[..., first:] += later[:n_rows, : end - first]
             else:

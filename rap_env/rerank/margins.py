@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from rap_env.errors import RankingFailed
+from rap_env.errors import RankingFailed, RecordUnreadable
+from rap_env.reading import read_json, reading
 from rap_env.rerank.cuts import Cut
 from rap_env.rerank.selection import Decision
+
+EMBEDDED_MARGINS = Path(__file__).parent / "adapters" / "smollm2-135m" / "margins.json"  # see selection_margins.py
 
 
 def score_noise(paths: Sequence[np.ndarray]) -> np.ndarray:
@@ -53,6 +57,22 @@ class MarginRule:
     def __post_init__(self) -> None:
         if not self.margin > 0 or not all(noise >= 0 for noise in self.noise):
             raise RankingFailed(f"expected a positive margin and no negative noise; got {self.margin} and {self.noise}")
+
+    @classmethod
+    def load(cls, path: str | Path = EMBEDDED_MARGINS) -> "MarginRule":
+        """Reads a rule; by default that of the embedded reranker.
+
+        Args:
+            path: A file of `experiments.selection_margins`.
+
+        Raises:
+            RecordUnreadable: There is none.
+        """
+        what = "margins by layer"
+        found = read_json(Path(path), what, RecordUnreadable)
+        with reading(path, what, RecordUnreadable):
+            noise = (np.inf if each is None else float(each) for each in found["noise"])
+            return cls(tuple(noise), float(found["margin"]))
 
     def decide(self, layer: int, scores: np.ndarray, n_open: int) -> Decision:
         """See `Decider.decide`.

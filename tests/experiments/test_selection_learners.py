@@ -97,7 +97,21 @@ def test_the_gate_needs_the_target_enough_queries_and_an_interval_below_zero_for
 def test_a_run_writes_one_record_with_all_that_it_compared(tmp_path, capsys):
     file, path = synthetic_paths(20, n_candidates=8, n_layers=6).save(tmp_path / "paths.npz"), tmp_path / "record.json"
     arguments = [str(file), str(path), "--seeds", "0", "1", "--prices", "0.5", "--top-ks", "1", "5"]
-    main([*arguments, "--candidates", "7", "--ppo-steps", "64", "--dqn-steps", "64"])
+    main(
+        [
+            *arguments,
+            "--candidates",
+            "7",
+            "--validation-share",
+            "0.2",
+            "--report-share",
+            "0.4",
+            "--ppo-steps",
+            "64",
+            "--dqn-steps",
+            "64",
+        ]
+    )
     record = read_record(path)
     config, results = record["config"], record["results"]
     split = [set(config["split"][name]) for name in ("training", "validation", "report")]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rap_env.errors import RankingFailed
+from rap_env.errors import RankingFailed, RecordUnreadable
 from rap_env.rerank.margins import MarginRule, score_noise
 from rap_env.rerank.selection import Decision, replay
 
@@ -69,3 +69,17 @@ def test_a_model_of_more_layers_is_refused():
 def test_noise_needs_requests_of_one_model_with_something_to_tell_apart(paths):
     with pytest.raises(RankingFailed, match="two candidates or more, and as many layers"):
         score_noise(paths)
+
+
+def test_the_packaged_margins_have_a_noise_for_each_layer_of_the_embedded_model():
+    rule = MarginRule.load()
+    assert len(rule.noise) == 30 and rule.noise[-1] == 0.0 and 0 < rule.margin < 100
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"margin": 1.0}', '{"margin": 0, "noise": [1.0]}', '{"margin": 1, "noise": "a"}']
+)
+def test_a_file_without_margins_is_named(tmp_path, text):
+    (tmp_path / "margins.json").write_text(text)
+    with pytest.raises(RecordUnreadable, match=r"margins\.json: not margins by layer"):
+        MarginRule.load(tmp_path / "margins.json")
