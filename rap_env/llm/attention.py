@@ -60,7 +60,7 @@ def _in_blocks(
     rows = min(n_queries + more_rows, _BLOCK_ROWS)
     later = query.new_full((rows, 2 * rows), -torch.inf).triu_(1)  # those behind a block's own keys are filled up
     read = query.new_empty(sequences, n_queries + more_rows, heads, size)
-    for own in _runs(sequences, _BLOCK_SCORES // (heads * rows * (n_keys + more_keys))):
+    for own in power_runs(sequences, _BLOCK_SCORES // (heads * rows * (n_keys + more_keys))):
         keys, values = (states[own].flatten(0, 1) for states in (key, value))
         for start in range(0, n_queries, rows):
             block = slice(start, min(start + rows, n_queries + more_rows))
@@ -80,8 +80,8 @@ def _in_blocks(
     return read[:, :n_queries]
 
 
-def _runs(n: int, most: int) -> Iterator[slice]:
-    """Cuts so many sequences into runs of powers of two, of at most `most` unless that is less than one."""
+def power_runs(n: int, most: int) -> Iterator[slice]:
+    """Cuts so many things into runs of powers of two, of at most `most` unless that is less than one."""
     start = 0
     while start < n:
         length = 1 << (max(1, min(most, n - start)).bit_length() - 1)

@@ -1,5 +1,6 @@
 """The documents of one request, read together layer by layer; those that leave are cut out of the stream."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rap_env.llm.attention import power_runs
 from rap_env.llm.packing import Packing, SharedPrefix, TokenTree
 from rap_env.llm.streams import context_of
 from rap_env.llm.switchable import SwitchableLLM
@@ -52,9 +54,9 @@ class Candidates:
     other, and an MLP, in which tokens do not see each other, over one block of rows after the other. So what they
     compute inside is bounded by the chunk; beside it are the states of all candidates, in memory or in a file.
 
-    Chunks and blocks have a multiple of 128 rows, for which rows of others are read with them and forgotten: on a CPU
-    oneDNN compiles kernels for every number of rows and keeps them (0.6 MB for a matrix of SmolLM2), so that every
-    request, and each of its layers that drops somebody, would leave some more behind.
+    Chunks have a multiple of 128 rows, for which rows of others are read with them and forgotten, blocks a power of two
+    times 128: on a CPU oneDNN compiles kernels for every number of rows and keeps them, so that every request, and each
+    of its layers that drops somebody, would leave some more behind.
 
     Args:
         llm: The model.
@@ -143,6 +145,6 @@ class Candidates:
         self._block(packing.end)
 
     def _block(self, n_rows: int) -> None:
-        end = n_rows + -n_rows % self._step
-        length = (self._chunk_tokens or end) // self._step * self._step
-        self._blocks = [slice(start, min(start + length, end)) for start in range(0, end, length)]
+        step, n_steps = self._step, math.ceil(n_rows / self._step)
+        runs = power_runs(n_steps, (self._chunk_tokens or n_steps * step) // step)
+        self._blocks = [slice(run.start * step, run.stop * step) for run in runs]
