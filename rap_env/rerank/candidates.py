@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from rap_env.llm.attention import power_runs
+from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.packing import Packing, SharedPrefix, TokenTree
 from rap_env.llm.streams import context_of
 from rap_env.llm.switchable import SwitchableLLM
@@ -52,7 +52,8 @@ class Candidates:
     What all candidates have in front is read once for each layer, in a stream of its own, and equal documents are read
     once, so that their scores are equal to the last bit. An attention runs over one chunk of candidates after the
     other, and an MLP, in which tokens do not see each other, over one block of rows after the other. So what they
-    compute inside is bounded by the chunk; beside it are the states of all candidates, in memory or in a file.
+    compute inside is bounded by the chunk, one for each lane; beside it are the states of all candidates, in memory or
+    in a file.
 
     Chunks have a multiple of 128 rows, for which rows of others are read with them and forgotten, blocks a power of two
     times 128: on a CPU oneDNN compiles kernels for every number of rows and keeps them, so that every request, and each
@@ -97,18 +98,20 @@ class Candidates:
     def run(self, site: Site) -> None:
         """Reads on by a site."""
         self._prefix = self._llm.run([site], self._prefix, self._prefix_context)
-        if site.kind == ATTENTION:
-            for rows, part in self._chunks:
-                context = context_of(self._positions, part, rows.stop - rows.start)
-                self._advance(site, rows, part.end, self._states.read(rows)[None], context)
-        else:
-            for rows in self._blocks:  # as sequences, which may go to lanes
-                sequences = self._states.read(rows).unflatten(0, (-1, self._step))
-                self._advance(site, rows, rows.stop - rows.start, sequences, {})
+        work = self._chunks if site.kind == ATTENTION else self._blocks
+        sizes = [rows.stop - rows.start for rows, _ in work]
+        lanes = cut(sizes, n_lanes(sum(sizes), self._prefix.device))
+        in_lanes(lambda lane: [self._advance(site, *part) for part in work[lane]], lanes)
 
-    def _advance(self, site: Site, rows: slice, n_own: int, hidden: torch.Tensor, context: dict[str, Any]) -> None:
-        after = self._llm.run([site], hidden, context).flatten(0, 1)
-        self._states.write(rows.start, after[:n_own])
+    def _advance(self, site: Site, rows: slice, packing: Packing | None) -> None:
+        """Reads some rows on by a site: those of trees, or, without a packing, any."""
+        hidden = self._states.read(rows)
+        if packing is None:  # as sequences, which may go to lanes
+            after = self._llm.run([site], hidden.unflatten(0, (-1, self._step)), {})
+        else:
+            after = self._llm.run([site], hidden[None], context_of(self._positions, packing, len(hidden)))
+        n_own = len(hidden) if packing is None else packing.end
+        self._states.write(rows.start, after.flatten(0, 1)[:n_own])
 
     def scores(self, head: AnswerHead) -> np.ndarray:
         """Those of the candidates by their last tokens, in the order of their numbers [n]."""
@@ -140,11 +143,12 @@ class Candidates:
 
     def _chunk(self) -> None:
         packing, step = self._packing, self._step
-        self._chunks = packing.chunks(self._chunk_tokens or packing.end, step)
+        lanes = n_lanes(packing.end + -packing.end % step, self._prefix.device)
+        self._chunks = packing.chunks(min(self._chunk_tokens or packing.end, math.ceil(packing.end / lanes)), step)
         self._last = [start - 1 for start in [*packing.starts[1:], packing.end]]
         self._block(packing.end)
 
     def _block(self, n_rows: int) -> None:
         step, n_steps = self._step, math.ceil(n_rows / self._step)
         runs = power_runs(n_steps, (self._chunk_tokens or n_steps * step) // step)
-        self._blocks = [slice(run.start * step, run.stop * step) for run in runs]
+        self._blocks = [(slice(run.start * step, run.stop * step), None) for run in runs]

@@ -1,5 +1,6 @@
 """Hidden states of a request's tokens between two sites: in memory, or in a file of which parts are read (GRATING)."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from rap_env.errors import RankingFailed
 
 
 class States:
-    """N rows of H channels in memory, zeros at first.
+    """N rows of H channels in memory, zeros at first. Threads may read and write at the same time.
 
     Args:
         n_rows: N.
@@ -72,8 +73,7 @@ class StatesInFile(States):
     def read(self, rows: slice) -> torch.Tensor:
         values = self._like.new_empty(rows.stop - rows.start, self._like.shape[1])
         try:
-            self._file.seek(rows.start * self._row_bytes)
-            n_bytes = self._file.readinto(_bytes(values))
+            n_bytes = os.preadv(self._file.fileno(), [_bytes(values)], rows.start * self._row_bytes)
         except OSError as error:
             raise self._failed(error) from error
         if n_bytes != values.nbytes:
@@ -83,8 +83,7 @@ class StatesInFile(States):
     def write(self, start: int, values: torch.Tensor) -> None:
         values = values.contiguous()
         try:
-            self._file.seek(start * self._row_bytes)
-            n_bytes = self._file.write(_bytes(values))
+            n_bytes = os.pwrite(self._file.fileno(), _bytes(values), start * self._row_bytes)
         except OSError as error:
             raise self._failed(error) from error
         if n_bytes != values.nbytes:

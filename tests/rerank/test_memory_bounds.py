@@ -77,7 +77,22 @@ def test_a_chunk_bounds_the_tokens_that_a_layer_runs_over():
     assert mlp[1:] == n_blocks // 2 * [(2, 128)] + n_blocks % 2 * [(1, 128)]
 
 
-def test_requests_of_any_length_are_read_in_few_shapes():
+@pytest.fixture(params=[1, 2])
+def n_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("states_in_file", [False, True])
+def test_lanes_read_chunks_side_by_side(tmp_path, n_threads, states_in_file):
+    expected = Reranker(tiny(), memory=MemoryBounds(None)).score_path(QUERY, DOCUMENTS)
+    bounds = MemoryBounds(300, True, 0.1, tmp_path, states_in_file)
+    assert np.abs(Reranker(tiny(), memory=bounds).score_path(QUERY, DOCUMENTS) - expected).max() < 1e-5
+
+
+def test_requests_of_any_length_are_read_in_few_shapes(n_threads):
     llm, seen = tiny(), set()
     for module in llm.model.model.layers[0].modules():
         if isinstance(module, torch.nn.Linear):
