@@ -139,6 +139,10 @@ class Comparison:
             else:
                 threshold = lowest_threshold(ClusterRule(0.0, **config["rule"]), known, k, config["target"])
             found[rule, masks, candidates, k] = threshold
+        for masks, rule in pruned:
+            if rule == MARGINS:  # one for all, as it ships with an adapter
+                own = {key: margin for key, margin in found.items() if key[:2] == (rule, masks)}
+                found |= dict.fromkeys(own, max(own.values()))
         return found
 
     def _training_paths(self, masks: bool) -> list[np.ndarray]:
