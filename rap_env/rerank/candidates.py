@@ -107,10 +107,10 @@ class Candidates:
         """Reads some rows on by a site: those of trees, or, without a packing, any."""
         hidden = self._states.read(rows)
         if packing is None:  # as sequences, which may go to lanes
-            after = self._llm.run([site], hidden.unflatten(0, (-1, self._step)), {})
+            stream, context, n_own = hidden.unflatten(0, (-1, self._step)), {}, len(hidden)
         else:
-            after = self._llm.run([site], hidden[None], context_of(self._positions, packing, len(hidden)))
-        n_own = len(hidden) if packing is None else packing.end
+            stream, context, n_own = hidden[None], context_of(self._positions, packing, len(hidden)), packing.end
+        after = self._llm.run([site], stream, context)
         self._states.write(rows.start, after.flatten(0, 1)[:n_own])
 
     def scores(self, head: AnswerHead) -> np.ndarray:

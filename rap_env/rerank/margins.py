@@ -8,10 +8,11 @@ import numpy as np
 
 from rap_env.errors import RankingFailed, RecordUnreadable
 from rap_env.reading import read_json, reading
+from rap_env.rerank.adapter import EMBEDDED_ADAPTER
 from rap_env.rerank.cuts import Cut
 from rap_env.rerank.selection import Decision
 
-EMBEDDED_MARGINS = Path(__file__).parent / "adapters" / "smollm2-135m" / "margins.json"  # see selection_margins.py
+EMBEDDED_MARGINS = EMBEDDED_ADAPTER / "margins.json"  # made by experiments/selection_margins.py
 
 
 def score_noise(paths: Sequence[np.ndarray]) -> np.ndarray:
