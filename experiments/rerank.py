@@ -31,7 +31,7 @@ from experiments.reranking.recorded import recorded_paths
 from experiments.reranking.requests import Request, packaged_collection, requests_of
 from experiments.reranking.summary import Judges, summary
 from experiments.reranking.systems import HEADS, MARGINS, System, systems_of
-from experiments.reranking.thresholds import lowest_margin, lowest_threshold
+from experiments.reranking.thresholds import lowest_margins, lowest_threshold
 from rap_env.errors import InvalidConfig, RecordExists
 from rap_env.files import write_over
 from rap_env.llm.loading import load_llm
@@ -132,17 +132,16 @@ class Comparison:
         pruned = sorted({(each.masks, each.prunes) for each in self._systems.values() if each.prunes})
         paths = {masks: self._training_paths(masks) for masks in {masks for masks, _rule in pruned}}
         self._noise = {masks: score_noise(paths[masks]) for masks, rule in pruned if rule == MARGINS}
-        for (masks, rule), candidates, k in itertools.product(pruned, config["candidates"], config["top_k"]):
-            known = [path[:, :candidates] for path in paths[masks]]
-            if rule == MARGINS:
-                threshold = lowest_margin(self._noise[masks], known, k, config["target"])
-            else:
-                threshold = lowest_threshold(ClusterRule(0.0, **config["rule"]), known, k, config["target"])
-            found[rule, masks, candidates, k] = threshold
+        sizes, top_ks, target = config["candidates"], config["top_k"], config["target"]
         for masks, rule in pruned:
             if rule == MARGINS:  # one for all, as it ships with an adapter
-                own = {key: margin for key, margin in found.items() if key[:2] == (rule, masks)}
-                found |= dict.fromkeys(own, max(own.values()))
+                needed = lowest_margins(self._noise[masks], paths[masks], sizes, top_ks, target)
+                found |= {(rule, masks, *setting): max(needed.values()) for setting in needed}
+                continue
+            for candidates, k in itertools.product(sizes, top_ks):
+                known = [path[:, :candidates] for path in paths[masks]]
+                published = ClusterRule(0.0, **config["rule"])
+                found[rule, masks, candidates, k] = lowest_threshold(published, known, k, target)
         return found
 
     def _training_paths(self, masks: bool) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.records import provenance, write_record
 from experiments.report.selection import selection_margins_table
-from experiments.reranking.thresholds import lowest_margin
+from experiments.reranking.thresholds import lowest_margins
 from experiments.selection_matching import outcomes
 from experiments.selection_split import add_split_options, read_split
 from rap_env.envs.selection import TOP_KS
@@ -33,11 +33,10 @@ def margins_of(tuning: ScorePaths, report: ScorePaths, sizes: Sequence[int], tar
         sizes: Numbers of candidates.
         target: Mean agreement with the full model's best K.
     """
-    noise, rows = score_noise(tuning.scores), []
-    for size in sizes:
-        own = tuning.first(size).scores
-        rows += [{"candidates": size, "top_k": k, "needed": lowest_margin(noise, own, k, target)} for k in TOP_KS]
-    rule = MarginRule(tuple(noise.tolist()), max(row["needed"] for row in rows))
+    noise = score_noise(tuning.scores)
+    needed = lowest_margins(noise, tuning.scores, sizes, TOP_KS, target)
+    rule = MarginRule(tuple(noise.tolist()), max(needed.values()))
+    rows = [{"candidates": size, "top_k": k, "needed": margin} for (size, k), margin in needed.items()]
     for row in rows:
         row["report"] = outcomes(report.first(row["candidates"]), [rule], row["top_k"]).means()
     # JSON has no infinity.

@@ -83,8 +83,8 @@ def ask_all(
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """Asks every system everything that its file has no answer to yet.
 
-    Systems are asked in turn, one request each, in reversed order every second time, so that a machine that slows down
-    slows all of them. Every one is a process that stays as long as it has something to answer.
+    Systems are asked in turn about each request, in reversed order every second time, so that a machine that slows
+    down slows all of them. Every one is a process that stays as long as it has something to answer.
 
     Args:
         systems: By name.
@@ -97,9 +97,8 @@ def ask_all(
         The answers of each system, and why some systems have not all.
     """
     files = {name: AnswerFile(folder / f"{name}.jsonl") for name in systems}
-    rounds = [_rounds(systems, plan, repeat) for repeat in range(plan.repeats)]
-    turns = [turn for repeat in rounds for turn in repeat]
-    left = [(name, command) for turn in turns for name, command in turn if not files[name].has(command)]
+    turns = [turn for repeat in range(plan.repeats) for turn in _turns(systems, plan, repeat)]
+    left = [(name, command) for name, command in turns if not files[name].has(command)]
     failed: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         running: dict[str, Process] = {}
@@ -120,9 +119,11 @@ def ask_all(
     return {name: file.answers for name, file in files.items()}, failed
 
 
-def _rounds(systems: Mapping[str, System], plan: Plan, repeat: int) -> list[list[tuple[str, dict[str, Any]]]]:
-    """The turns of a repeat: in each, every system that has something left is asked one thing."""
-    queues = {name: list(plan.commands(system, repeat)) for name, system in systems.items()}
-    names = list(systems) if repeat % 2 == 0 else list(reversed(systems))
-    longest = max(map(len, queues.values()), default=0)
-    return [[(name, queues[name][turn]) for name in names if turn < len(queues[name])] for turn in range(longest)]
+def _turns(systems: Mapping[str, System], plan: Plan, repeat: int) -> list[tuple[str, dict[str, Any]]]:
+    """Who is asked what in a repeat; whoever is asked less often is asked at even distances, about the same request."""
+    turns = []
+    for place, (name, system) in enumerate(systems.items()):
+        commands = list(plan.commands(system, repeat))
+        turns += [((number + 0.5) / len(commands), place, name, command) for number, command in enumerate(commands)]
+    direction = 1 if repeat % 2 == 0 else -1
+    return [(name, command) for _when, _place, name, command in sorted(turns, key=lambda t: (t[0], direction * t[1]))]

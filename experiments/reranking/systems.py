@@ -65,12 +65,12 @@ SYSTEMS = {
     "streamed": System(streams=True, caches_rows=True, files_states=True),
     "streamed_pruned": System(prunes=CLUSTERS, streams=True, caches_rows=True, files_states=True),
     "streamed_margins": System(prunes=MARGINS, streams=True, caches_rows=True, files_states=True),
-    # From everything on, one part is off; without pruning it is `streamed`.
-    "without_streaming": System(prunes=CLUSTERS, caches_rows=True, files_states=True),
-    "without_chunks": System(prunes=CLUSTERS, streams=True, chunks=False, caches_rows=True, files_states=True),
-    "without_row_cache": System(prunes=CLUSTERS, streams=True, files_states=True),
-    "without_states_in_file": System(prunes=CLUSTERS, streams=True, caches_rows=True),
-    "pruning_alone": System(prunes=CLUSTERS, chunks=False),
+    # From everything on, which is `streamed_margins`, one part is off; without pruning it is `streamed`.
+    "without_streaming": System(prunes=MARGINS, caches_rows=True, files_states=True),
+    "without_chunks": System(prunes=MARGINS, streams=True, chunks=False, caches_rows=True, files_states=True),
+    "without_row_cache": System(prunes=MARGINS, streams=True, files_states=True),
+    "without_states_in_file": System(prunes=MARGINS, streams=True, caches_rows=True),
+    "pruning_alone": System(prunes=MARGINS, chunks=False),
     "masked": System(masks=True),
     "masked_pruned": System(prunes=CLUSTERS, masks=True),
 }

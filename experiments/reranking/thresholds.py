@@ -1,5 +1,6 @@
 """Thresholds of the rules that prune: the lowest that still agree with the full model on training queries."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -37,17 +38,28 @@ def lowest_threshold(rule: ClusterRule, paths: Sequence[np.ndarray], top_k: int,
     return _last_that_agrees(rules, paths, top_k, target, lowest)
 
 
-def lowest_margin(noise: np.ndarray, paths: Sequence[np.ndarray], top_k: int, target: float) -> float:
+def lowest_margins(
+    noise: np.ndarray, paths: Sequence[np.ndarray], sizes: Sequence[int], top_ks: Sequence[int], target: float
+) -> dict[tuple[int, int], float]:
     """Walks down over `MARGINS` in the same way, from the one with which nobody leaves.
+
+    A rule that has one margin for all takes the widest of these.
 
     Args:
         noise: Of each layer [layers], see `score_noise`.
         paths: As for `lowest_threshold`.
-        top_k: K.
+        sizes: Numbers of candidates: so many of the first ones.
+        top_ks: Values of K.
         target: Least mean share of the full model's best K.
+
+    Returns:
+        The margin that each number of candidates and K need.
     """
-    rules = ((margin, MarginRule(tuple(noise.tolist()), margin)) for margin in reversed(MARGINS))
-    return _last_that_agrees(rules, paths, top_k, target, MARGINS[-1])
+    rules = [(margin, MarginRule(tuple(noise.tolist()), margin)) for margin in reversed(MARGINS)]
+    return {
+        (size, k): _last_that_agrees(rules, [path[:, :size] for path in paths], k, target, MARGINS[-1])
+        for size, k in itertools.product(sizes, top_ks)
+    }
 
 
 def _last_that_agrees(

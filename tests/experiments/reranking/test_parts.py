@@ -16,7 +16,7 @@ from experiments.reranking.recorded import recorded_paths
 from experiments.reranking.requests import Request, packaged_collection, requests_of
 from experiments.reranking.summary import Judges, summary
 from experiments.reranking.systems import SYSTEMS, System, systems_of
-from experiments.reranking.thresholds import lowest_margin, lowest_threshold
+from experiments.reranking.thresholds import lowest_margins, lowest_threshold
 from rap_env.errors import InvalidConfig, UnknownName
 from rap_env.rerank import ClusterRule
 from rap_env.rerank.paths import ScorePaths
@@ -63,10 +63,18 @@ def test_the_lowest_threshold_is_the_last_one_that_still_agrees():
 def test_the_lowest_margin_is_the_last_one_that_still_agrees():
     # The first layer is 1 apart and orders wrongly.
     path, noise = np.array([[1.0, 2.0], [3.0, 1.0], [4.0, 1.0]]), np.array([0.1, 0.1, 0.0])
-    margin = lowest_margin(noise, [path], 1, target=1.0)
+    [margin] = lowest_margins(noise, [path], [2], [1], target=1.0).values()
     assert margin > 10 and max(each for each in MARGINS if each < margin) <= 10
-    assert lowest_margin(noise, [path], 1, target=0.0) == min(MARGINS) == 0.05
-    assert lowest_margin(noise / 10, [path], 1, target=1.0) > 1e8, "no margin is wide enough"
+    assert lowest_margins(noise, [path], [2], [1], target=0.0) == {(2, 1): min(MARGINS)} == {(2, 1): 0.05}
+    assert lowest_margins(noise / 10, [path], [2], [1], target=1.0)[2, 1] > 1e8, "no margin is wide enough"
+
+
+def test_each_number_of_candidates_needs_a_margin_of_its_own():
+    # The third candidate is misjudged by much more than the second one.
+    path = np.array([[1.0, 2.0, 9.0], [3.0, 1.0, 0.0], [4.0, 1.0, 0.0]])
+    margins = lowest_margins(np.array([0.1, 0.1, 0.0]), [path], [2, 3], [1, 2], target=1.0)
+    assert margins[2, 1] < margins[3, 1]
+    assert margins[2, 2] == min(MARGINS), "all of them are returned, whoever is read on"
 
 
 def test_recorded_paths_are_those_of_the_same_model_queries_and_candidates(tmp_path):
@@ -124,6 +132,14 @@ def test_systems_are_asked_in_turn_and_what_was_answered_is_not_asked_again(tmp_
     again, failed = ask_all(systems, plan, lambda name: FakeProcess(name, asked), tmp_path, lambda done, total: None)
     assert asked == ["third"] * 3 and failed == {} and again["first"] == answers["first"]
     assert len([json.loads(line) for line in (tmp_path / "first.jsonl").read_text().splitlines()]) == 4
+
+
+def test_a_system_that_is_asked_less_often_is_asked_in_between(tmp_path):
+    systems = {"full": System(), "pruned": System(prunes="margins")}
+    plan = Plan([0, 1], [2], [1, 5, 10], 1, {("margins", False, 2, k): 0.5 for k in (1, 5, 10)})
+    asked: list[str] = []
+    ask_all(systems, plan, lambda name: FakeProcess(name, asked), tmp_path, lambda done, total: None)
+    assert asked == ["pruned", "full", "pruned", "pruned"] * 2
 
 
 def answer(number: int, ids: list[int], seconds: float, k: int | None = None, **changes) -> dict:
