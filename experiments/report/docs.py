@@ -15,6 +15,7 @@ from pathlib import Path
 
 from experiments.records import read_records
 from experiments.report import benchmark_lines
+from experiments.report.carry_over import carry_over_table
 from experiments.report.contexts import CONTEXT_TABLES
 from experiments.report.kills import kills_table
 from experiments.report.rerank_training import rerank_teachers_table, rerank_training_table
@@ -32,6 +33,7 @@ _OF_ONE_RECORD = {
     **SERVING_TABLES,
     **RERANKING_TABLES,
     **CONTEXT_TABLES,
+    "carry_over": carry_over_table,
     "kills": kills_table,
     "rerank_teachers": rerank_teachers_table,
     "rerank_training": rerank_training_table,
