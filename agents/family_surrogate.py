@@ -40,10 +40,9 @@ class FamilySurrogateAgent(Agent):
         hope: Deviations below the predicted logarithm of a loss that a mask is given credit for when it is asked for.
         fear: Deviations above that it is charged with in the end.
         answer: Makes the policy in the end; `ClimbedTable` by default.
-        guide: Makes another policy after each fit, whose masks climbs start from too; none by default.
     """
 
-    def __init__(  # noqa: PLR0913 - its arguments are the keys of a YAML
+    def __init__(
         self,
         levels: int = 2,
         curve_part: float = 0.5,
@@ -51,11 +50,9 @@ class FamilySurrogateAgent(Agent):
         hope: float = 1.0,
         fear: float = 1.0,
         answer: Answer | None = None,
-        guide: Answer | None = None,
     ) -> None:
         self._levels, self._curve_part, self._batch = levels, curve_part, batch
         self._hope, self._fear, self._answer = hope, fear, answer or ClimbedTable()
-        self._guide = guide
 
     def begin(self, task: Task) -> None:
         super().begin(task)
@@ -70,15 +67,12 @@ class FamilySurrogateAgent(Agent):
         task.archive.update(rewards)
         self._taken = {mask.widths for mask in rewards}  # evaluated, or proposed
         self._begun = False
-        self._guided: list[Policy] = []
         self._predictor: WidthPredictor | None = None
         self._fitted_to = self._sized_by = 0
         self.details |= {"levels": curves.levels, "prediction_errors": []}
 
     def ask(self, n: int) -> list[Case]:
         cases = []
-        if self._begun:
-            self._be_guided(-self._hope)
         for turn, context in enumerate([self._draw(self.generator) for _ in range(self._batch)]):
             walk = self._walks[turn % len(self._walks)]
             mask = walk.decide(context.workload, context.budget_bytes)
@@ -99,22 +93,15 @@ class FamilySurrogateAgent(Agent):
         self._known |= new
 
     def policy(self) -> Policy:
-        self._be_guided(self._fear)
-        return self._answer.policy(self._critic(self._fear), self.details)
-
-    def _critic(self, deviations: float) -> FamilyCritic:
-        return FamilyCritic(
+        critic = FamilyCritic(
             task=self.task,
             predictor=self._fit(),
-            fear=deviations,
+            fear=self._fear,
             dense_reward=self._known[self._curves.dense],
             climb=self._answered,
             greedy=self._greedy,
         )
-
-    def _be_guided(self, deviations: float) -> None:
-        if self._guide:
-            self._guided = [self._guide.policy(self._critic(deviations), self.details)]
+        return self._answer.policy(critic, self.details)
 
     def _answered(self, context: Scenario, generator: np.random.Generator, climbs: int) -> PruningMask:
         return self._climbed(context, self._fear, generator, climbs=climbs)
@@ -154,7 +141,7 @@ class FamilySurrogateAgent(Agent):
         """
         predictor, moves = self._fit(), WidthMoves(self.task.problem.shape, context)
         fitting = self._by_excess[moves.slack(self._all_widths[self._by_excess]) >= 0.0][:_STARTS]
-        walked = [walk.decide(context.workload, context.budget_bytes) for walk in (*self._walks, *self._guided)]
+        walked = [walk.decide(context.workload, context.budget_bytes) for walk in self._walks]
         seen = np.concatenate([widths_of(walked), self._all_widths[fitting]])
         seen = np.concatenate([seen, moves.fitted(seen, generator)])
         found: list[tuple[float, tuple[int, ...]]] = []
