@@ -134,7 +134,7 @@ class Ranker:
     def _bounds(self) -> MemoryBounds:
         system, bounds = self.system, self._spec["bounds"]
         return MemoryBounds(
-            chunk_tokens=bounds["chunk_tokens"] if system.chunks else None,
+            chunk_tokens=bounds["chunk_tokens"][system.chunks] if system.chunks else None,
             stream_weights=system.streams,
             embedding_share=bounds["embedding_share"] if system.caches_rows else None,
             folder=Path(self._spec["folder"]),

@@ -2,13 +2,14 @@
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rap_env.errors import check_known
 
 RERANKER, PADDED, OFFLOADED, CROSS_ENCODER, HEADS = "reranker", "padded", "offloaded", "cross_encoder", "heads"
 CLUSTERS, MARGINS = "clusters", "margins"
+SMALL, LARGE = "small", "large"
 _PACKAGES = {OFFLOADED: "accelerate", CROSS_ENCODER: "sentence_transformers"}
 
 
@@ -23,7 +24,8 @@ class System:
         prunes: By which rule documents leave early: the published one over `"clusters"`, or by `"margins"` that each
             layer has from calibration; None: nobody does.
         streams: Whether only two sites' weights are in memory.
-        chunks: Whether a layer reads the documents chunk by chunk.
+        chunks: In chunks of which size a layer reads the documents: `"small"` ones, to save memory, `"large"` ones, or
+            None: all at once.
         caches_rows: Whether only some rows of the embedding are in memory.
         files_states: Whether the hidden states of the documents are in a file, and only a chunk's in memory.
         masks: Whether the model runs without some groups of MLP channels.
@@ -33,7 +35,7 @@ class System:
     reads: str = RERANKER
     prunes: str | None = None
     streams: bool = False
-    chunks: bool = True
+    chunks: str | None = LARGE
     caches_rows: bool = False
     files_states: bool = False
     masks: bool = False
@@ -53,6 +55,8 @@ class System:
         return self.package if self.package and importlib.util.find_spec(self.package) is None else None
 
 
+_SAVING = System(prunes=MARGINS, streams=True, chunks=SMALL, caches_rows=True, files_states=True)  # everything is on
+
 SYSTEMS = {
     "hf": System(PADDED),
     "hf_offload": System(OFFLOADED),
@@ -62,15 +66,15 @@ SYSTEMS = {
     "full": System(),
     "pruned": System(prunes=CLUSTERS),
     "margins": System(prunes=MARGINS),
-    "streamed": System(streams=True, caches_rows=True, files_states=True),
-    "streamed_pruned": System(prunes=CLUSTERS, streams=True, caches_rows=True, files_states=True),
-    "streamed_margins": System(prunes=MARGINS, streams=True, caches_rows=True, files_states=True),
-    # From everything on, which is `streamed_margins`, one part is off; without pruning it is `streamed`.
-    "without_streaming": System(prunes=MARGINS, caches_rows=True, files_states=True),
-    "without_chunks": System(prunes=MARGINS, streams=True, chunks=False, caches_rows=True, files_states=True),
-    "without_row_cache": System(prunes=MARGINS, streams=True, files_states=True),
-    "without_states_in_file": System(prunes=MARGINS, streams=True, caches_rows=True),
-    "pruning_alone": System(prunes=MARGINS, chunks=False),
+    "streamed": replace(_SAVING, prunes=None),
+    "streamed_pruned": replace(_SAVING, prunes=CLUSTERS),
+    "streamed_margins": _SAVING,
+    # From everything on, one part is off; without pruning it is `streamed`.
+    "without_streaming": replace(_SAVING, streams=False),
+    "without_chunks": replace(_SAVING, chunks=None),
+    "without_row_cache": replace(_SAVING, caches_rows=False),
+    "without_states_in_file": replace(_SAVING, files_states=False),
+    "pruning_alone": System(prunes=MARGINS, chunks=None),
     "masked": System(masks=True),
     "masked_pruned": System(prunes=CLUSTERS, masks=True),
 }

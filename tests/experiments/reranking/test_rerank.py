@@ -34,9 +34,9 @@ def spec(tmp_path) -> dict:
         "batch_size": 2,
         "kept_channels": 0.5,
         "n_heads": 2,
-        "bounds": {"chunk_tokens": 64, "embedding_share": 0.1},
+        "bounds": {"chunk_tokens": {"small": 64, "large": 128}, "embedding_share": 0.1},
     }
-    options |= {"bounds": {"chunk_tokens": 64, "embedding_share": 0.1}}
+    options |= {"bounds": {"chunk_tokens": {"small": 64, "large": 128}, "embedding_share": 0.1}}
     return options | {"rule": {"max_clusters": 3, "first_layer": 0}, "folder": str(tmp_path / "weights")}
 
 
