@@ -30,12 +30,7 @@ QUERY, DOCUMENTS = "what is lift", ["the lift of a wing", "heat", "a long text o
 @pytest.fixture
 def spec(tmp_path) -> dict:
     options = {"model_name": "tiny", "dtype": "float32", "adapter": None, "template": None, "max_document_tokens": 20}
-    options |= {
-        "batch_size": 2,
-        "kept_channels": 0.5,
-        "n_heads": 2,
-        "bounds": {"chunk_tokens": {"small": 64, "large": 128}, "embedding_share": 0.1},
-    }
+    options |= {"batch_size": 2, "kept_channels": 0.5, "n_heads": 2}
     options |= {"bounds": {"chunk_tokens": {"small": 64, "large": 128}, "embedding_share": 0.1}}
     return options | {"rule": {"max_clusters": 3, "first_layer": 0}, "folder": str(tmp_path / "weights")}
 
