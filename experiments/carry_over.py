@@ -1,10 +1,10 @@
-"""Masks of a leaderboard on data that nobody searched on: `python -m experiments.carry_over TABLE RECORD --tasks NAME`.
+"""Masks of a leaderboard on data that nobody searched on: `python -m experiments.carry_over TABLE RECORD ...`.
+
+    TABLE RECORD evaluation.search_paths=[valid.txt] evaluation.report_paths=[test.txt] --tasks NAME --agents NAME NAME
 
 The masks that agents ended with on the first contexts of the family, of all seeds, are evaluated on other tasks. Each
 NAME is a task or a tag of lm-eval, and a row of the table that comes out. A killed run is resumed by running it again:
-what was measured is in the result store.
-
-KEY=VALUE says where the texts lie: evaluation.search_paths=[valid.txt] evaluation.report_paths=[test.txt].
+what was measured is in the result store. KEY=VALUE says where the texts lie.
 """
 
 import argparse
