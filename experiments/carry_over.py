@@ -17,8 +17,9 @@ from experiments.leaderboard.checks import rebuild
 from experiments.leaderboard.rows import check_rows, mask_of
 from experiments.progress import phase
 from experiments.records import provenance, read_records, write_record
+from experiments.report.amortisation import within_ranges
 from experiments.report.carry_over import METRICS, carry_over_table
-from rap_env.errors import RapError, UnknownName
+from rap_env.errors import InvalidConfig, RapError, UnknownName
 from rap_env.evaluation.evaluator import Evaluation
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.meter import Meter
@@ -46,36 +47,43 @@ def measure(
         dense that the row states and of the metrics by name.
     """
     shape = next(iter(meters.values())).llm.shape
-    dense = {name: _metrics(meter.evaluate([PruningMask.all_kept(shape)])[0]) for name, meter in meters.items()}
-    agents, done = {}, 0
-    total = sum(len(row["results"]["seeds"]) * n_contexts for row in rows)
+    dense, measured = PruningMask.all_kept(shape), {}
+    chosen = {row["results"]["agent"]: [own[:n_contexts] for own in row["results"]["contexts"]] for row in rows}
+    every = [mask_of(context, shape) for of_seeds in chosen.values() for own in of_seeds for context in own]
+    for done, mask in enumerate(masks := list(dict.fromkeys([dense, *every]))):
+        progress(done, len(masks))
+        measured[mask] = {name: _metrics(meter.evaluate([mask])[0]) for name, meter in meters.items()}
+    agents = {}
     for row in rows:
-        results, losses, measured = row["results"], [], {name: [] for name in meters}
-        for dense_loss, contexts in zip(results["dense_loss"], results["contexts"], strict=True):
-            chosen = contexts[:n_contexts]
-            losses.append([context["loss"] - dense_loss for context in chosen])
-            for of_seeds in measured.values():
-                of_seeds.append([])
-            for context in chosen:
-                progress(done, total)
-                for name, meter in meters.items():
-                    evaluation = meter.evaluate([mask_of(context, shape)])[0]
-                    measured[name][-1].append(_metrics(evaluation))
-                done += 1
-        agents[results["agent"]] = {"seeds": results["seeds"], "loss": losses, "measured": measured}
-    return {"dense": dense, "agents": agents}
+        results = row["results"]
+        of_seeds = list(zip(results["dense_loss"], chosen[results["agent"]], strict=True))
+        agents[results["agent"]] = {
+            "seeds": results["seeds"],
+            "loss": [[context["loss"] - dense_loss for context in own] for dense_loss, own in of_seeds],
+            "measured": {
+                name: [[measured[mask_of(context, shape)][name] for context in own] for _dense_loss, own in of_seeds]
+                for name in meters
+            },
+        }
+    return {"dense": measured[dense], "agents": agents}
 
 
 def _metrics(evaluation: Evaluation) -> dict[str, float]:
     return {metric: evaluation.mean(metric) for metric in METRICS}
 
 
-def _chosen(rows: Sequence[dict[str, Any]], agents: Sequence[str]) -> list[dict[str, Any]]:
-    """Each agent's row of the largest token budget."""
+def _chosen(rows: Sequence[dict[str, Any]], agents: Sequence[str], n_contexts: int) -> list[dict[str, Any]]:
+    """Each agent's row of the largest token budget; refused is what could not be compared once it was measured."""
     largest = {row["results"]["agent"]: row for row in sorted(rows, key=lambda row: row["results"]["token_budget"])}
     for agent in agents:
         if agent not in largest:
             raise UnknownName("agent of the leaderboard", agent, largest)
+    if len({tuple(largest[agent]["results"]["seeds"]) for agent in agents}) > 1:
+        raise InvalidConfig(f"expected agents with the same seeds; those of {', '.join(agents)} differ")
+    family = rows[0]["config"]["workload"]["sampler"]
+    within = int(within_ranges(family, rows[0]["results"]["contexts"][0]).sum())
+    if not 1 <= n_contexts <= within:
+        raise InvalidConfig(f"expected 1 to {within} contexts, those that were held out; got {n_contexts}")
     return [largest[agent] for agent in agents]
 
 
@@ -95,11 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     if options.record.exists():
         parser.error(f"{options.record} exists, and records are written once")
-    origin = provenance()  # before the run, which takes an hour
+    origin = provenance()  # before the run, which takes minutes
     try:
         rows = read_records(options.table)
         check_rows(rows)
-        rows = _chosen(rows, options.agents)
+        rows = _chosen(rows, options.agents, options.contexts)
         llm = rebuild(rows[0], options.overrides, options.table).llm
         with ResultStore(cache_folder() / "results.db") as store, phase("masks") as progress:
             evaluators = {
@@ -113,8 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluated = {name: dict(evaluator.identity) for name, evaluator in evaluators.items()}
     provenance_of_rows = {"leaderboard": [row["provenance"]["git"] for row in rows], "evaluators": evaluated}
     record = {"config": config, "provenance": origin | provenance_of_rows, "results": results}
-    print("\n".join(carry_over_table(record).markdown))
-    print(write_record(options.record, record))
+    path = write_record(options.record, record)
+    print("\n".join([*carry_over_table(record).markdown, str(path)]))
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ def carry_over_table(record: Mapping[str, Any]) -> Table:
 
     Differences are of equal seeds and contexts; their spread is that over the seeds.
     """
-    agents = record["results"]["agents"]
-    references, rows = list(agents)[:2], []
-    for measured, values in _measured(record).items():
+    references, rows, found = list(record["results"]["agents"])[:2], [], _measured(record)
+    for measured, values in found.items():
         for agent, own in values.items():
             cells = [measured, agent, f"{own.mean():.3f}"]
             for reference in references:
                 difference = with_spread(own - values[reference], plain_mean)
                 cells.append("" if agent == reference else number(*difference))
             rows.append(cells)
-    n_seeds, n_contexts = next(iter(next(iter(_measured(record).values())).values())).shape
+    n_seeds, n_contexts = found[_LOSS][references[0]].shape
     mean = f"mean of {n_seeds} seeds and {n_contexts} contexts"
     return Table(["measured", "agent", mean, *(f"minus {reference}" for reference in references)], rows)
 

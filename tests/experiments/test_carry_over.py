@@ -1,5 +1,8 @@
 """Masks of a leaderboard are measured on other tasks, and held against those of other agents."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from experiments import carry_over
@@ -10,6 +13,7 @@ from rap_env.llm.loading import load_llm
 from rap_env.mask import PruningMask
 
 TASK = "rap_opposites_report"
+BOARD = Path(__file__).parents[2] / "results" / "leaderboard.jsonl"
 
 
 def row(agent: str, masks: list[list[PruningMask]], losses: list[list[float]]) -> dict:
@@ -65,3 +69,26 @@ def test_what_is_no_leaderboard_is_refused(tmp_path, rows, words):
             [str(tmp_path / "board.jsonl"), str(tmp_path / "record.json"), "--tasks", TASK, "--agents", "a"]
         )
     assert not (tmp_path / "record.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--agents", "family_surrogate", "--contexts", "33"), "expected 1 to 32 contexts.*got 33"),
+        (("--agents", "family_surrogate", "--contexts", "0"), "expected 1 to 32 contexts.*got 0"),
+        (("--agents", "ppo"), "unknown agent of the leaderboard 'ppo'"),
+    ],
+)
+def test_what_could_not_be_compared_is_refused_before_anything_is_measured(tmp_path, options, words):
+    with pytest.raises(SystemExit, match=words):
+        carry_over.main([str(BOARD), str(tmp_path / "record.json"), "--tasks", TASK, *options])
+
+
+def test_agents_with_other_seeds_are_refused(tmp_path):
+    rows = [json.loads(line) for line in BOARD.read_text().splitlines()]
+    for key in ("seeds", "tokens", "dense_loss", "contexts"):
+        rows[0]["results"][key] = rows[0]["results"][key][1:]
+    (tmp_path / "board.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    agents = [rows[0]["results"]["agent"], "single_site_greedy"]
+    with pytest.raises(SystemExit, match="expected agents with the same seeds"):
+        carry_over.main([str(tmp_path / "board.jsonl"), str(tmp_path / "r.json"), "--tasks", TASK, "--agents", *agents])
