@@ -8,8 +8,9 @@ import torch
 
 from agents.driver import evaluated_masks, run_search
 from agents.family_critic import CriticEvaluator
-from agents.family_gradient import GradientPolicy, scaled_to_fit
+from agents.family_gradient import GradientPolicy
 from agents.family_surrogate import FamilySurrogateAgent
+from agents.width_scaling import scaled_to_fit
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import ScenarioSampler, scenario_grid
 from rap_env.policies import ArchivePolicy, WidthPolicy, load_policy, save_policy

@@ -1,0 +1,118 @@
+"""A width policy that learns from the model itself: its loss is differentiated through soft gates on all parts."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from scipy.stats import qmc
+from torch import nn
+
+from agents.base import Learner
+from agents.width_scaling import SCALED, family_inputs, scaled_fractions
+from rap_env.evaluation.width_gradients import WidthGradients
+from rap_env.llm.shape import ModelShape
+from rap_env.memory.scenario import Scenario
+from rap_env.policies import WidthPolicy
+from rap_env.policies.width import WidthNetwork, width_features
+
+_CONTEXTS = 1024  # that observations are whitened on
+_LEAST_DEVIATION = 1e-2  # of a direction of the observations, relative to the largest
+_SLOWER = 20  # steps after which the rate has fallen to 0.7
+
+
+class ModelGradientAgent(Learner):
+    """Learns by the gradient of the loss itself, as a deterministic policy gradient does by that of a critic.
+
+    In a step several contexts of the family are drawn, and the policy's widths for each are read on a window of text of
+    its own, at soft gates (`rap_env/evaluation/width_gradients.py`). One backward pass tells how the loss changes with
+    all widths of all these contexts, and through the scaling that meets their budgets with the policy's weights
+    (Silver et al. 2014, equation 9, for episodes of one step; the reward is differentiated in place of a critic).
+    A pass costs what three evaluations of as many tokens do.
+
+    The policy is a linear function of the observation, squashed by a tanh. It is trained in coordinates in which the
+    family's observations have unit variance and do not correlate: they are few, four for widths of attentions and MLPs.
+    It begins with equal widths. Windows are the calibration text's, each read once before any is read again. What a
+    step does not depend on is the token budget: a larger one repeats the passes of a smaller one.
+
+    Args:
+        batch: Contexts in a step, and windows; a power of two, for they lie on a Sobol sequence.
+        learning_rate: Of the first step of Adam; it falls with the square root of their number.
+    """
+
+    def __init__(self, batch: int = 8, learning_rate: float = 0.05) -> None:
+        self._batch, self._learning_rate = batch, learning_rate
+
+    def learn(self) -> None:
+        task, problem = self.task, self.task.problem
+        shape, budget = problem.shape, problem.budget
+        gradients = WidthGradients(problem.llm, problem.store, budget)
+        points = qmc.Sobol(3, rng=task.seed)
+        self._whitening = _Whitening(shape, [task.sampler.at(shape, point) for point in points.random(_CONTEXTS)])
+        self._linear = nn.Linear(self._whitening.rank, len(shape.components.sites), dtype=torch.float64)
+        nn.init.zeros_(self._linear.weight)  # equal widths at first
+        nn.init.zeros_(self._linear.bias)
+        optimizer = torch.optim.Adam(self._linear.parameters(), lr=self._learning_rate, betas=(0.8, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1.0 + step / _SLOWER) ** -0.5)
+        losses = self.details["losses"] = []
+        for windows in self._windows():
+            if gradients.tokens(windows) > budget.left:
+                break
+            contexts = [task.sampler.at(shape, point) for point in points.random(self._batch)]
+            seen, room, sizes = family_inputs(shape, contexts)
+            actions = self._linear(self._whitening(width_features(seen))).tanh()
+            widths = scaled_fractions(actions, sizes, room) * gradients.n_parts
+            of_windows, slopes = gradients.measure(windows, widths)
+            optimizer.zero_grad()
+            widths.backward(slopes / len(windows))
+            optimizer.step()
+            schedule.step()
+            losses.append(of_windows.mean().item())
+            task.progress(budget.spent, budget.limit or budget.spent)
+            task.log(budget.spent, {"loss": losses[-1]})
+
+    def policy(self) -> WidthPolicy:
+        network = WidthNetwork(self._linear.out_features, layers=(), squashed=True)
+        weight, bias = self._whitening.undone(self._linear)
+        network.linears[0].load_state_dict({"weight": weight.float(), "bias": bias.float()})
+        return WidthPolicy(self.task.problem.shape, network, SCALED)
+
+    def _windows(self) -> Iterator[torch.Tensor]:
+        """Batches [B, T] of the calibration windows, in random order, again and again."""
+        waiting: list[int] = []
+        while True:
+            while len(waiting) < self._batch:
+                waiting += self.generator.permutation(len(self.task.windows)).tolist()
+            drawn, waiting = waiting[: self._batch], waiting[self._batch :]
+            yield self.task.windows[drawn]
+
+
+class _Whitening:
+    """Takes features of observations to coordinates of unit variance that do not correlate, over a family's contexts.
+
+    Shapes: N contexts, F features, R directions in which they differ.
+
+    Args:
+        shape: The model.
+        contexts: Of the family.
+    """
+
+    def __init__(self, shape: ModelShape, contexts: Sequence[Scenario]) -> None:
+        features = width_features(family_inputs(shape, contexts)[0]).double()
+        self._mean = features.mean(0)
+        _left, singular, right = torch.linalg.svd(features - self._mean, full_matrices=False)
+        differ = singular > _LEAST_DEVIATION * singular[0]
+        self._directions = right[differ] / singular[differ, None] * np.sqrt(len(features))  # [R, F]
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return len(self._directions)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [N, F] -> coordinates [N, R], in float64."""
+        return (features.double() - self._mean) @ self._directions.T
+
+    def undone(self, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the linear function of features that one of coordinates is."""
+        weight = linear.weight.detach() @ self._directions
+        return weight, linear.bias.detach() - weight @ self._mean

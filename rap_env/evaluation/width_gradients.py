@@ -1,0 +1,185 @@
+"""A loss at widths between whole parts, and its gradient: one backward pass tells about the widths of all sites."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rap_env.errors import InvalidMask, InvalidWorkload, UnsupportedArchitecture
+from rap_env.evaluation.claims import measured_once
+from rap_env.evaluation.evaluator import check_finite
+from rap_env.evaluation.identity import engine_identity
+from rap_env.evaluation.meter import TokenBudget
+from rap_env.evaluation.perplexity import tokens_digest
+from rap_env.evaluation.store import ResultStore
+from rap_env.llm.architecture import architecture_of, submodule
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.llm.windows import check_windows
+from rap_env.mask import PruningMask
+from rap_env.rng import isolated_rng
+
+PASSES = 3  # what a forward and a backward pass count as: the usual price of training
+_EDGE = 3.0  # parts of a ramp of gates; see `soft_gates`
+_FEW = 8
+_HEAD_ROWS = 1024  # of logits that are alive at once, with their gradients
+_VERSION = 1  # of how it is computed
+
+
+class WidthGradients:
+    """Reads windows at fractional widths, forward and backward, and pays for it.
+
+    A site of width w hands its first parts to its output matrix whole, and of those about w what a gate between 0 and 1
+    lets through; see `soft_gates`. At whole widths of sites with few parts this is the masked model, but for an output
+    matrix's bias, which stays where the whole site goes.
+
+    Shapes: B windows of T tokens, S sites.
+
+    Args:
+        llm: The model; the mask that is applied to it does not matter, and stays.
+        store: Keeps finished passes; None keeps none.
+        budget: What pays.
+
+    Raises:
+        UnsupportedArchitecture: Output matrices are quantised, or refitted for each width.
+    """
+
+    def __init__(self, llm: SwitchableLLM, store: ResultStore | None, budget: TokenBudget) -> None:
+        self._llm, self._store, self._budget = llm, store, budget
+        sites = llm.shape.components.sites
+        self.n_parts = torch.tensor([own.stop - own.start for _site, own in sites], dtype=torch.float64)
+        layers = [(llm.layer_of(site), site.kind) for site, _own in sites]
+        self._outputs = [layer.output(kind) for layer, kind in layers]
+        if llm.refits is not None or not all(type(output) is nn.Linear for output in self._outputs):
+            raise UnsupportedArchitecture(
+                "expected output matrices as they were loaded to differentiate through; these are quantised or refitted"
+            )
+        self._channels = [[own.stop - own.start for own in layer.output_slices(kind)] for layer, kind in layers]
+
+    def tokens(self, windows: torch.Tensor) -> int:
+        """What `measure` pays for windows [B, T]."""
+        return PASSES * windows.numel()
+
+    def measure(self, windows: torch.Tensor, widths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean next-token losses of windows, each at widths of its own, and their gradients.
+
+        Args:
+            windows: Tokens [B, T].
+            widths: Between 0 and the number of a site's parts [B, S], in float64.
+
+        Returns:
+            Losses [B] in nats, and what one part more of each site changes them by [B, S], in float64.
+
+        Raises:
+            SearchExhausted: The token budget does not cover it.
+            InvalidWorkload: The windows are longer than the model's context, or have tokens that it does not know.
+            InvalidMask: The widths are not those of as many models as there are windows.
+            EvaluationFailed: A loss or a gradient is not a finite number.
+        """
+        check_windows(*windows.shape, self._llm.shape.context_tokens)
+        if (last := int(windows.max())) >= self._llm.shape.vocab_size:
+            raise InvalidWorkload(f"windows have token {last}; the model knows {self._llm.shape.vocab_size}")
+        widths = widths.detach()
+        if widths.shape != (len(windows), len(self.n_parts)) or not ((widths >= 0) & (widths <= self.n_parts)).all():
+            raise InvalidMask(
+                f"expected widths [{len(windows)}, {len(self.n_parts)}] within the sites' parts;"
+                f" got {list(widths.shape)} of {widths.min().item()} to {widths.max().item()}"
+            )
+        identity = self._identity(windows, widths)
+        digest = hashlib.sha256(repr(sorted(identity["asked"].items())).encode()).hexdigest()
+        paid = self._budget.spend("width gradients", [digest], self.tokens(windows))
+
+        def measured(_indices: list[int]) -> Iterator[tuple[int, dict]]:
+            yield 0, self._measured(windows, widths)
+
+        ((result,), _fresh) = measured_once(self._store, [identity], measured)
+        self._budget.measured_seconds += result["seconds"] if paid else 0.0
+        losses, slopes = (torch.tensor(result[name], dtype=torch.float64) for name in ("losses", "slopes"))
+        return losses, slopes
+
+    def _identity(self, windows: torch.Tensor, widths: torch.Tensor) -> dict:
+        """Everything that a result depends on."""
+        asked = {
+            "windows": tokens_digest(windows),
+            "widths": hashlib.sha256(np.ascontiguousarray(widths.numpy()).tobytes()).hexdigest(),
+            "version": _VERSION,
+        }
+        return engine_identity(self._llm) | {"kind": "width gradients", "asked": asked}
+
+    def _measured(self, windows: torch.Tensor, widths: torch.Tensor) -> dict:
+        started, llm = time.perf_counter(), self._llm
+        leaf = widths.clone().requires_grad_(True)
+        dense, decoder = PruningMask.all_kept(llm.shape), architecture_of(llm.model.config).decoder
+        with isolated_rng(), torch.enable_grad(), llm.pruned(dense), self._gated(leaf):
+            inputs = windows.to(llm.device)
+            states = submodule(llm.model, decoder)(input_ids=inputs, use_cache=False).last_hidden_state[:, :-1]
+            losses, slopes = _head_losses(llm, states, inputs[:, 1:])
+            states.backward(slopes)
+        check_finite("loss at fractional widths", losses.tolist(), llm)
+        check_finite("gradient at fractional widths", leaf.grad.flatten().tolist(), llm)
+        seconds = time.perf_counter() - started
+        return {"losses": losses.tolist(), "slopes": leaf.grad.tolist(), "seconds": seconds}
+
+    @contextlib.contextmanager
+    def _gated(self, widths: torch.Tensor) -> Iterator[None]:
+        """Puts gates in front of all output matrices while the body runs."""
+        handles = []
+        try:
+            for column, output, channels in zip(widths.T, self._outputs, self._channels, strict=True):
+                gates = soft_gates(column, len(channels)).repeat_interleave(torch.tensor(channels), 1)
+                handles.append(output.register_forward_pre_hook(_gate(gates)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def soft_gates(widths: torch.Tensor, n_parts: int) -> torch.Tensor:
+    """Gates of a site's parts at widths: 1 below a width, 0 above it, and a ramp between them; they add up to it.
+
+    The ramp is three parts long, so that a gradient is not that of a single part, and one part long where there are at
+    most eight and near both ends: a width of 0 keeps nothing, one of all parts everything.
+
+    Args:
+        widths: Between 0 and the number of parts [B].
+        n_parts: Of the site, P.
+
+    Returns:
+        Gates [B, P]; gradients go through them to the widths.
+    """
+    column = widths[:, None]
+    if n_parts > _FEW:
+        from_end = torch.minimum(column, n_parts - column)
+        edge = torch.where(from_end < _EDGE / 2.0, 1.0, _EDGE)
+    else:
+        edge = torch.ones_like(column)
+    middles = torch.arange(n_parts, dtype=widths.dtype, device=widths.device) + 0.5
+    return ((column - middles) / edge + 0.5).clamp(0.0, 1.0)
+
+
+def _gate(gates: torch.Tensor) -> Callable:
+    """A hook that multiplies a matrix's inputs by gates [B, C]: inputs [B, T, C], or their rows [B * T, C]."""
+
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        states, (n_windows, channels) = inputs[0], gates.shape
+        factors = gates.to(states.device, states.dtype)[:, None]
+        return ((states.reshape(n_windows, -1, channels) * factors).reshape(states.shape),)
+
+    return hook
+
+
+def _head_losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean losses [B] of states [B, T, H] behind the last norm, and the gradient of their sum; some rows at a time."""
+    rows = states.detach().reshape(-1, states.shape[-1])
+    losses, slopes = [], []
+    for part, wanted in zip(rows.split(_HEAD_ROWS), targets.reshape(-1).split(_HEAD_ROWS), strict=True):
+        leaf = part.clone().requires_grad_(True)
+        of_tokens = functional.cross_entropy(llm.model.lm_head(leaf).float(), wanted, reduction="none")
+        of_tokens.sum().backward()
+        losses.append(of_tokens.detach().double())
+        slopes.append(leaf.grad / targets.shape[1])
+    return torch.cat(losses).view(targets.shape).mean(1).cpu(), torch.cat(slopes).view(states.shape)

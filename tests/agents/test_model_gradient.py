@@ -1,0 +1,93 @@
+"""The policy that the model's own gradient trains: better than equal widths, within its tokens, and resumable."""
+
+import dataclasses
+import statistics
+
+import torch
+
+from agents.driver import run_search
+from agents.model_gradient import ModelGradientAgent, _Whitening
+from agents.width_scaling import family_inputs
+from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.evaluation.store import ResultStore
+from rap_env.evaluation.width_gradients import PASSES, WidthGradients
+from rap_env.memory.scenario import ScenarioSampler, scenario_grid
+from rap_env.policies import WidthPolicy, load_policy, save_policy
+from rap_env.policies.width import width_features
+from rap_env.rng import isolated_rng
+from tests.agents.cases import build_agent, decided, fits, make_task
+from tests.agents.test_family_surrogate import BETWEEN, grouped  # noqa: F401 - a fixture
+
+N_WINDOWS, TOKENS = 12, 24
+EACH = PASSES * 4 * TOKENS
+
+
+def written(llm) -> torch.Tensor:
+    """Windows [12, 24] that the dense model predicts well: its own text."""
+    with isolated_rng(0):
+        begun = torch.randint(0, 256, (N_WINDOWS, 1))
+        return llm.model.generate(begun, max_length=TOKENS, min_length=TOKENS, do_sample=True, temperature=0.5)
+
+
+def task_of(llm, limit: int, **options):
+    task = make_task(llm, limit, PerplexityEvaluator(written(llm), "text"), **options)
+    return dataclasses.replace(task, windows=written(llm))
+
+
+def searched(llm, steps: float, **options):
+    task = task_of(llm, int(steps * EACH), **options)
+    return task, run_search(build_agent("model_gradient", batch=4, learning_rate=0.1), task)
+
+
+def test_steps_lower_the_loss_of_masks_that_fit(grouped, tmp_path):  # noqa: F811
+    grid, losses = scenario_grid(grouped.shape, *BETWEEN), []
+    for steps in (0, 120):
+        _task, result = searched(grouped, steps)
+        masks = decided(result.policy, grid)
+        assert all(fits(mask, grouped.shape, each) for mask, each in zip(masks, grid, strict=True))
+        evaluated = PerplexityEvaluator(written(grouped), "text").evaluate_many(grouped, list(dict.fromkeys(masks)))
+        of_masks = {mask: -evaluation.score for mask, evaluation in evaluated}
+        losses.append(statistics.mean(of_masks[mask] for mask in masks))
+    assert losses[1] < losses[0] - 0.2, losses
+    assert isinstance(result.policy, WidthPolicy)
+    assert decided(load_policy(save_policy(result.policy, tmp_path / "policy")), grid) == masks
+
+
+def test_no_step_is_taken_that_the_budget_does_not_pay_for(grouped):  # noqa: F811
+    for steps, taken in ((0.9, 0), (2.9, 2)):
+        task, result = searched(grouped, steps)
+        assert {entry.owner for entry in task.problem.budget.history} <= {"width gradients"}
+        assert task.problem.budget.spent == result.tokens == taken * EACH
+        assert len(result.details["losses"]) == taken
+
+
+def test_a_larger_budget_repeats_the_steps_of_a_smaller_one_from_the_store(grouped, tmp_path, monkeypatch):  # noqa: F811
+    with ResultStore(tmp_path / "results.db") as store:
+        _task, first = searched(grouped, 3, store=store)
+        measured = WidthGradients._measured
+        fresh = []
+        monkeypatch.setattr(WidthGradients, "_measured", lambda *given: fresh.append(1) or measured(*given))
+        _task, longer = searched(grouped, 5, store=store)
+    assert len(fresh) == 2 and longer.details["losses"][:3] == first.details["losses"]
+
+
+def test_every_window_is_read_before_any_is_read_again(grouped):  # noqa: F811
+    agent = ModelGradientAgent(batch=8)
+    agent.begin(task_of(grouped, 0))
+    batches = agent._windows()
+    read = torch.cat([next(batches) for _ in range(3)])
+    for epoch in read.split(N_WINDOWS):
+        assert sorted(epoch.tolist()) == sorted(written(grouped).tolist())
+
+
+def test_whitened_observations_have_unit_variance_and_a_way_back(grouped):  # noqa: F811
+    sampler, generator = ScenarioSampler((1, 16), (128, 2048), (0.5, 0.95)), torch.Generator().manual_seed(0)
+    points = torch.rand(300, 3, generator=generator).tolist()
+    contexts = [sampler.at(grouped.shape, point) for point in points]
+    features, whitening = width_features(family_inputs(grouped.shape, contexts)[0]), _Whitening(grouped.shape, contexts)
+    seen = whitening(features)
+    assert 2 <= whitening.rank <= 4
+    assert torch.allclose(seen.T @ seen / len(seen), torch.eye(whitening.rank, dtype=torch.float64), atol=1e-6)
+    linear = torch.nn.Linear(whitening.rank, 5, dtype=torch.float64)
+    weight, bias = whitening.undone(linear)
+    assert torch.allclose(linear(seen), features.double() @ weight.T + bias, atol=1e-6)
