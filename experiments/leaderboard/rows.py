@@ -27,7 +27,7 @@ from rap_env.memory.workload import Workload
 
 _KEPT = ("agent", "model", "widths", "calibration", "evaluation", "reward", "workload")  # of a run's config
 _OF_SEARCHES = ("seed", "search_windows", "fitness")  # of an evaluation; the report does not depend on them
-_OF_ORDERS = ("corpus", "sampling", "seed")  # of a calibration; the rest is about rankings
+OF_ORDERS = ("corpus", "sampling", "seed")  # of a calibration; the rest is what an agent reads, and pays for
 _WORKLOAD = ("batch_size", "prompt_tokens", "generated_tokens")
 _FAMILY = "family_contexts"
 
@@ -163,7 +163,7 @@ def family_of(config: Mapping[str, Any], scenarios: Sequence[Scenario]) -> dict[
     return {
         "model": config["model"],
         "widths": config["widths"],
-        "order of parts": _without_folders({key: config["calibration"].get(key) for key in _OF_ORDERS}),
+        "order of parts": _without_folders({key: config["calibration"].get(key) for key in OF_ORDERS}),
         "evaluation": {key: value for key, value in evaluation.items() if key not in _OF_SEARCHES},
         "family": config["workload"]["sampler"],
         "contexts": list(scenarios),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from plotly.graph_objects import Figure
 
+from experiments.leaderboard.rows import OF_ORDERS
 from experiments.report.comparison import Comparison, draws_own_text
 from experiments.report.drawing import PageFigure, spread_line
 from experiments.report.metrics import SPREAD, best_known, loss_over_dense, plain_mean, with_spread
@@ -168,6 +169,8 @@ def _shared(comparison: Comparison) -> dict[str, Any]:
     shared = {key: value for key, value in config.items() if key not in own}
     if draws_own_text(comparison.records[0]):
         shared["evaluation"] = {key: value for key, value in config["evaluation"].items() if key != "seed"}
+    if "calibration" in config:
+        shared["calibration"] = {key: config["calibration"].get(key) for key in OF_ORDERS}
     scenarios = [row["budget_bytes"] for row in comparison.records[0]["results"]["rows"]]
     family = {"sampler": config["workload"]["sampler"], "scenarios": comparison.scenarios, "bytes": scenarios}
     return shared | family | {"evaluators": comparison.evaluators}

@@ -15,8 +15,8 @@ from rap_env.evaluation.claims import measured_once
 from rap_env.evaluation.evaluator import check_finite
 from rap_env.evaluation.identity import engine_identity
 from rap_env.evaluation.meter import TokenBudget
-from rap_env.evaluation.perplexity import tokens_digest
-from rap_env.evaluation.store import ResultStore
+from rap_env.evaluation.perplexity import BATCH_TOKENS, tokens_digest
+from rap_env.evaluation.store import ResultStore, identity_digest
 from rap_env.llm.architecture import architecture_of, submodule
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
@@ -90,8 +90,7 @@ class WidthGradients:
                 f" got {list(widths.shape)} of {widths.min().item()} to {widths.max().item()}"
             )
         identity = self._identity(windows, widths)
-        digest = hashlib.sha256(repr(sorted(identity["asked"].items())).encode()).hexdigest()
-        paid = self._budget.spend("width gradients", [digest], self.tokens(windows))
+        paid = self._budget.spend("width gradients", [identity_digest(identity)], self.tokens(windows))
 
         def measured(_indices: list[int]) -> Iterator[tuple[int, dict]]:
             yield 0, self._measured(windows, widths)
@@ -103,26 +102,33 @@ class WidthGradients:
 
     def _identity(self, windows: torch.Tensor, widths: torch.Tensor) -> dict:
         """Everything that a result depends on."""
-        asked = {
+        return engine_identity(self._llm) | {
+            "kind": "width gradients",
             "windows": tokens_digest(windows),
             "widths": hashlib.sha256(np.ascontiguousarray(widths.numpy()).tobytes()).hexdigest(),
             "version": _VERSION,
         }
-        return engine_identity(self._llm) | {"kind": "width gradients", "asked": asked}
 
     def _measured(self, windows: torch.Tensor, widths: torch.Tensor) -> dict:
         started, llm = time.perf_counter(), self._llm
-        leaf = widths.clone().requires_grad_(True)
-        dense, decoder = PruningMask.all_kept(llm.shape), architecture_of(llm.model.config).decoder
-        with isolated_rng(), torch.enable_grad(), llm.pruned(dense), self._gated(leaf):
-            inputs = windows.to(llm.device)
-            states = submodule(llm.model, decoder)(input_ids=inputs, use_cache=False).last_hidden_state[:, :-1]
-            losses, slopes = _head_losses(llm, states, inputs[:, 1:])
-            states.backward(slopes)
-        check_finite("loss at fractional widths", losses.tolist(), llm)
-        check_finite("gradient at fractional widths", leaf.grad.flatten().tolist(), llm)
-        seconds = time.perf_counter() - started
-        return {"losses": losses.tolist(), "slopes": leaf.grad.tolist(), "seconds": seconds}
+        leaf, of_batches = widths.clone().requires_grad_(True), []
+        per_batch = max(1, BATCH_TOKENS // windows.shape[1])
+        with isolated_rng(), torch.enable_grad(), llm.pruned(PruningMask.all_kept(llm.shape)):
+            for batch, own in zip(windows.split(per_batch), leaf.split(per_batch), strict=True):
+                with self._gated(own):
+                    of_batches.append(self._backward(batch.to(llm.device)))
+        losses, slopes = torch.cat(of_batches).tolist(), leaf.grad
+        check_finite("loss at fractional widths", losses, llm)
+        check_finite("gradient at fractional widths", slopes.flatten().tolist(), llm)
+        return {"losses": losses, "slopes": slopes.tolist(), "seconds": time.perf_counter() - started}
+
+    def _backward(self, windows: torch.Tensor) -> torch.Tensor:
+        """Losses [B] of windows, whose sum's gradient is added to that of the widths."""
+        model, decoder = self._llm.model, architecture_of(self._llm.model.config).decoder
+        states = submodule(model, decoder)(input_ids=windows, use_cache=False).last_hidden_state[:, :-1]
+        losses, slopes = _head_losses(self._llm, states, windows[:, 1:])
+        states.backward(slopes)
+        return losses
 
     @contextlib.contextmanager
     def _gated(self, widths: torch.Tensor) -> Iterator[None]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidMask, InvalidWorkload, SearchExhausted, UnsupportedArchitecture
+from rap_env.evaluation import width_gradients
 from rap_env.evaluation.meter import TokenBudget
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
@@ -51,6 +52,14 @@ def test_each_window_is_read_at_its_own_widths(llm):
     gradients, widths = WidthGradients(llm, None, TokenBudget()), drawn(llm)
     together, alone = gradients.measure(WINDOWS, widths), gradients.measure(WINDOWS[1:], widths[1:])
     assert all(torch.allclose(both[1:], one, atol=1e-6) for both, one in zip(together, alone, strict=True))
+
+
+def test_few_windows_at_once_are_the_same(llm, monkeypatch):
+    gradients, widths = WidthGradients(llm, None, TokenBudget()), drawn(llm)
+    together = gradients.measure(WINDOWS, widths)
+    monkeypatch.setattr(width_gradients, "BATCH_TOKENS", 1)
+    parted = gradients.measure(WINDOWS, widths)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(together, parted, strict=True))
 
 
 def test_a_pass_is_paid_for_once_and_kept(llm, tmp_path):

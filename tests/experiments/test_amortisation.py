@@ -106,6 +106,17 @@ def test_budgets_may_have_other_seeds_where_each_draws_search_text_of_its_own(re
     assert {entry.evaluations for entry in Amortisation(fewer).entries} == {5.0, 10.0, 20.0}
 
 
+def test_how_much_calibration_text_is_read_is_the_agents_own_matter(records):
+    for one in records:
+        one["config"]["calibration"] = {"corpus": "searched", "seed": 0, "n_samples": 2}
+    other = made("reader", 0, 400, (2.4, 2.8, 4.0, 5.0), 50)
+    other["config"] |= {"name": "reader", "calibration": {"corpus": "searched", "seed": 0, "n_samples": 1024}}
+    assert "reader" in [entry.agent for entry in Amortisation([*records, other]).entries]
+    other["config"]["calibration"]["corpus"] = "another"
+    with pytest.raises(ValueError, match="expected records of one family"):
+        Amortisation([*records, other])
+
+
 def test_agents_are_held_against_the_surrogate_of_the_same_seed_on_held_out_contexts():
     of_agents = [
         *(made("family_surrogate", seed, 100, (2.4 + 0.4 * seed, 2.8, 4.0, 6.0), 100) for seed in range(3)),
