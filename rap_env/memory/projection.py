@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -107,7 +108,8 @@ class Projection:
         n_parts = [place.stop - place.start for place in positions]
         floors = [smallest_width(n, self.p_min) for n in n_parts]
         entering = nested_order(self.fractions(action, len(positions)), n_parts, floors)
-        return [shape.components[positions[site].start + part].name for site, part in reversed(entering)]
+        sites, parts = (column[::-1].tolist() for column in entering)
+        return [shape.components[positions[site].start + part].name for site, part in zip(sites, parts, strict=True)]
 
 
 def smallest_width(n_parts: int, p_min: float) -> int:
@@ -217,24 +219,25 @@ def nested_widths(
     fractions: Sequence[float], parts: Sequence[Sequence[int]], floors: Sequence[int], free_bytes: int
 ) -> list[int]:
     """Widths of the longest beginning of `nested_order` that fits; arguments as those of `whole_widths`."""
-    widths = [0] * len(parts)
-    for site, part in nested_order(fractions, [len(of_site) - 1 for of_site in parts], floors):
-        free_bytes -= parts[site][part + 1] - parts[site][part]
-        if free_bytes < 0:
-            break
-        widths[site] += 1
-    return widths
+    counts = [len(of_site) - 1 for of_site in parts]
+    sites, places = nested_order(fractions, counts, floors)
+    sizes = np.array([above - below for of_site in parts for below, above in pairwise(of_site)], dtype=np.int64)
+    in_order = sizes[(np.cumsum(counts) - counts)[sites] + places]
+    n_kept = int(in_order.cumsum().searchsorted(free_bytes, side="right"))
+    return np.bincount(sites[:n_kept], minlength=len(parts)).tolist()
 
 
-def nested_order(fractions: Sequence[float], n_parts: Sequence[int], floors: Sequence[int]) -> list[tuple[int, int]]:
-    """(site, part) of all parts in the order in which they enter while one number t scales all keep fractions.
+def nested_order(
+    fractions: Sequence[float], n_parts: Sequence[int], floors: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Site and part of all N parts [N], in the order in which they enter while one number t scales all keep fractions.
 
     Part j = 0, 1, ... of a site with n parts enters where `fraction * t * n` is rounded to j + 1. Parts below the
     floors come first, in the same order.
     """
-    entering = [
-        (part >= floor, (part + 0.5) / (n * fraction), site, part)
-        for site, (fraction, n, floor) in enumerate(zip(fractions, n_parts, floors, strict=True))
-        for part in range(n)
-    ]
-    return [(site, part) for _above, _t, site, part in sorted(entering)]
+    counts = np.array(n_parts)
+    sites = np.arange(len(counts)).repeat(counts)
+    parts = np.arange(len(sites)) - (counts.cumsum() - counts)[sites]
+    entering = (parts + 0.5) / (counts * np.array(fractions))[sites]
+    order = np.lexsort((entering, parts >= np.array(floors)[sites]))  # of equals the first site's first part
+    return sites[order], parts[order]

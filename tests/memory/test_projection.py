@@ -153,8 +153,8 @@ def test_dropping_order_walks_down_the_nested_masks(sites, action):
 
 
 def test_parts_below_the_floors_enter_first():
-    entering = nested_order([0.1, 1.0], [10, 10], [1, 1])
-    assert entering[:3] == [(1, 0), (0, 0), (1, 1)]
+    sites, parts = nested_order([0.1, 1.0], [10, 10], [1, 1])
+    assert (sites[:3].tolist(), parts[:3].tolist()) == ([1, 0, 1], [0, 0, 1])
 
 
 def test_what_no_projection_can_use_is_refused():
