@@ -31,8 +31,8 @@ class ModelGradientAgent(Learner):
 
     The policy is a linear function of the observation, squashed by a tanh. It is trained in coordinates in which the
     family's observations have unit variance and do not correlate: they are few, four for widths of attentions and MLPs.
-    It begins with equal widths. Windows are the calibration text's, each read once before any is read again. What a
-    step does not depend on is the token budget: a larger one repeats the passes of a smaller one.
+    It begins with equal widths. Windows are the calibration text's, each read once before any is read again. No step
+    depends on the token budget: a larger one repeats the passes of a smaller one.
 
     Args:
         batch: Contexts in a step, and windows; a power of two, for they lie on a Sobol sequence.
