@@ -56,7 +56,7 @@ def test_every_agent_and_seed_has_a_record_in_a_folder_of_its_name(swept):
     for seed, name in enumerate(NAMES):
         results = read_record(swept.folder / name / "record.json")["results"]
         assert (results["agent"], results["seed"]) == ("random_search", seed)
-        assert len(results["rows"]) == 16 + 4 and results["search"]["evaluations"] > 10
+        assert len(results["rows"]) == 12 + 4 and results["search"]["evaluations"] > 10
 
 
 def test_workers_measure_nothing_twice(swept):
