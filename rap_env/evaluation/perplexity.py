@@ -26,6 +26,19 @@ def tokens_digest(windows: torch.Tensor) -> str:
     return hashlib.sha256(str(tuple(windows.shape)).encode() + windows.cpu().numpy().tobytes()).hexdigest()
 
 
+def check_tokens(windows: torch.Tensor, llm: SwitchableLLM) -> None:
+    """Refuses windows [N, T] that a model can't read.
+
+    Raises:
+        InvalidWorkload: They are longer than the model's context, or have tokens that it does not know.
+    """
+    check_windows(*windows.shape, llm.shape.context_tokens)
+    if (last := int(windows.max())) >= llm.shape.vocab_size:
+        raise InvalidWorkload(
+            f"windows have token {last}; the model knows {llm.shape.vocab_size}: made with another tokenizer"
+        )
+
+
 def cut_contexts(windows: torch.Tensor, context_tokens: int, target_tokens: int) -> torch.Tensor:
     """The last tokens of windows [N, T], with a shorter context in front of them [N, context + targets].
 
@@ -169,11 +182,7 @@ class TextEvaluator(Evaluator):
         Raises:
             InvalidWorkload: The windows are longer than the model's context, or have tokens that it does not know.
         """
-        check_windows(*self.windows.shape, llm.shape.context_tokens)
-        if (last := int(self.windows.max())) >= llm.shape.vocab_size:
-            raise InvalidWorkload(
-                f"windows have token {last}; the model knows {llm.shape.vocab_size}: made with another tokenizer"
-            )
+        check_tokens(self.windows, llm)
         return llm.open_stream(self.windows[batch].to(llm.device))
 
     def evaluate_many(

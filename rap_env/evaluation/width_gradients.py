@@ -10,16 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rap_env.errors import InvalidMask, InvalidWorkload, UnsupportedArchitecture
+from rap_env.errors import InvalidMask, UnsupportedArchitecture
 from rap_env.evaluation.claims import measured_once
 from rap_env.evaluation.evaluator import check_finite
 from rap_env.evaluation.identity import engine_identity
 from rap_env.evaluation.meter import TokenBudget
-from rap_env.evaluation.perplexity import BATCH_TOKENS, tokens_digest
+from rap_env.evaluation.perplexity import BATCH_TOKENS, check_tokens, tokens_digest
 from rap_env.evaluation.store import ResultStore, identity_digest
 from rap_env.llm.architecture import architecture_of, submodule
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.llm.windows import check_windows
 from rap_env.mask import PruningMask
 from rap_env.rng import isolated_rng
 
@@ -80,9 +79,7 @@ class WidthGradients:
             InvalidMask: The widths are not those of as many models as there are windows.
             EvaluationFailed: A loss or a gradient is not a finite number.
         """
-        check_windows(*windows.shape, self._llm.shape.context_tokens)
-        if (last := int(windows.max())) >= self._llm.shape.vocab_size:
-            raise InvalidWorkload(f"windows have token {last}; the model knows {self._llm.shape.vocab_size}")
+        check_tokens(windows, self._llm)
         widths = widths.detach()
         if widths.shape != (len(windows), len(self.n_parts)) or not ((widths >= 0) & (widths <= self.n_parts)).all():
             raise InvalidMask(
