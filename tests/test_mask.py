@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import operator
 import subprocess
 import sys
 import timeit
@@ -16,7 +17,7 @@ import torch
 from rap_env.errors import InvalidMask, UnknownName
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import parting
-from rap_env.mask import KINDS, Component, PruningMask, Site, full_order, kept_sites
+from rap_env.mask import KINDS, Component, Components, PruningMask, Site, full_order, kept_sites
 
 
 def row(layer: int, kind: str, part: int | None = None) -> Component:
@@ -164,7 +165,7 @@ def test_different_masks_have_different_digests():
 def test_the_digest_is_equal_in_another_process(dense):
     mask = dense.drop("layer0.attention", "layer3.mlp")
     program = """if True:
-        from rap_env.mask import KINDS, Component, PruningMask, Site
+        from rap_env.mask import KINDS, Component, Components, PruningMask, Site
         sites = [Site(layer, kind) for layer in range(4) for kind in KINDS]
         components = tuple(Component(site.name, site, None, 7, 0) for site in sites)
         print(PruningMask(components, (False, *[True] * 6, False)).digest)
@@ -264,3 +265,21 @@ def test_widths_of_a_mask_that_keeps_other_parts_are_refused():
 def test_widths_that_the_sites_do_not_have_are_refused(widths, message):
     with pytest.raises(InvalidMask, match=message):
         PruningMask.from_widths(parted_shape(), widths)
+
+
+def test_components_that_were_built_twice_are_compared_without_their_rows(monkeypatch):
+    # Whoever fills a cache that is keyed by shapes, look-ups by an equal one stay fast.
+    first, second = (Components(parted_shape().components) for _time in range(2))
+    assert first is not second and hash(first) == hash(second)
+    assert operator.eq(first, second) and not operator.ne(first, second)
+    compared = []
+    monkeypatch.setattr(Component, "__eq__", lambda *pair: compared.append(pair) or False)
+    assert operator.eq(first, second) and not operator.ne(first, second) and {first: 1}[second] and not compared
+
+
+def test_components_differ_where_any_row_does():
+    rows = parted_shape().components
+    for changes in ({"weight_bytes": 7}, {"kv_bytes_per_token": 7}, {"part": 7}, {"site": Site(7, "mlp")}):
+        others = Components((*rows[:-1], dataclasses.replace(rows[-1], **changes)))
+        assert operator.ne(Components(rows), others) and not operator.eq(Components(rows), others)
+    assert Components(rows) != Components(rows[:-1]) and Components(rows) == tuple(rows)
