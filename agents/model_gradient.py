@@ -1,5 +1,6 @@
 """A width policy that learns from the model itself: its loss is differentiated through soft gates on all parts."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 from agents.base import Learner
 from agents.width_scaling import SCALED, family_inputs, scaled_fractions
+from rap_env.errors import InvalidReward
 from rap_env.evaluation.width_gradients import WidthGradients
 from rap_env.llm.shape import ModelShape
 from rap_env.memory.scenario import Scenario
@@ -31,16 +33,21 @@ class ModelGradientAgent(Learner):
 
     The policy is a linear function of the observation, squashed by a tanh. It is trained in coordinates in which the
     family's observations have unit variance and do not correlate: they are few, four for widths of attentions and MLPs.
-    It begins with equal widths. Windows are the calibration text's, each read once before any is read again. No step
-    depends on the token budget: a larger one repeats the passes of a smaller one.
+    It begins with equal widths. Windows are the calibration text's, each read once before any is read again. Some may
+    end with an item of the tasks that masks are searched on, whose right answer alone is scored. No step depends on the
+    token budget: a larger one repeats the passes of a smaller one.
 
     Args:
         batch: Contexts in a step, and windows; a power of two, for they lie on a Sobol sequence.
         learning_rate: Of the first step of Adam; it falls with the square root of their number.
+        answers: How many windows of a step end with an item.
+
+    Raises:
+        InvalidReward: There are to be answers, and masks are searched on nothing that has any.
     """
 
-    def __init__(self, batch: int = 8, learning_rate: float = 0.05) -> None:
-        self._batch, self._learning_rate = batch, learning_rate
+    def __init__(self, batch: int = 8, learning_rate: float = 0.05, answers: int = 0) -> None:
+        self._batch, self._learning_rate, self._answers = batch, learning_rate, answers
 
     def learn(self) -> None:
         task, problem = self.task, self.task.problem
@@ -54,14 +61,14 @@ class ModelGradientAgent(Learner):
         optimizer = torch.optim.Adam(self._linear.parameters(), lr=self._learning_rate, betas=(0.8, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1.0 + step / _SLOWER) ** -0.5)
         losses = self.details["losses"] = []
-        for windows in self._windows():
+        for windows, n_scored in self._batches():
             if gradients.tokens(windows) > budget.left:
                 break
             contexts = [task.sampler.at(shape, point) for point in points.random(self._batch)]
             seen, room, sizes = family_inputs(shape, contexts)
             actions = self._linear(self._whitening(width_features(seen))).tanh()
             widths = scaled_fractions(actions, sizes, room) * gradients.n_parts
-            of_windows, slopes = gradients.measure(windows, widths)
+            of_windows, slopes = gradients.measure(windows, widths, n_scored)
             optimizer.zero_grad()
             widths.backward(slopes / len(windows))
             optimizer.step()
@@ -76,14 +83,30 @@ class ModelGradientAgent(Learner):
         network.linears[0].load_state_dict({"weight": weight.float(), "bias": bias.float()})
         return WidthPolicy(self.task.problem.shape, network, SCALED)
 
-    def _windows(self) -> Iterator[torch.Tensor]:
-        """Batches [B, T] of the calibration windows, in random order, again and again."""
-        waiting: list[int] = []
+    def _batches(self) -> Iterator[tuple[torch.Tensor, list[int] | None]]:
+        """Windows [B, T], and how many of their last tokens are scored where these are not all, without end."""
+        problem, windows = self.task.problem, self.task.windows
+        items = problem.evaluator.right_answers(problem.llm) if self._answers else ()
+        if self._answers and not items:
+            raise InvalidReward(f"expected items with right answers to learn from; {problem.evaluator.name} has none")
+        rows, numbers = self._shuffled(len(windows)), self._shuffled(len(items))
         while True:
-            while len(waiting) < self._batch:
-                waiting += self.generator.permutation(len(self.task.windows)).tolist()
-            drawn, waiting = waiting[: self._batch], waiting[self._batch :]
-            yield self.task.windows[drawn]
+            drawn = windows[list(itertools.islice(rows, self._batch))]
+            if not items:
+                yield drawn, None
+                continue
+            n_scored = [windows.shape[1] - 1] * self._batch
+            # Places of a Sobol sequence lie in parts of the family of their own, so answers have no fixed ones.
+            for place in self.generator.choice(self._batch, self._answers, replace=False):
+                context, answer = items[next(numbers)]
+                tokens = torch.tensor([*context, *answer])[-windows.shape[1] :]
+                drawn[place, -len(tokens) :], n_scored[place] = tokens, len(answer)
+            yield drawn, n_scored
+
+    def _shuffled(self, n: int) -> Iterator[int]:
+        """The numbers below n in random order, again and again."""
+        while True:
+            yield from self.generator.permutation(n).tolist()
 
 
 class _Whitening:

@@ -37,10 +37,11 @@ class Halves:
     Attributes:
         search: Evaluates masks while agents search.
         report: Evaluates masks for reports.
-        search_text: What the search half holds.
+        search_text: What the search half holds; calibration text may be cut from it.
         reported: What the report half holds, by name.
         held_out: What calibration text must not hold, by name: the report half, and the items of search tasks.
         repeated_items: Items that the search half leaves out, because the report half has them as well.
+        also_searched: Whatever else the search half holds.
     """
 
     search: Evaluator
@@ -49,6 +50,7 @@ class Halves:
     reported: Mapping[str, Sequence[str]]
     held_out: Mapping[str, Sequence[str]]
     repeated_items: int = 0
+    also_searched: tuple[Corpus, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:

@@ -179,7 +179,8 @@ def _halves(evaluations: Mapping[str, DictConfig], llm: SwitchableLLM) -> dict[s
     halves = {name: build_halves(evaluation, llm) for name, evaluation in evaluations.items()}
     main, *others = halves.values()
     for other in others:
-        refuse_contamination(main.search_text, other.reported)
+        for searched in (main.search_text, *main.also_searched):
+            refuse_contamination(searched, other.reported)
     return halves
 
 

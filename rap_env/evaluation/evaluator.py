@@ -89,6 +89,10 @@ class Evaluator(Protocol):
         """
         return self
 
+    def right_answers(self, llm: SwitchableLLM) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+        """Tokens of context and first right choice of every item that has one; nothing where there are no items."""
+        return ()
+
     def evaluate(self, llm: SwitchableLLM) -> Evaluation:
         """Evaluates the model with the mask that is applied."""
         return next(iter(self.evaluate_many(llm, [llm.mask])))[1]

@@ -18,7 +18,7 @@ import numpy as np
 from rap_env.errors import EvaluationFailed, UnknownName
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.evaluation.lm import RapLM
-from rap_env.evaluation.scoring import Score, ScoringPlan
+from rap_env.evaluation.scoring import Pair, Score, ScoringPlan
 from rap_env.evaluation.task_loading import build_requests, load_tasks, naming
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -163,6 +163,13 @@ class HarnessEvaluator(Evaluator):
             ]
             self._planned = key, ScoringPlan(pairs, self._batch_tokens)
         return self._planned[1]
+
+    def right_answers(self, llm: SwitchableLLM) -> list[Pair]:
+        pairs, answers = iter(self.plan(llm).pairs), []
+        for item in (item for items in self._items.values() for item in items):
+            own = [next(pairs) for _request in item.requests]
+            answers += [own[item.right[0]]] if item.right else []
+        return answers
 
     def evaluate_many(
         self, llm: SwitchableLLM, masks: Sequence[PruningMask], near: PruningMask | None = None

@@ -3,14 +3,14 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from rap_env.errors import InvalidMask, UnsupportedArchitecture
+from rap_env.errors import InvalidMask, InvalidWorkload, UnsupportedArchitecture
 from rap_env.evaluation.claims import measured_once
 from rap_env.evaluation.evaluator import check_finite
 from rap_env.evaluation.identity import engine_identity
@@ -63,19 +63,23 @@ class WidthGradients:
         """What `measure` pays for windows [B, T]."""
         return PASSES * windows.numel()
 
-    def measure(self, windows: torch.Tensor, widths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def measure(
+        self, windows: torch.Tensor, widths: torch.Tensor, n_scored: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean next-token losses of windows, each at widths of its own, and their gradients.
 
         Args:
             windows: Tokens [B, T].
             widths: Between 0 and the number of a site's parts [B, S], in float64.
+            n_scored: How many of the last tokens of each window the mean is over [B]; by default all but the first.
 
         Returns:
             Losses [B] in nats, and what one part more of each site changes them by [B, S], in float64.
 
         Raises:
             SearchExhausted: The token budget does not cover it.
-            InvalidWorkload: The windows are longer than the model's context, or have tokens that it does not know.
+            InvalidWorkload: The windows are longer than the model's context, have tokens that it doesn't know, or fewer
+                than are to be scored.
             InvalidMask: The widths are not those of as many models as there are windows.
             EvaluationFailed: A loss or a gradient is not a finite number.
         """
@@ -86,11 +90,15 @@ class WidthGradients:
                 f"expected widths [{len(windows)}, {len(self.n_parts)}] within the sites' parts;"
                 f" got {list(widths.shape)} of {widths.min().item()} to {widths.max().item()}"
             )
-        identity = self._identity(windows, widths)
+        most = windows.shape[1] - 1
+        scored = [most] * len(windows) if n_scored is None else list(n_scored)
+        if len(scored) != len(windows) or not all(1 <= own <= most for own in scored):
+            raise InvalidWorkload(f"expected {len(windows)} numbers of scored tokens from 1 to {most}; got {scored}")
+        identity = self._identity(windows, widths) | ({} if n_scored is None else {"n_scored": scored})
         paid = self._budget.spend("width gradients", [identity_digest(identity)], self.tokens(windows))
 
         def measured(_indices: list[int]) -> Iterator[tuple[int, dict]]:
-            yield 0, self._measured(windows, widths)
+            yield 0, self._measured(windows, widths, torch.tensor(scored))
 
         ((result,), _fresh) = measured_once(self._store, [identity], measured)
         self._budget.measured_seconds += result["seconds"] if paid else 0.0
@@ -106,24 +114,25 @@ class WidthGradients:
             "version": _VERSION,
         }
 
-    def _measured(self, windows: torch.Tensor, widths: torch.Tensor) -> dict:
+    def _measured(self, windows: torch.Tensor, widths: torch.Tensor, n_scored: torch.Tensor) -> dict:
         started, llm = time.perf_counter(), self._llm
         leaf, of_batches = widths.clone().requires_grad_(True), []
         per_batch = max(1, BATCH_TOKENS // windows.shape[1])
         with isolated_rng(), torch.enable_grad(), llm.pruned(PruningMask.all_kept(llm.shape)):
-            for batch, own in zip(windows.split(per_batch), leaf.split(per_batch), strict=True):
+            batches = (each.split(per_batch) for each in (windows, leaf, n_scored))
+            for batch, own, scored in zip(*batches, strict=True):
                 with self._gated(own):
-                    of_batches.append(self._backward(batch.to(llm.device)))
+                    of_batches.append(self._backward(batch.to(llm.device), scored.to(llm.device)))
         losses, slopes = torch.cat(of_batches).tolist(), leaf.grad
         check_finite("loss at fractional widths", losses, llm)
         check_finite("gradient at fractional widths", slopes.flatten().tolist(), llm)
         return {"losses": losses, "slopes": slopes.tolist(), "seconds": time.perf_counter() - started}
 
-    def _backward(self, windows: torch.Tensor) -> torch.Tensor:
-        """Losses [B] of windows, whose sum's gradient is added to that of the widths."""
+    def _backward(self, windows: torch.Tensor, n_scored: torch.Tensor) -> torch.Tensor:
+        """Losses [B] of windows over their last tokens [B], whose sum's gradient is added to that of the widths."""
         model, decoder = self._llm.model, architecture_of(self._llm.model.config).decoder
         states = submodule(model, decoder)(input_ids=windows, use_cache=False).last_hidden_state[:, :-1]
-        losses, slopes = _head_losses(self._llm, states, windows[:, 1:])
+        losses, slopes = _head_losses(self._llm, states, windows[:, 1:], n_scored)
         states.backward(slopes)
         return losses
 
@@ -175,14 +184,24 @@ def _gate(gates: torch.Tensor) -> Callable:
     return hook
 
 
-def _head_losses(llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _head_losses(
+    llm: SwitchableLLM, states: torch.Tensor, targets: torch.Tensor, n_scored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean losses [B] of states [B, T, H] behind the last norm, and the gradient of their sum; some rows at a time."""
-    rows = states.detach().reshape(-1, states.shape[-1])
-    losses, slopes = [], []
-    for part, wanted in zip(rows.split(_HEAD_ROWS), targets.reshape(-1).split(_HEAD_ROWS), strict=True):
+    n_targets = targets.shape[1]
+    places = torch.arange(n_targets, device=targets.device)
+    is_scored = (places >= n_targets - n_scored[:, None]).reshape(-1)
+    divisors = n_scored.repeat_interleave(n_targets)[is_scored, None]
+    rows, slopes = states.detach().reshape(-1, states.shape[-1]), torch.zeros_like(states)
+    losses = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    of_rows, of_tokens = [], []
+    parts = (each.split(_HEAD_ROWS) for each in (rows[is_scored], targets.reshape(-1)[is_scored], divisors))
+    for part, wanted, divisor in zip(*parts, strict=True):
         leaf = part.clone().requires_grad_(True)
-        of_tokens = functional.cross_entropy(llm.model.lm_head(leaf).float(), wanted, reduction="none")
-        of_tokens.sum().backward()
-        losses.append(of_tokens.detach().double())
-        slopes.append(leaf.grad / targets.shape[1])
-    return torch.cat(losses).view(targets.shape).mean(1).cpu(), torch.cat(slopes).view(states.shape)
+        found = functional.cross_entropy(llm.model.lm_head(leaf).float(), wanted, reduction="none")
+        found.sum().backward()
+        of_tokens.append(found.detach().double())
+        of_rows.append((leaf.grad.float() / divisor).to(leaf.dtype))
+    losses[is_scored] = torch.cat(of_tokens)
+    slopes.view(rows.shape)[is_scored] = torch.cat(of_rows)
+    return (losses.view(targets.shape).sum(1) / n_scored).cpu(), slopes

@@ -3,17 +3,22 @@
 import dataclasses
 import statistics
 
+import pytest
 import torch
 
 from agents.driver import run_search
 from agents.model_gradient import ModelGradientAgent, _Whitening
 from agents.width_scaling import family_inputs
+from rap_env.errors import InvalidReward
+from rap_env.evaluation.harness import HarnessEvaluator
+from rap_env.evaluation.mixture import MixtureEvaluator
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.evaluation.width_gradients import PASSES, WidthGradients
 from rap_env.memory.scenario import ScenarioSampler, scenario_grid
 from rap_env.policies import WidthPolicy, load_policy, save_policy
 from rap_env.policies.width import width_features
+from rap_env.problem import PruningProblem
 from rap_env.rng import isolated_rng
 from tests.agents.cases import build_agent, decided, fits, make_task
 from tests.agents.test_family_surrogate import BETWEEN, grouped  # noqa: F401 - a fixture
@@ -74,10 +79,37 @@ def test_a_larger_budget_repeats_the_steps_of_a_smaller_one_from_the_store(group
 def test_every_window_is_read_before_any_is_read_again(grouped):  # noqa: F811
     agent = ModelGradientAgent(batch=8)
     agent.begin(task_of(grouped, 0))
-    batches = agent._windows()
-    read = torch.cat([next(batches) for _ in range(3)])
+    batches = agent._batches()
+    read = torch.cat([next(batches)[0] for _ in range(3)])
     for epoch in read.split(N_WINDOWS):
         assert sorted(epoch.tolist()) == sorted(written(grouped).tolist())
+
+
+def test_some_windows_end_with_a_right_answer_that_alone_is_scored(grouped):  # noqa: F811
+    recall = HarnessEvaluator("rap_recall_128_search", limit=3)
+    task = dataclasses.replace(task_of(grouped, 0), windows=torch.zeros(N_WINDOWS, 1024, dtype=torch.long))
+    searched_on = MixtureEvaluator([(task.problem.evaluator, 1.0), (recall, 1.0)])
+    agent = ModelGradientAgent(answers=2)
+    agent.begin(dataclasses.replace(task, problem=PruningProblem(grouped, searched_on)))
+    answers = recall.right_answers(grouped)
+    batches, seen, places = agent._batches(), [], set()
+    for _step in range(12):
+        windows, n_scored = next(batches)
+        ends = [place for place, scored in enumerate(n_scored) if scored < 1023]
+        assert len(ends) == 2
+        places |= set(ends)
+        for place in ends:
+            ended = tuple(windows[place, -n_scored[place] :].tolist())
+            ((context, answer),) = [own for own in answers if own[1] == ended]
+            assert windows[place, -len(context) - len(answer) :].tolist() == [*context, *answer]
+            assert not windows[place, : -len(context) - len(answer)].any()
+            seen.append(answer)
+    assert {seen.count(answer) for _context, answer in answers} == {8} and len(places) > 4
+
+
+def test_answers_need_items(grouped):  # noqa: F811
+    with pytest.raises(InvalidReward, match="text has none"):
+        run_search(ModelGradientAgent(answers=1), task_of(grouped, EACH))
 
 
 def test_whitened_observations_have_unit_variance_and_a_way_back(grouped):  # noqa: F811

@@ -48,6 +48,25 @@ def test_slopes_are_those_of_small_differences(llm):
         assert torch.allclose((above - below) / 0.04, slopes[:, site], atol=2e-3, rtol=0.02)
 
 
+def test_the_last_tokens_alone_can_be_scored(llm):
+    gradients, widths = WidthGradients(llm, None, TokenBudget()), drawn(llm)
+    n_scored = [3, WINDOWS.shape[1] - 1]
+    losses, slopes = gradients.measure(WINDOWS, widths, n_scored)
+    whole = gradients.measure(WINDOWS, widths)
+    assert losses[1] == whole[0][1] and torch.equal(slopes[1], whole[1][1])
+    masks = PruningMask.from_widths(llm.shape, widths[0].floor().int().tolist())
+    ((_mask, evaluation),) = PerplexityEvaluator(WINDOWS[:1], "text", 3).evaluate_many(llm, [masks])
+    at_whole = gradients.measure(WINDOWS, widths.floor(), n_scored)[0][0]
+    assert at_whole.item() == pytest.approx(-evaluation.score, abs=1e-5)
+    step = torch.zeros_like(widths)
+    step[0, 1] = 0.02
+    above, below = (gradients.measure(WINDOWS, widths + sign * step, n_scored)[0][0] for sign in (1, -1))
+    assert (above - below).item() / 0.04 == pytest.approx(slopes[0, 1].item(), abs=2e-3, rel=0.02)
+    for wrong in ([3], [0, 3], [3, WINDOWS.shape[1]]):
+        with pytest.raises(InvalidWorkload, match=r"expected 2 numbers of scored tokens from 1 to 15"):
+            gradients.measure(WINDOWS, widths, wrong)
+
+
 def test_each_window_is_read_at_its_own_widths(llm):
     gradients, widths = WidthGradients(llm, None, TokenBudget()), drawn(llm)
     together, alone = gradients.measure(WINDOWS, widths), gradients.measure(WINDOWS[1:], widths[1:])

@@ -1,0 +1,39 @@
+"""Evaluations that are mixed for the search: the first one's report, and no text on both sides of any of them."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.recipes.build import build_halves
+from rap_env.errors import ContaminationFound, InvalidConfig
+from tests.experiments.test_evaluators import composed, paths  # noqa: F401 - a fixture
+
+SMALL = ("evaluation.parts.text.search_windows=[4,32]", "evaluation.parts.text.report_windows=[3,40]")
+
+
+def evaluation_of(paths: dict, *overrides: str):  # noqa: F811
+    texts = [f"evaluation.parts.text.{name}={given}" for name, given in paths.items()]
+    return composed("evaluation=text_and_recall", *SMALL, *texts, *overrides).evaluation
+
+
+def test_text_and_recall_search_by_both_and_report_the_text(tiny_llm, paths):  # noqa: F811
+    halves = build_halves(evaluation_of(paths), tiny_llm)
+    evaluation = halves.search.evaluate(tiny_llm)
+    assert set(evaluation.tasks) == {"valid.txt", "rap_recall_128_search"}
+    assert evaluation.tasks["rap_recall_128_search"]["items"] == 8
+    assert set(halves.report.evaluate(tiny_llm).tasks) == {"test.txt"}
+    assert halves.search_text.name == "valid.txt" and len(halves.also_searched[0].documents) == 8
+    assert set(halves.held_out) >= {"test.txt", "rap_recall_128_search (search half)"}
+
+
+def test_weights_are_those_of_the_parts(tiny_llm, paths):  # noqa: F811
+    with pytest.raises(InvalidConfig, match="expected those of text, recall; got text, recall, more"):
+        build_halves(evaluation_of(paths, "+evaluation.weights.more=1"), tiny_llm)
+
+
+def test_a_part_that_another_one_reports_is_refused(tiny_llm, paths):  # noqa: F811
+    config = OmegaConf.to_container(evaluation_of(paths), resolve=True)
+    text = config["parts"]["text"] | {"report_windows": [3, 200]}
+    swapped = text | {"search_paths": text["report_paths"], "report_paths": text["search_paths"]}
+    config |= {"parts": {"text": text, "swapped": swapped}, "weights": {"text": 1.0, "swapped": 1.0}}
+    with pytest.raises(ContaminationFound, match=r"valid\.txt"):
+        build_halves(OmegaConf.create(config), tiny_llm)
