@@ -84,7 +84,7 @@ def test_every_target_is_ours_and_takes_the_keys_that_stand_beside_it(path):
         target = node["_target_"]
         assert target.startswith(OURS), f"{name_of(path)}: {target} is not ours"
         module, _, attribute = target.rpartition(".")
-        arguments = {key: value for key, value in node.items() if not key.startswith("_")}
+        arguments = {key: value for key, value in node.items() if not key.startswith("_") and key != "defaults"}
         inspect.signature(getattr(importlib.import_module(module), attribute)).bind_partial(**arguments)
 
 
