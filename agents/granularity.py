@@ -7,8 +7,9 @@ from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
+from rap_env.components import Component
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import Component, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import bytes_by_name, dense_bytes
 from rap_env.memory.scenario import Scenario
 

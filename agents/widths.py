@@ -6,12 +6,13 @@ import numpy as np
 
 from agents.base import Agent, Task
 from agents.orders import OrderAgent
+from rap_env.components import ATTENTION, KINDS, Component, Site
 from rap_env.errors import InvalidMask, check_known
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.importance.gsi import CALIBRATION
 from rap_env.importance.site_curves import measure_site_curves
-from rap_env.mask import ATTENTION, KINDS, Component, PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.policies import MilpPolicy, PricedPolicy
 
 

@@ -3,11 +3,12 @@
 from collections import defaultdict
 from collections.abc import Mapping
 
+from rap_env.components import ATTENTION, Site
 from rap_env.evaluation.meter import Meter
 from rap_env.importance.rounds import price
 from rap_env.importance.single_drops import increases_of
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import ATTENTION, PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import bytes_by_name, dense_bytes, footprint
 from rap_env.memory.workload import Workload
 

@@ -17,13 +17,14 @@ from omegaconf import OmegaConf
 from experiments.recipes.build import build_halves, build_llm
 from experiments.recipes.folder import RECORD_NAME
 from experiments.records import read_record
+from rap_env.components import ATTENTION
 from rap_env.errors import InvalidMask, InvalidTable, UnknownName
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.simulator import fitted
 from rap_env.evaluation.store import ResultStore
 from rap_env.evaluation.table import ScoreTable, about_model, save_tables
 from rap_env.llm.embedded import cache_folder
-from rap_env.mask import ATTENTION, PruningMask
+from rap_env.mask import PruningMask
 
 _ROUNDED = 0.05  # nats: what the number format may round otherwise where a mask was evaluated among others
 

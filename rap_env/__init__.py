@@ -4,8 +4,9 @@ import importlib
 
 import gymnasium
 
+from rap_env.components import Component
 from rap_env.errors import InfeasibleBudget, RapError
-from rap_env.mask import Component, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import Footprint, footprint
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from rap_env.components import KINDS, Component, Components, Site
 from rap_env.errors import InvalidMask, UnknownName
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import parting
-from rap_env.mask import KINDS, Component, Components, PruningMask, Site, full_order, kept_sites
+from rap_env.mask import PruningMask, full_order, kept_sites
 
 
 def row(layer: int, kind: str, part: int | None = None) -> Component:
@@ -165,7 +166,8 @@ def test_different_masks_have_different_digests():
 def test_the_digest_is_equal_in_another_process(dense):
     mask = dense.drop("layer0.attention", "layer3.mlp")
     program = """if True:
-        from rap_env.mask import KINDS, Component, Components, PruningMask, Site
+        from rap_env.components import KINDS, Component, Components, Site
+        from rap_env.mask import PruningMask
         sites = [Site(layer, kind) for layer in range(4) for kind in KINDS]
         components = tuple(Component(site.name, site, None, 7, 0) for site in sites)
         print(PruningMask(components, (False, *[True] * 6, False)).digest)

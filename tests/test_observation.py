@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from rap_env.components import ATTENTION, MLP, Component, Site
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import ATTENTION, MLP, Component, PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
 from rap_env.observation import observation_space, observe, valid_actions

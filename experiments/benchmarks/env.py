@@ -9,9 +9,10 @@ import torch
 
 from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.timing import alternate, counted, speedup, timed
+from rap_env.components import MLP
 from rap_env.importance.source import ImportanceSource
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import MLP, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.policies.walk import fit_to_budget
 from rap_env.problem import PruningProblem
 

@@ -15,13 +15,14 @@ from torch.nn.functional import log_softmax
 from experiments.benchmarks.gpu_live import lines as live_lines
 from experiments.benchmarks.gpu_live import live
 from experiments.benchmarks.timing import alternate, forward_flops, gemm_flops_per_second, plain_loss, speedup
+from rap_env.components import ATTENTION, MLP, Site
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.scoring import Pair, ScoringPlan
 from rap_env.llm.architecture import ARCHITECTURES
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.shape import GRANULARITIES
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, MLP, PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 

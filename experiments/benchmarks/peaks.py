@@ -12,10 +12,11 @@ import psutil
 
 from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.timing import alternate, counted, speedup
+from rap_env.components import MLP
 from rap_env.llm.live import LiveModel
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
-from rap_env.mask import MLP, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import activation_bytes
 from rap_env.memory.measured import measured_peak
 from rap_env.policies import DensePolicy

@@ -11,10 +11,11 @@ from experiments.benchmarks.timing import alternate, counted, speedup
 from rap_env.calibration import packaged_corpus
 from rap_env.calibration.corpus import local_text
 from rap_env.calibration.sampling import consecutive_windows
+from rap_env.components import ATTENTION, MLP
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.quantised import KERNEL_ROWS
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, MLP, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 

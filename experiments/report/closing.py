@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.report.amortisation import within_family
-from rap_env.mask import KINDS
+from rap_env.components import KINDS
 
 
 def closing_metrics(record: Mapping[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from experiments.report.comparison import Comparison
 from experiments.report.drawing import GUIDE, PageFigure, style, workloads
-from rap_env.mask import ATTENTION, KINDS, MLP
+from rap_env.components import ATTENTION, KINDS, MLP
 
 _SHADES = [[0.0, "#f4f1ea"], [1.0, "#27566b"]]
 _TITLES = {ATTENTION: "attention", MLP: "MLP"}

@@ -12,11 +12,12 @@ from experiments.reranking.padded import PaddedBatches, offload
 from experiments.reranking.systems import CROSS_ENCODER, HEADS, MARGINS, OFFLOADED, RERANKER, System
 from rap_env.calibration.corpus import packaged_corpus
 from rap_env.calibration.sampling import random_windows
+from rap_env.components import MLP, Site
 from rap_env.llm.formats import quantise
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
-from rap_env.mask import MLP, PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.memory.measured import keep_less_freed_memory
 from rap_env.rerank import ClusterRule, Decider, MarginRule, MemoryBounds, Reranker, Template
 from rap_env.rerank.adapter import merge_adapter

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rap_env.components import ATTENTION, MLP
 from rap_env.errors import InfeasibleBudget, check_known
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import ATTENTION, MLP, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload

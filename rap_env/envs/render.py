@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rap_env.mask import ATTENTION, KINDS, PruningMask
+from rap_env.components import ATTENTION, KINDS
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import Footprint
 from rap_env.memory.workload import Workload
 

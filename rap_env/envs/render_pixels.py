@@ -8,6 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from rap_env.components import ATTENTION, KINDS
 from rap_env.envs.render import (
     LABELS,
     Scene,
@@ -16,7 +17,7 @@ from rap_env.envs.render import (
     format_bytes,
     kept_shares,
 )
-from rap_env.mask import ATTENTION, KINDS, PruningMask
+from rap_env.mask import PruningMask
 
 WIDTH_PIXELS, HEIGHT_PIXELS = 1000, 500  # even numbers, which video codecs insist on
 _DPI = 100

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig
 
+from rap_env.components import ATTENTION
 from rap_env.errors import ExportRefused
 from rap_env.llm.architecture import Architecture, architecture_of, decoder_layers
 from rap_env.llm.int8_cache import in_int8
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, PruningMask, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 
 Weights = Mapping[str, torch.Tensor]
 _CHECKED_TOKENS = 2, 24  # sequences and their length: enough for every matrix and for several decoding steps

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional
 
+from rap_env.components import Site
 from rap_env.evaluation.claims import measured_once
 from rap_env.evaluation.evaluator import check_finite
 from rap_env.evaluation.identity import engine_identity
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import TextEvaluator
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import Site
 
 
 def block_influence(meter: Meter, parts: Sequence[Sequence[Site]]) -> list[float]:

@@ -4,9 +4,9 @@ import math
 from collections import deque
 from collections.abc import Mapping
 
+from rap_env.components import Component
 from rap_env.evaluation.meter import Meter
 from rap_env.importance.rounds import Removal, Rounds, price
-from rap_env.mask import Component
 
 _STEP = 0.25  # part of a site's parts that are tried, and go, together
 _MEASURED = 0.5  # part of the steps that a later stage measures again: those that were cheapest

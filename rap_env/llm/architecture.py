@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from rap_env.components import ATTENTION
 from rap_env.errors import UnknownName
 from rap_env.llm.attention import attention as attend
 from rap_env.llm.kernels import added, gated, hooked, rms_norm, rotated
@@ -16,7 +17,6 @@ from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
 from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_tensors
 from rap_env.llm.placement import moved
 from rap_env.llm.supported import Window, check_member
-from rap_env.mask import ATTENTION
 
 
 @dataclass(frozen=True)

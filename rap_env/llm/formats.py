@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from rap_env.components import ATTENTION, KINDS, MLP, Site
 from rap_env.errors import UnknownName, UnsupportedArchitecture, check_known
 from rap_env.llm.architecture import decoder_layers
 from rap_env.llm.int4 import Int4Linear, check_int4
 from rap_env.llm.int8_cache import cache_in_int8
 from rap_env.llm.quantised import Int8Embedding, Int8Linear, QuantisedLinear
-from rap_env.mask import ATTENTION, KINDS, MLP, Site
 
 _GROUPS = {"int4": 64, "int4g32": 32}  # inputs that share a scale; 576, SmolLM2's width, is no multiple of 128
 WEIGHTS = ("full", "int8", *_GROUPS)

@@ -6,12 +6,13 @@ from itertools import accumulate
 import torch
 from torch.nn import functional
 
+from rap_env.components import ATTENTION
 from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, attend_together, filled
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
 from rap_env.llm.recorded_steps import RecordedSteps
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, PruningMask, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.measured import trim_freed_memory
 
 _FEW_ROWS, _ROWS = (1, 4, 16), 64  # see `padded`

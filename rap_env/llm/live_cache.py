@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from rap_env.components import ATTENTION
 from rap_env.errors import InvalidWorkload, UnsupportedArchitecture
 from rap_env.llm.architecture import decoder_layers
 from rap_env.llm.attention import attention
 from rap_env.llm.int8_cache import decoded, encoded, in_int8
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, PruningMask
+from rap_env.mask import PruningMask
 
 _TOKENS = 64  # rows and keys of attention come in multiples of it
 

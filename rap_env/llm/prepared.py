@@ -6,8 +6,9 @@ from typing import Protocol
 
 import torch
 
+from rap_env.components import Site
 from rap_env.llm.architecture import DecoderLayer
-from rap_env.mask import PruningMask, Site
+from rap_env.mask import PruningMask
 
 Refit = tuple[torch.Tensor, torch.Tensor | None]  # the kept part of an output matrix [H, K], and its bias [H]
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from rap_env.components import ATTENTION, KINDS, Component, Site, shared
 from rap_env.errors import check_known
 from rap_env.llm.architecture import DecoderLayer, architecture_of, attention_window, decoder_layers
 from rap_env.llm.formats import WeightFormats, quantise
 from rap_env.llm.int8_cache import cached_bytes
 from rap_env.llm.parts import weight_bytes
-from rap_env.mask import ATTENTION, KINDS, Component, Site, shared
 
 GRANULARITIES = ("block", "group")
 _MOST = 2**53  # bytes, tokens or channels: beyond that arithmetic in floats is not exact

@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from rap_env.components import Site
 from rap_env.errors import UnsupportedArchitecture
 from rap_env.llm.architecture import DecoderLayer
 from rap_env.llm.parts import Cut, cut_tensors
-from rap_env.mask import Site
 
 TYPES = {  # as safetensors names them
     torch.float32: "F32",

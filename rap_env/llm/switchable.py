@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
+from rap_env.components import ATTENTION, KINDS, Site
 from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, run_steps, submodule
 from rap_env.llm.digest import weights_digest
@@ -19,7 +20,7 @@ from rap_env.llm.prepared import Preparation, Refits, Residency
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import cut_stream, join_streams, parting, read_heads_in_place
 from rap_env.llm.tokenizer import tokenizer_digest
-from rap_env.mask import ATTENTION, KINDS, PruningMask, Site, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 
 
 class _StreamCaptured(Exception):
@@ -54,8 +55,7 @@ class SwitchableLLM:
 
     def __init__(self, model: nn.Module, tokenizer, name: str, granularity: str = "block") -> None:
         self.model = read_heads_in_place(model.eval().requires_grad_(False))
-        self.tokenizer = tokenizer
-        self.name = name
+        self.tokenizer, self.name = tokenizer, name
         self.shape = ModelShape.from_model(model, granularity)
         self.mask = PruningMask.all_kept(self.shape)
         self.site_executions = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rap_env.components import Site
 from rap_env.errors import UnsupportedArchitecture, WeightsReleased, WeightsUnavailable
 from rap_env.llm.architecture import DecoderLayer
 from rap_env.llm.embedded import cache_folder
@@ -15,7 +16,7 @@ from rap_env.llm.host_copies import HostCopies
 from rap_env.llm.mapped_weights import MappedWeights
 from rap_env.llm.prepared import Refit
 from rap_env.llm.stored import Memory, Piece, stored_tensors
-from rap_env.mask import PruningMask, Site
+from rap_env.mask import PruningMask
 
 
 class WeightStore:

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from rap_env.components import ATTENTION
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import ATTENTION, PruningMask, full_order
+from rap_env.mask import PruningMask, full_order
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import Policy, policy_kind
 from rap_env.policies.walk import fit_to_budget

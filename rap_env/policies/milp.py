@@ -8,9 +8,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from rap_env.components import Components
 from rap_env.errors import InvalidMask
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import Components, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import check_feasible, component_bytes, dense_bytes
 from rap_env.memory.workload import Workload
 from rap_env.policies.base import Policy, policy_kind

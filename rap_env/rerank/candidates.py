@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from rap_env.components import ATTENTION, Site
 from rap_env.llm.attention import power_runs
 from rap_env.llm.lanes import cut, in_lanes, n_lanes
 from rap_env.llm.packing import Packing, SharedPrefix, TokenTree
 from rap_env.llm.streams import context_of
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, Site
 from rap_env.rerank.prompts import Prompt
 from rap_env.rerank.states import States, StatesInFile
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from rap_env.components import MLP, Site
 from rap_env.errors import RankingFailed
 from rap_env.llm.embedded import EMBEDDED_NAME, cache_folder
 from rap_env.llm.loading import load_llm
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import MLP, Site, kept_sites
+from rap_env.mask import kept_sites
 from rap_env.memory.measured import keep_less_freed_memory, trim_freed_memory
 from rap_env.rerank.adapter import EMBEDDED_ADAPTER, merge_adapter
 from rap_env.rerank.candidates import AnswerHead, Candidates

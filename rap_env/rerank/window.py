@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 
+from rap_env.components import Site
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
-from rap_env.mask import PruningMask, Site, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 
 
 class WeightWindow:

@@ -2,8 +2,8 @@
 
 import torch
 
+from rap_env.components import ATTENTION
 from rap_env.llm.architecture import DecoderLayer
-from rap_env.mask import ATTENTION
 from rap_env.widths.compensation import factor_of
 
 OBS = "obs"

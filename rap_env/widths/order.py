@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from rap_env.components import ATTENTION
 from rap_env.llm.architecture import DecoderLayer
-from rap_env.mask import ATTENTION
 from rap_env.widths.statistics import InputStatistics
 
 Score = Callable[[InputStatistics, torch.Tensor], torch.Tensor]  # of the inputs [C] of an output matrix [H, C]

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
+from rap_env.components import ATTENTION, Site
 from rap_env.errors import CompensationFailed, InvalidMask, UnsupportedArchitecture, check_known
 from rap_env.evaluation.identity import engine_identity
 from rap_env.evaluation.perplexity import tokens_digest
@@ -22,7 +23,6 @@ from rap_env.llm.embedded import cache_folder
 from rap_env.llm.parts import add_bias
 from rap_env.llm.prepared import Preparation
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, Site
 from rap_env.reading import reading
 from rap_env.widths.compensation import COMPENSATIONS, best_ridge
 from rap_env.widths.elimination import OBS, elimination_order

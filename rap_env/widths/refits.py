@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from rap_env.components import Site
 from rap_env.errors import CompensationFailed
-from rap_env.mask import Site
 from rap_env.reading import reading
 from rap_env.widths.compensation import Refit
 

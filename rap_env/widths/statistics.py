@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rap_env.components import Site
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
-from rap_env.mask import Site
 
 _BATCH_TOKENS = 4096  # forwarded at once
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from agents.granularity import GRANULARITIES, Granularity, by_layer, distinct_searches
+from rap_env.components import ATTENTION, KINDS, Component
 from rap_env.errors import UnknownName, check_known
-from rap_env.mask import ATTENTION, KINDS, Component, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import dense_bytes, footprint
 from rap_env.memory.scenario import Scenario, scenario_grid
 from rap_env.memory.workload import Workload

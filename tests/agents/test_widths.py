@@ -13,13 +13,14 @@ from agents.driver import run_search
 from agents.evopress import mutate
 from agents.granularity import Granularity
 from agents.widths import FlapAgent, TwoSspAgent, UniformAgent
+from rap_env.components import MLP
 from rap_env.errors import InvalidMask, SearchExhausted
 from rap_env.llm import parts
 from rap_env.llm.loading import build_tiny_llm
 from rap_env.llm.prepared import Preparation
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import MLP, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload

@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 
+from rap_env.components import KINDS, Component, Site
 from rap_env.envs.render import Scene, format_bytes, kept_shares, render_ansi
 from rap_env.envs.render_pixels import HEIGHT_PIXELS, WIDTH_PIXELS, render_rgb
-from rap_env.mask import KINDS, Component, PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import Footprint
 from rap_env.memory.workload import Workload
 

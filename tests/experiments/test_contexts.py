@@ -12,12 +12,13 @@ from experiments.context_masks import (
     without_cheapest_heads,
 )
 from experiments.contexts import DRAWS, WORKLOAD, Part, measure
+from rap_env.components import ATTENTION
 from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.loading import load_llm
-from rap_env.mask import ATTENTION, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import bytes_by_name, dense_bytes, footprint
 from rap_env.memory.workload import Workload
 from rap_env.widths.prepare import prepare_widths

@@ -13,9 +13,10 @@ from experiments.report.serving import serving_memory_table, serving_table
 from experiments.serving.child import Outcome, Sample
 from experiments.serving.summary import summary
 from experiments.serving.systems import OnlyKind, System, deciders_of, systems_of
+from rap_env.components import ATTENTION
 from rap_env.errors import InfeasibleBudget, UnknownName
 from rap_env.llm.loading import build_tiny_llm
-from rap_env.mask import ATTENTION, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import dense_bytes
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload

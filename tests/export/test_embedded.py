@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rap_env.components import MLP
 from rap_env.export.save import export_pruned
 from rap_env.llm import parts
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import MLP, PruningMask
+from rap_env.mask import PruningMask
 
 pytestmark = pytest.mark.llm
 TEXT = "The capital of France is Paris, and the capital of Italy is"

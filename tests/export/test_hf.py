@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rap_env.components import ATTENTION, MLP
 from rap_env.export.hf import own_model
 from rap_env.export.pruned import PrunedModel
 from rap_env.export.save import export_pruned
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, MLP, PruningMask
+from rap_env.mask import PruningMask
 from tests.export.cases import MEMBERS, SIZES, cut_llm, random_masks
 from tests.llm.test_parts import cut_by_hand
 

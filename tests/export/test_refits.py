@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rap_env.components import MLP
 from rap_env.errors import ExportRefused
 from rap_env.export.save import export_pruned
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import MLP, PruningMask, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 from rap_env.widths.compensation import COMPENSATIONS
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
 from tests.export.cases import HELD, MEMBERS, cut_llm, llm_with_merges

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rap_env.components import KINDS, Site
 from rap_env.errors import UnknownName, UnsupportedArchitecture
 from rap_env.llm.architecture import ARCHITECTURES, architecture_of, decoder_layers
 from rap_env.llm.loading import build_random_llm, build_tiny_llm
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import KINDS, Site
 from rap_env.rng import isolated_rng
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from rap_env.components import ATTENTION, MLP, Site
 from rap_env.errors import UnknownName, UnsupportedArchitecture
 from rap_env.evaluation.perplexity import token_losses
 from rap_env.llm import quantised
@@ -15,7 +16,7 @@ from rap_env.llm.formats import quantise
 from rap_env.llm.loading import build_random_llm, build_tiny_llm, load_llm
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, MLP, PruningMask, Site, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from tests.llm.quantised_cases import MEMBERS, SIZES, TOKENS, build, dequantised, masks_over

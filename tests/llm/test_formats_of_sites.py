@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from rap_env.components import Site
 from rap_env.errors import UnknownName, UnsupportedArchitecture
 from rap_env.llm.formats import quantise
 from rap_env.llm.loading import build_tiny_llm, load_llm
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import PruningMask, Site
+from rap_env.mask import PruningMask
 from tests.llm.quantised_cases import MEMBERS, TOKENS, build, dequantised, masks_over
 
 MIXED = {"layer0.mlp": "int4", "layer1.attention": "int4g32", "layer1.mlp": "full"}  # and layer 0's attention in INT8

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from rap_env.components import ATTENTION
 from rap_env.errors import UnsupportedArchitecture
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm.formats import quantise
 from rap_env.llm.int8_cache import Int8DynamicLayer, Int8SlidingWindowLayer, decoded, encoded
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import ATTENTION, PruningMask, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from tests.evaluation.scoring_cases import score_continuations

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rap_env.components import Site
 from rap_env.llm.loading import build_random_llm, build_tiny_llm
 from rap_env.llm.packing import PACKED_ATTENTION, Packing, TokenTree
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import Site
 from rap_env.rng import isolated_rng
 
 CPU = torch.device("cpu")

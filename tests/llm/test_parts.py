@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 
+from rap_env.components import ATTENTION, MLP, Site
 from rap_env.llm import parts
 from rap_env.llm.architecture import ARCHITECTURES
 from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, MLP, PruningMask, Site, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from tests.evaluation.scoring_cases import score_continuations

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from rap_env.components import Site
 from rap_env.errors import UnsupportedArchitecture, WeightsReleased, WeightsUnavailable
 from rap_env.llm import parts
 from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
-from rap_env.mask import PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.widths.prepare import prepare_widths
 from tests.llm.test_parts import MEMBERS, TOKENS
 from tests.llm.weights_cases import (

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from rap_env.components import Component, Site
 from rap_env.errors import InfeasibleBudget, InvalidMask, InvalidWorkload
 from rap_env.llm.architecture import ARCHITECTURES
 from rap_env.llm.loading import build_random_llm, build_tiny_llm
 from rap_env.llm.shape import ModelShape
-from rap_env.mask import Component, PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import (
     Footprint,
     bytes_by_name,

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rap_env.components import KINDS, Component, Site
 from rap_env.errors import InfeasibleBudget, InvalidConfig, InvalidMask, UnknownName
 from rap_env.llm.loading import build_tiny_llm
-from rap_env.mask import KINDS, Component, PruningMask, Site
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import dense_bytes, footprint, smallest_bytes
 from rap_env.memory.projection import Projection, exact_fractions, nested_order, smallest_width
 from rap_env.memory.workload import Workload

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from rap_env.components import MLP
 from rap_env.errors import InfeasibleBudget
 from rap_env.llm import parts
 from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import MLP, PruningMask
+from rap_env.mask import PruningMask
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from rap_env.policies import OrderPolicy

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from rap_env.components import ATTENTION
 from rap_env.errors import CompensationFailed, InvalidMask, InvalidWorkload, UnknownName, UnsupportedArchitecture
 from rap_env.llm import parts
 from rap_env.llm.loading import build_random_llm, build_tiny_llm
 from rap_env.llm.switchable import SwitchableLLM
-from rap_env.mask import ATTENTION, PruningMask, kept_sites
+from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.footprint import footprint
 from rap_env.memory.workload import Workload
 from rap_env.widths import prepare
