@@ -9,7 +9,7 @@ import numpy as np
 from plotly.graph_objects import Figure
 
 from experiments.leaderboard.rows import OF_ORDERS
-from experiments.report.comparison import Comparison, draws_own_text
+from experiments.report.comparison import Comparison, draws_own_text, without_draws
 from experiments.report.drawing import PageFigure, spread_line
 from experiments.report.metrics import SPREAD, best_known, loss_over_dense, plain_mean, with_spread
 from experiments.report.table import Table, number
@@ -168,7 +168,7 @@ def _shared(comparison: Comparison) -> dict[str, Any]:
     own = ("agent", "seed", "decisions", "tracker", "store", "workers", "in_flight", "workload", *_MAY_DIFFER)
     shared = {key: value for key, value in config.items() if key not in own}
     if draws_own_text(comparison.records[0]):
-        shared["evaluation"] = {key: value for key, value in config["evaluation"].items() if key != "seed"}
+        shared["evaluation"] = without_draws(config["evaluation"])
     if "calibration" in config:
         shared["calibration"] = {key: config["calibration"].get(key) for key in OF_ORDERS}
     scenarios = [row["budget_bytes"] for row in comparison.records[0]["results"]["rows"]]

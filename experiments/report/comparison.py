@@ -108,7 +108,19 @@ def _check(records: Sequence[dict[str, Any]]) -> None:
 
 def draws_own_text(record: Mapping[str, Any]) -> bool:
     """Whether a run's search text is drawn by its own seed."""
-    return record["config"].get("evaluation", {}).get("seed") == record["results"]["seed"]
+    evaluation = record["config"].get("evaluation", {})
+    return record["results"]["seed"] in [part.get("seed") for part in (evaluation, *_parts(evaluation).values())]
+
+
+def without_draws(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation's config without the seeds that draw its text."""
+    parts = {name: without_draws(part) for name, part in _parts(evaluation).items()}
+    own = {key: value for key, value in evaluation.items() if key != "seed"}
+    return own | {"parts": parts} if parts else own
+
+
+def _parts(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    return evaluation.get("parts", {})
 
 
 def distinct(runs: list, outcome: Callable) -> tuple[list, str]:
@@ -156,7 +168,7 @@ def _shared(record: Mapping[str, Any], own_text: bool) -> dict[str, Any]:
     digests = {name: record["provenance"].get(name) for name in _DIGESTS}
     of_results = {key: results[key] for key in ("components", "evaluators")}
     if own_text:
-        of_config["evaluation"] = {key: value for key, value in of_config["evaluation"].items() if key != "seed"}
+        of_config["evaluation"] = without_draws(of_config["evaluation"])
         of_results["dense"] = {name: results["dense"][name] for name in results["evaluators"]}
     scenarios = [[row["budget_bytes"], workload_name(row)] for row in results["rows"]]
     return of_config | digests | of_results | {"scenarios": scenarios}

@@ -1,4 +1,4 @@
-"""Agents of a context family, seed by seed: each minus the surrogate that searched on the same text."""
+"""Agents of a context family: seed by seed against the surrogate, and on everything that they are reported on."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from experiments.report.amortisation import Amortisation, within_family
-from experiments.report.metrics import plain_mean, with_spread
+from experiments.report.comparison import Comparison
+from experiments.report.metrics import loss_over_dense, plain_mean, with_spread
 from experiments.report.table import Table, number
 
 REFERENCE = "family_surrogate"
@@ -54,3 +55,23 @@ def family_pairs_table(records: Sequence[dict[str, Any]]) -> Table:
         "seeds below",
     ]
     return Table(columns, [cells for _budget, _ratio, cells in sorted(rows)])
+
+
+def further_reports_table(records: Sequence[dict[str, Any]]) -> Table:
+    """What held-out contexts lose by the main evaluation, and their mean scores by the others; the least loss first.
+
+    Args:
+        records: Of one comparison over contexts of a family.
+
+    Raises:
+        ValueError: The records do not belong together.
+    """
+    comparison, within = Comparison(records), within_family(records[0])
+    main, *others = comparison.evaluators
+    rows = []
+    for agent in comparison.agents:
+        loss = with_spread(loss_over_dense(comparison, agent, main)[:, within], plain_mean)
+        scores = [with_spread(comparison.scores(agent, name)[:, within], plain_mean) for name in others]
+        rows.append((loss, [agent, comparison.seeds(agent), number(*loss), *(number(*each) for each in scores)]))
+    columns = [f"{name} (dense {comparison.dense[name]:.3f})" for name in others]
+    return Table(["agent", "seeds", "held-out loss over dense", *columns], [cells for _loss, cells in sorted(rows)])

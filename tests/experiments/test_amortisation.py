@@ -8,7 +8,8 @@ import pytest
 from experiments.report import __main__ as command
 from experiments.report import report_on
 from experiments.report.amortisation import Amortisation, amortisation_figure, family_table, within_family
-from experiments.report.pairs import family_pairs_table
+from experiments.report.comparison import draws_own_text, without_draws
+from experiments.report.pairs import family_pairs_table, further_reports_table
 from tests.experiments.comparison_records import record, row
 
 SAMPLER = {"_target_": "sampler", "batch_size": [1, 16], "prompt_tokens": [128, 2048], "budget_ratio": [0.6, 0.95]}
@@ -138,3 +139,31 @@ def test_a_family_without_held_out_contexts_is_refused():
     outside["config"]["workload"]["sampler"] = SAMPLER | {"budget_ratio": [0.1, 0.2]}
     with pytest.raises(ValueError, match="a reported context within the ranges"):
         Amortisation([outside])
+
+
+def test_further_reports_are_means_over_held_out_contexts_and_seeds():
+    of_agents = [
+        made(agent, seed, 100, (2.4 + 0.4 * seed, 2.8, 1.0, 9.0), 100) for agent in ("a", "b") for seed in (0, 1)
+    ]
+    for one in of_agents:
+        results, better = one["results"], one["results"]["agent"] == "b"
+        results["evaluators"] = [*results["evaluators"], "recall"]
+        results["dense"]["recall"] = 0.75
+        for place, each in enumerate(results["rows"]):
+            score = 0.5 + 0.1 * results["seed"] if place < 2 else 0.0
+            each["reports"]["recall"] = {"score": score + 0.1 * better, "tasks": {}}
+            main = next(iter(each["reports"].values()))
+            main["score"] += 0.5 * better
+    table = further_reports_table(of_agents)
+    assert table.columns[2:] == ["held-out loss over dense", "tasks (dense 0.800)", "recall (dense 0.750)"]
+    assert [cells[0] for cells in table.rows] == ["b", "a"]
+    assert table.rows[1][1] == "2" and table.rows[1][-1] == "0.550 [0.500, 0.600]"
+    assert table.rows[0][-1] == "0.650 [0.600, 0.700]"
+
+
+def test_a_part_of_an_evaluation_may_draw_its_text_by_the_runs_seed():
+    evaluation = {"weights": {"text": 1.0}, "parts": {"text": {"seed": 3, "search_windows": [4, 256]}, "recall": {}}}
+    record_of = {"config": {"evaluation": evaluation}, "results": {"seed": 3}}
+    assert draws_own_text(record_of) and not draws_own_text(record_of | {"results": {"seed": 2}})
+    expected = {"weights": {"text": 1.0}, "parts": {"text": {"search_windows": [4, 256]}, "recall": {}}}
+    assert without_draws(evaluation) == expected
