@@ -13,6 +13,7 @@ from experiments.report.frontier import frontier_table
 from experiments.report.leaderboard import leaderboard_table
 from experiments.report.metrics import SPREAD, interquartile_mean, loss_over_dense, plain_mean, regret, with_spread
 from experiments.report.pairs import family_pairs_table, further_reports_table
+from experiments.report.rewards import carry_over_rewards_table
 from experiments.report.table import Table, number
 from experiments.report.widths import compensation_table
 from rap_env.errors import UnknownName
@@ -213,5 +214,6 @@ KINDS = {
     "family": lambda named: family_table(_all(named)),
     "family_pairs": lambda named: family_pairs_table(_all(named)),
     "further_reports": lambda named: further_reports_table(_all(named)),
+    "carry_over_rewards": lambda named: carry_over_rewards_table(_all(named)),
     "leaderboard": lambda named: leaderboard_table(_all(named)),
 }
