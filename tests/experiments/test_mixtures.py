@@ -18,8 +18,9 @@ def evaluation_of(paths: dict, *overrides: str):  # noqa: F811
 def test_text_and_recall_search_by_both_and_report_the_text(tiny_llm, paths):  # noqa: F811
     halves = build_halves(evaluation_of(paths), tiny_llm)
     evaluation = halves.search.evaluate(tiny_llm)
-    assert set(evaluation.tasks) == {"valid.txt", "rap_recall_128_search"}
-    assert evaluation.tasks["rap_recall_128_search"]["items"] == 8
+    recall = {f"rap_recall_{tokens}_search" for tokens in (128, 256)}
+    assert set(evaluation.tasks) == {"valid.txt", *recall}
+    assert all(evaluation.tasks[name]["items"] == 4 for name in recall)
     assert set(halves.report.evaluate(tiny_llm).tasks) == {"test.txt"}
     assert halves.search_text.name == "valid.txt" and len(halves.also_searched[0].documents) == 8
     assert set(halves.held_out) >= {"test.txt", "rap_recall_128_search (search half)"}
