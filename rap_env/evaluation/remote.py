@@ -28,6 +28,9 @@ class RemoteEvaluator(Evaluator):
     def tokens(self, llm: SwitchableLLM) -> int:
         return self.inner.tokens(llm)
 
+    def right_answers(self, llm: SwitchableLLM) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+        return self.inner.right_answers(llm)
+
     def first(self, fraction: float) -> Evaluator:
         inner = self.inner.first(fraction)
         return self if inner is self.inner else RemoteEvaluator(inner, self.workers)

@@ -10,6 +10,7 @@ import torch
 
 from rap_env.errors import InvalidConfig, ModelUnavailable, WorkersFailed
 from rap_env.evaluation.divergence import DivergenceEvaluator
+from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.remote import RemoteEvaluator
@@ -110,6 +111,8 @@ def test_a_remote_evaluator_is_known_by_the_same_names_and_costs(tiny_llm):
     assert (outer.name, outer.setup_tokens, outer.tokens(tiny_llm)) == ("text", 160, 160)
     assert outer.first(1.0) is outer
     assert isinstance(outer.first(0.5), RemoteEvaluator) and outer.first(0.5).identity == inner.first(0.5).identity
+    items = HarnessEvaluator("rap_recall_128_search", limit=2)
+    assert remote(items).right_answers(tiny_llm) == items.right_answers(tiny_llm) != []
 
 
 def test_what_an_evaluator_raises_in_a_worker_is_raised_here_and_the_worker_stays(fake_ray, tiny_llm, masks):
