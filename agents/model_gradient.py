@@ -1,6 +1,7 @@
 """A width policy that learns from the model itself: its loss is differentiated through soft gates on all parts."""
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,16 +10,18 @@ from scipy.stats import qmc
 from torch import nn
 
 from agents.base import Learner
+from agents.transfer import transferred_fractions
 from agents.width_scaling import SCALED, family_inputs, scaled_fractions
 from rap_env.errors import InvalidReward
 from rap_env.evaluation.width_gradients import WidthGradients
 from rap_env.llm.shape import ModelShape
 from rap_env.memory.scenario import Scenario
-from rap_env.policies import WidthPolicy
+from rap_env.policies import WidthPolicy, load_policy
 from rap_env.policies.width import WidthNetwork, width_features
 
 _CONTEXTS = 1024  # that observations are whitened on
 _LEAST_DEVIATION = 1e-2  # of a direction of the observations, relative to the largest
+_LARGEST_ACTION = 0.98  # that a policy begins with: beyond it a tanh hardly has a slope
 _SLOWER = 20  # steps after which the rate has fallen to 0.7
 
 
@@ -33,31 +36,40 @@ class ModelGradientAgent(Learner):
 
     The policy is a linear function of the observation, squashed by a tanh. It is trained in coordinates in which the
     family's observations have unit variance and do not correlate: they are few, four for widths of attentions and MLPs.
-    It begins with equal widths. Windows are the calibration text's, each read once before any is read again. Some may
-    end with an item of the tasks that masks are searched on, whose right answer alone is scored. No step depends on the
-    token budget: a larger one repeats the passes of a smaller one.
+    It begins with equal widths, or as another model's policy. Windows are the calibration text's, each read once before
+    any is read again. Some may end with an item of the tasks that masks are searched on, whose right answer alone is
+    scored. No step depends on the token budget: a larger one repeats the passes of a smaller one.
 
     Args:
         batch: Contexts in a step, and windows; a power of two, for they lie on a Sobol sequence.
         learning_rate: Of the first step of Adam; it falls with the square root of their number.
         answers: How many windows of a step end with an item.
+        start: Folder of a policy of widths, of another model as a rule, that it begins as (`agents/transfer.py`);
+            None for equal widths.
 
     Raises:
         InvalidReward: There are to be answers, and masks are searched on nothing that has any.
+        PolicyUnreadable, UnknownName: The folder holds no policy of widths.
     """
 
-    def __init__(self, batch: int = 8, learning_rate: float = 0.05, answers: int = 0) -> None:
+    def __init__(self, batch: int = 8, learning_rate: float = 0.05, answers: int = 0, start: str | None = None) -> None:
         self._batch, self._learning_rate, self._answers = batch, learning_rate, answers
+        self._start = None if start is None else load_policy(os.path.expanduser(start))
 
     def learn(self) -> None:
         task, problem = self.task, self.task.problem
         shape, budget = problem.shape, problem.budget
         gradients = WidthGradients(problem.llm, problem.store, budget)
         points = qmc.Sobol(3, rng=task.seed)
-        self._whitening = _Whitening(shape, [task.sampler.at(shape, point) for point in points.random(_CONTEXTS)])
+        known = points.random(_CONTEXTS)
+        contexts = [task.sampler.at(shape, point) for point in known]
+        self._whitening = _Whitening(shape, contexts)
         self._linear = nn.Linear(self._whitening.rank, len(shape.components.sites), dtype=torch.float64)
         nn.init.zeros_(self._linear.weight)  # equal widths at first
         nn.init.zeros_(self._linear.bias)
+        if self._start is not None:
+            seen = self._whitening(width_features(family_inputs(shape, contexts)[0]))
+            _fit(self._linear, seen, transferred_fractions(self._start, shape, task.sampler, known))
         optimizer = torch.optim.Adam(self._linear.parameters(), lr=self._learning_rate, betas=(0.8, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1.0 + step / _SLOWER) ** -0.5)
         losses = self.details["losses"] = []
@@ -107,6 +119,15 @@ class ModelGradientAgent(Learner):
         """The numbers below n in random order, again and again."""
         while True:
             yield from self.generator.permutation(n).tolist()
+
+
+def _fit(linear: nn.Linear, seen: torch.Tensor, fractions: np.ndarray) -> None:
+    """Makes a layer one whose squashed outputs for inputs [N, R] are about those that ask for fractions [N, S]."""
+    wanted = torch.from_numpy(2.0 * fractions - 1.0).clamp(-_LARGEST_ACTION, _LARGEST_ACTION).atanh()
+    weights = torch.linalg.lstsq(torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1), wanted).solution
+    with torch.no_grad():
+        linear.weight.copy_(weights[:-1].T)
+        linear.bias.copy_(weights[-1])
 
 
 class _Whitening:

@@ -114,6 +114,10 @@ class WidthPolicy(Policy):
         seen = observe_widths(self.shape, Scenario(workload, budget_bytes), PruningMask.all_kept(self.shape))
         return self._network({name: torch.from_numpy(entry)[None] for name, entry in seen.items()})[0].numpy()
 
+    def fractions(self, workload: Workload, budget_bytes: int) -> list[float]:
+        """The keep fractions [S] that it asks for, before they are made to fit."""
+        return self._projection.fractions(self.action(workload, budget_bytes), len(self.shape.components.sites))
+
     def parameters(self) -> dict[str, Any]:
         return {"network": self._network.arguments(), "projection": vars(self._projection).copy()}
 
