@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from agents.transfer import transferred_fractions
 from agents.width_scaling import SCALED, family_inputs, scaled_fractions
 from rap_env.errors import InvalidReward
 from rap_env.evaluation.width_gradients import WidthGradients
-from rap_env.llm.shape import ModelShape
-from rap_env.memory.scenario import Scenario
 from rap_env.policies import WidthPolicy, load_policy
 from rap_env.policies.width import WidthNetwork, width_features
 
@@ -63,13 +61,15 @@ class ModelGradientAgent(Learner):
         points = qmc.Sobol(3, rng=task.seed)
         known = points.random(_CONTEXTS)
         contexts = [task.sampler.at(shape, point) for point in known]
-        self._whitening = _Whitening(shape, contexts)
+        features = width_features(family_inputs(shape, contexts)[0]).double()
+        self._whitening = _Whitening(features)
         self._linear = nn.Linear(self._whitening.rank, len(shape.components.sites), dtype=torch.float64)
         nn.init.zeros_(self._linear.weight)  # equal widths at first
         nn.init.zeros_(self._linear.bias)
         if self._start is not None:
-            seen = self._whitening(width_features(family_inputs(shape, contexts)[0]))
-            _fit(self._linear, seen, transferred_fractions(self._start, shape, task.sampler, known))
+            _fit(
+                self._linear, self._whitening(features), transferred_fractions(self._start, shape, task.sampler, known)
+            )
         optimizer = torch.optim.Adam(self._linear.parameters(), lr=self._learning_rate, betas=(0.8, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1.0 + step / _SLOWER) ** -0.5)
         losses = self.details["losses"] = []
@@ -136,12 +136,10 @@ class _Whitening:
     Shapes: N contexts, F features, R directions in which they differ.
 
     Args:
-        shape: The model.
-        contexts: Of the family.
+        features: Of the contexts' observations [N, F], in float64.
     """
 
-    def __init__(self, shape: ModelShape, contexts: Sequence[Scenario]) -> None:
-        features = width_features(family_inputs(shape, contexts)[0]).double()
+    def __init__(self, features: torch.Tensor) -> None:
         self._mean = features.mean(0)
         _left, singular, right = torch.linalg.svd(features - self._mean, full_matrices=False)
         differ = singular > _LEAST_DEVIATION * singular[0]

@@ -120,5 +120,5 @@ def _one_of_equals(components: tuple[Component, ...]) -> Components:
 
 
 def shared(components: Iterable[Component]) -> Components:
-    """One object for all that are equal, so that masks over it are compared in a microsecond instead of row by row."""
+    """One object for all that are equal, as far as can be, so that what is looked up in them is looked up once."""
     return components if isinstance(components, Components) else _one_of_equals(tuple(components))

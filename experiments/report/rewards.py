@@ -23,25 +23,21 @@ def carry_over_rewards_table(records: Sequence[Mapping[str, Any]]) -> Table:
     Raises:
         ValueError: Runs of a name lack those of the greedy order.
     """
-    found: dict[str, dict[str, dict[str, list[np.ndarray]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(list))
-    )
+    found: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        for report in (_HOME, _PUBLIC):
-            of_agent = found[record["config"]["name"]][record["results"]["agent"]]
-            of_agent[report].append(np.array([_accuracy(row, report) for row in record["results"]["rows"]]))
+        accuracies = {report: _accuracy(record["results"]["rows"], report) for report in (_HOME, _PUBLIC)}
+        found[record["config"]["name"]][record["results"]["agent"]].append(accuracies)
     rows = []
     for name, agents in found.items():
         if BASELINE not in agents:
             raise ValueError(f"expected runs of {BASELINE} among those of {name}; there are {', '.join(agents)}")
-        for agent, of_reports in agents.items():
-            cells = [name, agent, f"{len(of_reports[_HOME])}"]
-            gains = {}
+        baseline = agents[BASELINE][0]
+        for agent, runs in agents.items():
+            cells, gains = [name, agent, f"{len(runs)}"], {}
             for report in (_HOME, _PUBLIC):
-                baseline = agents[BASELINE][report][0]
-                of_seeds = [float(accuracies.mean() - baseline.mean()) for accuracies in of_reports[report]]
+                of_seeds = [run[report] - baseline[report] for run in runs]
                 gains[report] = float(np.mean(of_seeds))
-                cells += [f"{np.mean(of_reports[report]):.3f}"]
+                cells += [f"{np.mean([run[report] for run in runs]):.3f}"]
                 cells += ["" if agent == BASELINE else number(gains[report], min(of_seeds), max(of_seeds))]
             cells += ["" if gains[_HOME] <= 0.0 else f"{gains[_PUBLIC] / gains[_HOME]:.2f}"]
             rows.append(cells)
@@ -49,5 +45,6 @@ def carry_over_rewards_table(records: Sequence[Mapping[str, Any]]) -> Table:
     return Table(columns, rows)
 
 
-def _accuracy(row: Mapping[str, Any], report: str) -> float:
-    return float(np.mean([metrics["acc"] for metrics in row["reports"][report]["tasks"].values()]))
+def _accuracy(rows: Sequence[Mapping[str, Any]], report: str) -> float:
+    """Mean over contexts and tasks."""
+    return float(np.mean([[metrics["acc"] for metrics in row["reports"][report]["tasks"].values()] for row in rows]))

@@ -116,7 +116,8 @@ def test_whitened_observations_have_unit_variance_and_a_way_back(grouped):  # no
     sampler, generator = ScenarioSampler((1, 16), (128, 2048), (0.5, 0.95)), torch.Generator().manual_seed(0)
     points = torch.rand(300, 3, generator=generator).tolist()
     contexts = [sampler.at(grouped.shape, point) for point in points]
-    features, whitening = width_features(family_inputs(grouped.shape, contexts)[0]), _Whitening(grouped.shape, contexts)
+    features = width_features(family_inputs(grouped.shape, contexts)[0])
+    whitening = _Whitening(features.double())
     seen = whitening(features)
     assert 2 <= whitening.rank <= 4
     assert torch.allclose(seen.T @ seen / len(seen), torch.eye(whitening.rank, dtype=torch.float64), atol=1e-6)
