@@ -159,12 +159,11 @@ def _check_row(row: Mapping[str, Any]) -> None:
 
 def family_of(config: Mapping[str, Any], scenarios: Sequence[Scenario]) -> dict[str, Any]:
     """What is the same in all rows of a leaderboard: the model with its parts in order, the contexts, the report."""
-    evaluation = _without_folders(config["evaluation"])
     return {
         "model": config["model"],
         "widths": config["widths"],
         "order of parts": _without_folders({key: config["calibration"].get(key) for key in OF_ORDERS}),
-        "evaluation": {key: value for key, value in evaluation.items() if key not in _OF_SEARCHES},
+        "evaluation": _without_searches(_without_folders(config["evaluation"])),
         "family": config["workload"]["sampler"],
         "contexts": list(scenarios),
     }
@@ -219,6 +218,13 @@ def _token_budget(record: Mapping[str, Any]) -> int:
 
 def _report_of(record: Mapping[str, Any]) -> str:
     return record["config"].get("workload", {}).get("report", {}).get("_target_", "")
+
+
+def _without_searches(node: Any) -> Any:
+    """A config of an evaluation, or of one with parts, without what its report does not depend on."""
+    if isinstance(node, Mapping):
+        return {key: _without_searches(value) for key, value in node.items() if key not in _OF_SEARCHES}
+    return node
 
 
 def _without_folders(node: Any) -> Any:
