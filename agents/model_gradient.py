@@ -12,7 +12,7 @@ from torch import nn
 from agents.base import Learner
 from agents.transfer import transferred_fractions
 from agents.width_scaling import SCALED, family_inputs, scaled_fractions
-from rap_env.errors import InvalidReward
+from rap_env.errors import InvalidConfig, InvalidReward
 from rap_env.evaluation.width_gradients import WidthGradients
 from rap_env.policies import WidthPolicy, load_policy
 from rap_env.policies.width import WidthNetwork, width_features
@@ -46,11 +46,14 @@ class ModelGradientAgent(Learner):
             None for equal widths.
 
     Raises:
+        InvalidConfig: There are to be more answers than windows, or fewer than none.
         InvalidReward: There are to be answers, and masks are searched on nothing that has any.
         PolicyUnreadable, UnknownName: The folder holds no policy of widths.
     """
 
     def __init__(self, batch: int = 8, learning_rate: float = 0.05, answers: int = 0, start: str | None = None) -> None:
+        if not 0 <= answers <= batch:
+            raise InvalidConfig(f"answers: expected 0 to {batch}, the windows of a step; got {answers}")
         self._batch, self._learning_rate, self._answers = batch, learning_rate, answers
         self._start = None if start is None else load_policy(os.path.expanduser(start))
 
@@ -67,9 +70,8 @@ class ModelGradientAgent(Learner):
         nn.init.zeros_(self._linear.weight)  # equal widths at first
         nn.init.zeros_(self._linear.bias)
         if self._start is not None:
-            _fit(
-                self._linear, self._whitening(features), transferred_fractions(self._start, shape, task.sampler, known)
-            )
+            fractions = transferred_fractions(self._start, shape, task.sampler, known)
+            _fit(self._linear, self._whitening(features), fractions)
         optimizer = torch.optim.Adam(self._linear.parameters(), lr=self._learning_rate, betas=(0.8, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1.0 + step / _SLOWER) ** -0.5)
         losses = self.details["losses"] = []

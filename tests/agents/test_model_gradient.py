@@ -9,7 +9,7 @@ import torch
 from agents.driver import run_search
 from agents.model_gradient import ModelGradientAgent, _Whitening
 from agents.width_scaling import family_inputs
-from rap_env.errors import InvalidReward
+from rap_env.errors import InvalidConfig, InvalidReward
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.mixture import MixtureEvaluator
 from rap_env.evaluation.perplexity import PerplexityEvaluator
@@ -105,6 +105,12 @@ def test_some_windows_end_with_a_right_answer_that_alone_is_scored(grouped):  # 
             assert not windows[place, : -len(context) - len(answer)].any()
             seen.append(answer)
     assert {seen.count(answer) for _context, answer in answers} == {8} and len(places) > 4
+
+
+@pytest.mark.parametrize("answers", [-1, 9])
+def test_no_more_answers_than_windows(answers):
+    with pytest.raises(InvalidConfig, match=f"expected 0 to 8, the windows of a step; got {answers}"):
+        ModelGradientAgent(answers=answers)
 
 
 def test_answers_need_items(grouped):  # noqa: F811
