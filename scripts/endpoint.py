@@ -41,6 +41,7 @@ def main(arguments: list[str]) -> None:
     read = options.reserve_bytes if options.budget_bytes is None else lambda: options.budget_bytes
     try:
         read = BudgetFile(options.budget_file) if options.budget_file else read
+        print(f"loading {options.run or options.name}, then reading once at each width: minutes", file=sys.stderr)
         of_model = options.name, options.dtype, options.granularity
         llm, deciders = model_and_deciders(options.run, options.policy, *of_model)
         how = Options(options.max_batch, restoring=options.restoring, patience_seconds=options.patience_seconds)

@@ -39,8 +39,9 @@ def test_it_serves_on_this_machine_only_and_follows_a_budget_file(served, tmp_pa
 
 
 @pytest.mark.parametrize("given", [["budget_bytes=100_000_000"], []])
-def test_a_budget_is_a_constant_or_what_the_machine_has_free(served, given):
+def test_a_budget_is_a_constant_or_what_the_machine_has_free(served, given, capsys):
     main([*TINY, *given])
+    assert "loading tiny" in capsys.readouterr().err  # the first line comes before what takes a while
     with TestClient(served[0][0]) as client:
         body = {"model": "random-llama", "prompt": "Hello", "max_tokens": 3}
         assert client.post("/v1/completions", json=body).status_code == 200
