@@ -43,8 +43,7 @@ class FamilyCritic:
 
     def logarithms(self, masks: Iterable[PruningMask]) -> np.ndarray:
         """Cautious logarithms of what masks lose [N]; parts that are kept count as the first of their site."""
-        nested = (mask if "widths" in vars(mask) else mask.nested for mask in masks)
-        mean, deviation = self.predictor.predict(widths_of(nested))
+        mean, deviation = self.predictor.predict(widths_of(masks))
         return mean + self.fear * deviation
 
     def contexts(self, n: int) -> list[Scenario]:
@@ -115,4 +114,4 @@ class CriticEvaluator(Evaluator):
 
 def widths_of(masks: Iterable[PruningMask]) -> np.ndarray:
     """How many parts of each site masks keep [N, S]."""
-    return np.array([mask.widths for mask in masks])
+    return np.array([mask.n_kept for mask in masks])

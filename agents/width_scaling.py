@@ -51,5 +51,5 @@ def family_inputs(shape, scenarios: Sequence[Scenario]) -> tuple[dict[str, torch
     entries = {name: torch.from_numpy(np.stack([each[name] for each in observations])) for name in observations[0]}
     rooms = [each.budget_bytes - smallest_bytes(shape, each.workload) for each in scenarios]
     tokens = [each.workload.cached_tokens(shape.attention_window) for each in scenarios]
-    sizes = [[of_site[-1] for of_site in site_bytes(shape, cached)] for cached in tokens]
-    return entries, torch.tensor(rooms, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64)
+    sizes = np.stack([site_bytes(shape, cached)[:, -1] for cached in tokens])
+    return entries, torch.tensor(rooms, dtype=torch.float64), torch.from_numpy(sizes).double()

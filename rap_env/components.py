@@ -103,6 +103,15 @@ class Components(tuple[Component, ...]):
         return tuple(row.weight_bytes for row in self), tuple(row.kv_bytes_per_token for row in self)
 
     @functools.cached_property
+    def running_costs(self) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+        """For each site the weight bytes of its first 0, 1, ... parts, and their KV bytes per token."""
+        places = [positions for _site, positions in self.sites]
+        weights, kv_bytes = (
+            tuple(tuple(itertools.accumulate(of[place], initial=0)) for place in places) for of in self.costs
+        )
+        return weights, kv_bytes
+
+    @functools.cached_property
     def prefixes(self) -> tuple[tuple[tuple[bool, ...], ...], ...]:
         """For each site the keep-bits of its first 0, 1, ... parts."""
         parts = (positions.stop - positions.start for _site, positions in self.sites)

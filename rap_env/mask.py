@@ -33,6 +33,14 @@ class PruningMask:
         if len(self.keep) != (n := len(self.components)):
             raise InvalidMask(f"expected {n} keep-bits, one for each component; got {len(self.keep)}")
 
+    def __getattr__(self, name: str) -> tuple[bool, ...]:
+        """The bits of a mask that was made from widths, once somebody asks for them: most ask for the widths only."""
+        if name != "keep" or "widths" not in vars(self):
+            raise AttributeError(f"a pruning mask has no attribute {name!r}")
+        keep = tuple(itertools.chain.from_iterable(map(operator.getitem, self.components.prefixes, self.widths)))
+        vars(self)["keep"] = keep
+        return keep
+
     def __hash__(self) -> int:
         return hash(self.keep)  # the bits alone: hashing every row would take longer than a forward of a tiny model
 
@@ -71,8 +79,8 @@ class PruningMask:
             for (site, _positions), rows, width in zip(components.sites, components.prefixes, widths, strict=True):
                 if not 0 <= width < len(rows):
                     raise InvalidMask(f"expected a width of 0 to {len(rows) - 1} for {site}; got {width}")
-        mask = cls(components, tuple(itertools.chain.from_iterable(map(operator.getitem, components.prefixes, widths))))
-        vars(mask)["widths"] = widths  # as the cached property has it
+        mask = object.__new__(cls)
+        vars(mask).update(components=components, widths=widths)  # as the cached property has them
         return mask
 
     def _positions(self, name: str | Site | Component) -> tuple[int, ...]:
@@ -113,12 +121,18 @@ class PruningMask:
     @functools.cached_property
     def weight_bytes(self) -> int:
         """What the weights of the kept components take."""
-        return sum(compress(self.components.costs[0], self.keep))
+        return self._sum(0)
 
     @functools.cached_property
     def kv_bytes_per_token(self) -> int:
         """What each cached token takes in the KV cache of the kept components."""
-        return sum(compress(self.components.costs[1], self.keep))
+        return self._sum(1)
+
+    def _sum(self, cost: int) -> int:
+        """Over sites where the widths are known, which are fewer."""
+        if "widths" in vars(self):
+            return sum(map(operator.getitem, self.components.running_costs[cost], self.widths))
+        return sum(compress(self.components.costs[cost], self.keep))
 
     @functools.cached_property
     def kept_parts(self) -> tuple[tuple[Site, tuple[bool, ...]], ...]:
@@ -135,7 +149,12 @@ class PruningMask:
         for site, bits in self.kept_parts:
             if not all(bits[: sum(bits)]):
                 raise InvalidMask(f"expected a mask that keeps the first parts of each site; {site} keeps others")
-        return tuple(sum(bits) for _site, bits in self.kept_parts)
+        return self.n_kept
+
+    @property
+    def n_kept(self) -> tuple[int, ...]:
+        """How many parts each site keeps, whichever these are."""
+        return self.widths if "widths" in vars(self) else tuple(sum(bits) for _site, bits in self.kept_parts)
 
     @functools.cached_property
     def nested(self) -> "PruningMask":

@@ -65,20 +65,15 @@ def observe_widths(shape, scenario: Scenario, mask: PruningMask) -> dict[str, np
         mask: What is kept now.
     """
     fixed, smallest = _scenario_entries(shape, scenario)
-    freed, of_sites = _site_entries(shape, scenario)
-    starts, n_parts, relative_parts, place_in_site = _site_parts(shape)
-    if "widths" in vars(mask):  # known already, and shorter
-        widths = np.array(mask.widths, dtype=np.float64)
-        kept = (place_in_site < widths.repeat(n_parts)).astype(np.float64)
-    else:
-        kept = np.array(mask.keep, dtype=np.float64)
-        widths = np.add.reduceat(kept, starts)
+    _starts, n_parts, relative_parts = _site_parts(shape)
+    dense, tokens = dense_bytes(shape, scenario.workload), scenario.workload.cached_tokens(shape.attention_window)
+    kept_bytes = mask.weight_bytes + mask.kv_bytes_per_token * tokens
     return {
         **{name: fixed[name].copy() for name in ("memory_budget", "batch_size", "sequence_length")},
-        "footprint": _scalar(smallest + float(kept @ freed)),
-        "site_bytes": of_sites.copy(),
+        "footprint": _scalar(smallest + kept_bytes / dense),
+        "site_bytes": _site_bytes(shape, scenario).copy(),
         "site_parts": relative_parts.copy(),
-        "widths": (widths / n_parts).astype(np.float32),
+        "widths": (mask.n_kept / n_parts).astype(np.float32),
     }
 
 
@@ -118,19 +113,18 @@ def _scenario_entries(shape, scenario: Scenario) -> tuple[dict[str, np.ndarray],
 
 
 @functools.lru_cache(maxsize=256)
-def _site_entries(shape, scenario: Scenario) -> tuple[np.ndarray, np.ndarray]:
-    """Relative bytes of each component in double precision, and of each whole site."""
+def _site_bytes(shape, scenario: Scenario) -> np.ndarray:
+    """Relative bytes of each whole site."""
     freed = _scenario_entries(shape, scenario)[0]["component_bytes"].astype(np.float64)
-    return freed, np.add.reduceat(freed, _site_parts(shape)[0]).astype(np.float32)
+    return np.add.reduceat(freed, _site_parts(shape)[0]).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=32)
-def _site_parts(shape) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
-    """Of each site its first component, its parts, and these over the most that a site has; places of all parts."""
+def _site_parts(shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each site its first component, its parts, and these over the most that a site has."""
     places = [positions for _site, positions in shape.components.sites]
     parts = np.array([place.stop - place.start for place in places])
-    place_in_site = np.concatenate([np.arange(n) for n in parts])
-    return [place.start for place in places], parts, (parts / parts.max()).astype(np.float32), place_in_site
+    return np.array([place.start for place in places]), parts, (parts / parts.max()).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=32)

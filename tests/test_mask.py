@@ -1,10 +1,12 @@
 """Pruning masks are values: names in, names out, the same digest in every process."""
 
+import copy
 import dataclasses
 import hashlib
 import itertools
 import json
 import operator
+import pickle
 import subprocess
 import sys
 import timeit
@@ -248,6 +250,17 @@ def test_widths_keep_the_first_parts_of_every_site():
     assert mask.widths == (1, 3, 0, 1)
     assert PruningMask.all_kept(shape).widths == (2, 3, 2, 1)
     assert PruningMask.from_widths(shape, np.zeros(4, dtype=int)).widths == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("passed_on", [lambda one: one, copy.copy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_mask_of_widths_has_bits_as_soon_as_somebody_asks(passed_on):
+    shape = parted_shape()
+    mask = passed_on(PruningMask.from_widths(shape, [1, 3, 0, 1]))
+    same = PruningMask.from_bits(shape, [1, 0, 1, 1, 1, 0, 0, 1])
+    assert mask.weight_bytes == same.weight_bytes and mask.kv_bytes_per_token == same.kv_bytes_per_token
+    assert "keep" not in vars(mask)
+    assert mask == same and hash(mask) == hash(same) and repr(mask) == repr(same) and mask.n_kept == same.n_kept
+    assert not hasattr(mask, "kep")
 
 
 def test_widths_of_a_mask_that_keeps_other_parts_are_refused():

@@ -70,7 +70,7 @@ class ScoreTable:
 
         A mask that keeps other parts than the first of a site counts as one that keeps as many, but the first.
         """
-        keys = [bytes((mask if "widths" in vars(mask) else mask.nested).widths) for mask in masks]
+        keys = [bytes(mask.n_kept) for mask in masks]
         found = [(self._measured.get(key), True) for key in keys]
         missing = [index for index, (loss, _measured) in enumerate(found) if loss is None]
         if missing:

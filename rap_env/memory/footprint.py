@@ -3,7 +3,6 @@
 import functools
 import operator
 from dataclasses import dataclass
-from itertools import accumulate
 
 from rap_env.errors import InfeasibleBudget, InvalidMask
 from rap_env.mask import PruningMask
@@ -67,10 +66,9 @@ def footprint(shape, mask: PruningMask, workload: Workload) -> Footprint:
     workload.check_context(shape.context_tokens)
     if mask.components is not shape.components and mask.components != shape.components:
         raise InvalidMask(f"expected a mask over this model's {len(shape.components)} components; got {len(mask.keep)}")
-    weight_bytes, kv_bytes_per_token = _kept_costs(shape, mask)
     return Footprint(
-        weights_bytes=shape.fixed_bytes + weight_bytes,
-        kv_cache_bytes=kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
+        weights_bytes=shape.fixed_bytes + mask.weight_bytes,
+        kv_cache_bytes=mask.kv_bytes_per_token * workload.cached_tokens(shape.attention_window),
         activation_bytes=activation_bytes(
             shape, mask, workload.batch_size * workload.prompt_tokens, workload.batch_size
         ),
@@ -86,25 +84,9 @@ def activation_bytes(shape, mask: PruningMask, n_tokens: int, n_sequences: int) 
         n_tokens: Tokens that are read at once, of all sequences together.
         n_sequences: Sequences of which the next token is wanted.
     """
-    kept = vars(mask).get("widths") or [sum(bits) for _site, bits in mask.kept_parts]
-    widths = map(operator.getitem, _activation_widths(shape), kept)
+    widths = map(operator.getitem, _activation_widths(shape), mask.n_kept)
     read_bytes = shape.bytes_per_parameter * n_tokens * (4 * shape.hidden_size + max(widths))
     return read_bytes + 4 * n_sequences * shape.vocab_size
-
-
-def _kept_costs(shape, mask: PruningMask) -> tuple[int, int]:
-    """Weight bytes, and KV bytes per token, of the kept components; by sites where a mask has its widths only."""
-    if "weight_bytes" in vars(mask) or "widths" not in vars(mask):
-        return mask.weight_bytes, mask.kv_bytes_per_token
-    weights, kv_bytes_per_token = (sum(map(operator.getitem, of, mask.widths)) for of in running_costs(shape))
-    return weights, kv_bytes_per_token
-
-
-@functools.lru_cache(maxsize=32)
-def running_costs(shape) -> list[list[list[int]]]:
-    """Weight bytes of the first 0, 1, ... parts of each site, and their KV bytes per token; not to be changed."""
-    places = [place for _site, place in shape.components.sites]
-    return [[list(accumulate(of[place], initial=0)) for place in places] for of in shape.components.costs]
 
 
 @functools.lru_cache(maxsize=32)

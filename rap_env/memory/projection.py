@@ -3,16 +3,14 @@
 import functools
 import heapq
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from rap_env.errors import InvalidConfig, InvalidMask, check_known
 from rap_env.mask import PruningMask
-from rap_env.memory.footprint import check_feasible, running_costs, smallest_bytes
+from rap_env.memory.footprint import check_feasible, smallest_bytes
 from rap_env.memory.workload import Workload
 
 EXACT, NESTED = "exact", "nested"
@@ -79,15 +77,17 @@ class Projection:
         """
         check_feasible(shape, workload, budget_bytes)
         parts = site_bytes(shape, workload.cached_tokens(shape.attention_window))
-        fractions = self.fractions(action, len(parts))
-        floors = smallest_widths(shape, self.p_min)
+        counts, floors = part_counts(shape), smallest_widths(shape, self.p_min)
+        fractions = self.fractions(action, len(counts))
         free_bytes = budget_bytes - smallest_bytes(shape, workload)
         if self.kind == NESTED:
-            return PruningMask.from_widths(shape, nested_widths(fractions, parts, floors, free_bytes))
-        meeting = exact_fractions(fractions, [of_site[-1] for of_site in parts], free_bytes, self.p_min)
-        return PruningMask.from_widths(shape, whole_widths(meeting, parts, floors, free_bytes, least_part_bytes(shape)))
+            widths = nested_widths(fractions, parts, counts, floors, free_bytes)
+        else:
+            fractions = exact_fractions(fractions, parts[:, -1], free_bytes, self.p_min)
+            widths = whole_widths(fractions, parts, counts, floors, free_bytes, least_part_bytes(shape))
+        return PruningMask.from_widths(shape, widths.tolist())
 
-    def fractions(self, action: Sequence[float], n_sites: int) -> list[float]:
+    def fractions(self, action: Sequence[float], n_sites: int) -> np.ndarray:
         """The keep fractions [S] that an action asks for, between `p_min` and 1.
 
         Raises:
@@ -96,7 +96,7 @@ class Projection:
         values = np.asarray(action, dtype=np.float64)
         if values.shape != (n_sites,) or not np.isfinite(values).all():
             raise InvalidMask(f"expected {n_sites} finite numbers, one for each site; got {values[:8].tolist()}")
-        return np.minimum(np.maximum(_READINGS[self.reading](values), self.p_min), 1.0).tolist()
+        return np.minimum(np.maximum(_READINGS[self.reading](values), self.p_min), 1.0)
 
     def dropping_order(self, shape, action: Sequence[float]) -> list[str]:
         """All component names, the last of the nested projection's order first: what shrinking budgets cost, in turn.
@@ -104,12 +104,9 @@ class Projection:
         Raises:
             InvalidMask: There is not exactly one finite number for each site.
         """
-        positions = [place for _site, place in shape.components.sites]
-        n_parts = [place.stop - place.start for place in positions]
-        floors = [smallest_width(n, self.p_min) for n in n_parts]
-        entering = nested_order(self.fractions(action, len(positions)), n_parts, floors)
-        sites, parts = (column[::-1].tolist() for column in entering)
-        return [shape.components[positions[site].start + part].name for site, part in zip(sites, parts, strict=True)]
+        counts, starts = part_counts(shape), [place.start for _site, place in shape.components.sites]
+        sites, parts = nested_order(self.fractions(action, len(counts)), counts, smallest_widths(shape, self.p_min))
+        return [shape.components[position].name for position in (np.array(starts)[sites] + parts)[::-1].tolist()]
 
 
 def smallest_width(n_parts: int, p_min: float) -> int:
@@ -118,9 +115,15 @@ def smallest_width(n_parts: int, p_min: float) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def smallest_widths(shape, p_min: float) -> list[int]:
+def part_counts(shape) -> np.ndarray:
+    """How many parts each site has [S]; not to be changed."""
+    return np.array([place.stop - place.start for _site, place in shape.components.sites])
+
+
+@functools.lru_cache(maxsize=32)
+def smallest_widths(shape, p_min: float) -> np.ndarray:
     """`smallest_width` of each site [S]; not to be changed."""
-    return [smallest_width(place.stop - place.start, p_min) for _site, place in shape.components.sites]
+    return np.array([smallest_width(n_parts, p_min) for n_parts in part_counts(shape).tolist()])
 
 
 @functools.lru_cache(maxsize=32)
@@ -129,29 +132,27 @@ def least_part_bytes(shape) -> int:
     return min(shape.components.costs[0])
 
 
-def site_bytes(shape, cached_tokens: int) -> list[list[int]]:
-    """Peak bytes that the first 0, 1, ... parts of each site take, with so many tokens in the KV cache."""
-    sites, weights, kv_bytes_per_token = _running_costs(shape)
-    with_kv = iter((weights + kv_bytes_per_token * cached_tokens).tolist())
-    return [next(with_kv)[:stop] if own is None else own for own, stop in sites]
+def site_bytes(shape, cached_tokens: int) -> np.ndarray:
+    """Peak bytes that the first 0, 1, ... parts of each site take, with so many tokens in the KV cache [S, W + 1].
+
+    W is the most parts that a site has. One with fewer has the bytes of all of them in the last columns.
+    """
+    weights, kv_bytes_per_token = _running_costs(shape)
+    return weights + kv_bytes_per_token * cached_tokens
 
 
 @functools.lru_cache(maxsize=32)
-def _running_costs(shape) -> tuple[list[tuple[list[int] | None, int]], np.ndarray, np.ndarray]:
-    """Weight bytes of the first 0, 1, ... parts of each site, and how many numbers these are.
-
-    Of sites with a KV cache the former are None; their weight bytes, and KV bytes per token, are rows of the arrays.
-    """
-    running = list(zip(*running_costs(shape), strict=True))
-    sites = [(None if kv[-1] else weights, len(weights)) for weights, kv in running]
-    rows = [row for row in running if row[1][-1]]
-    longest = max((len(weights) for weights, _kv in rows), default=0)
-    padded = np.array([[column + column[-1:] * (longest - len(column)) for column in row] for row in rows], np.int64)
-    padded = padded.reshape(len(rows), 2, longest)
-    return sites, padded[:, 0], padded[:, 1]
+def _running_costs(shape) -> tuple[np.ndarray, np.ndarray]:
+    """Weight bytes, and KV bytes per token, of the first 0, 1, ... parts of each site [S, W + 1]."""
+    longest = int(part_counts(shape).max()) + 1
+    weights, kv_bytes_per_token = (
+        np.array([of_site + of_site[-1:] * (longest - len(of_site)) for of_site in of], dtype=np.int64)
+        for of in shape.components.running_costs
+    )
+    return weights, kv_bytes_per_token
 
 
-def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes: int, p_min: float) -> list[float]:
+def exact_fractions(fractions: np.ndarray, sizes: np.ndarray, free_bytes: int, p_min: float) -> np.ndarray:
     """Keep fractions [S] that together take exactly the free bytes, as far as they may lie between `p_min` and 1.
 
     Args:
@@ -160,84 +161,77 @@ def exact_fractions(fractions: Sequence[float], sizes: Sequence[int], free_bytes
         free_bytes: Bytes that all sites may take together.
         p_min: Smallest fraction.
     """
-    deficit = free_bytes - sum(map(operator.mul, fractions, sizes))
-    if deficit >= 0:
-        headroom = sum([(1.0 - fraction) * size for fraction, size in zip(fractions, sizes, strict=True)])
-        share = min(1.0, deficit / headroom) if headroom > 0 else 1.0
-        return [fraction + (1.0 - fraction) * share for fraction in fractions]
-    surplus, meeting = -deficit, []
-    for fraction, size in zip(fractions, sizes, strict=True):
-        taken = min(surplus, (fraction - p_min) * size)
-        surplus -= taken
-        meeting.append(fraction - taken / size if size else fraction)
-    return meeting
+    surplus = float(fractions @ sizes) - free_bytes
+    if surplus <= 0.0:
+        headroom = float((1.0 - fractions) @ sizes)
+        share = min(1.0, -surplus / headroom) if headroom > 0.0 else 1.0
+        return fractions + (1.0 - fractions) * share
+    above = (fractions - p_min) * sizes
+    taken = np.minimum(np.maximum(surplus - above.cumsum() + above, 0.0), above)  # from the first sites on
+    return fractions - taken / np.maximum(sizes, 1)
 
 
 def whole_widths(
-    fractions: Sequence[float],
-    parts: Sequence[Sequence[int]],
-    floors: Sequence[int],
-    free_bytes: int,
-    least_bytes: int = 0,
-) -> list[int]:
-    """Keep fractions rounded to whole parts that fit.
+    fractions: np.ndarray, parts: np.ndarray, counts: np.ndarray, floors: np.ndarray, free_bytes: int, least_bytes: int
+) -> np.ndarray:
+    """Keep fractions rounded to whole parts that fit [S].
 
     Args:
         fractions: Between 0 and 1 [S].
-        parts: Bytes of the first 0, 1, ... parts of each site.
+        parts: What `site_bytes` returns [S, W + 1].
+        counts: Parts of each site [S].
         floors: Parts that each site keeps at least, unless the bytes do not suffice [S].
         free_bytes: Bytes that all sites may take together.
         least_bytes: No part takes less.
     """
-    wishes = [fraction * (len(of_site) - 1) for fraction, of_site in zip(fractions, parts, strict=True)]
-    rounded = [int(wish + 0.5) for wish in wishes]
-    widths = list(map(max, rounded, floors))
-    free_bytes -= sum(map(operator.getitem, parts, widths))
-    for lowest in (floors, [0] * len(parts)):  # below the floors only when all sites have come down to theirs
+    sites, wishes = np.arange(len(counts)), fractions * counts
+    widths = np.maximum((wishes + 0.5).astype(np.int64), floors)
+    free_bytes -= int(parts[sites, widths].sum())
+    for lowest in (floors, np.zeros_like(floors)):  # below the floors only when all sites have come down to theirs
         if free_bytes >= 0:
             break
-        above = [(wishes[site] - width, site) for site, width in enumerate(widths) if width > lowest[site]]
-        heapq.heapify(above)  # what was rounded up most, the first of equals
-        while free_bytes < 0 and above:
-            site = heapq.heappop(above)[1]
-            widths[site] -= 1
-            free_bytes += parts[site][widths[site] + 1] - parts[site][widths[site]]
-            if widths[site] > lowest[site]:
-                heapq.heappush(above, (wishes[site] - widths[site], site))
+        above = (widths > lowest).nonzero()[0]
+        rounded_up = list(zip((wishes - widths)[above].tolist(), above.tolist(), strict=True))
+        heapq.heapify(rounded_up)  # what was rounded up most, the first of equals
+        while free_bytes < 0 and rounded_up:
+            site = heapq.heappop(rounded_up)[1]
+            width = widths[site] = widths[site] - 1
+            free_bytes += int(parts[site, width + 1] - parts[site, width])
+            if width > lowest[site]:
+                heapq.heappush(rounded_up, (float(wishes[site] - width), site))
     if free_bytes < least_bytes:
         return widths
-    rounded_down = list(zip(map(operator.sub, widths, wishes), range(len(parts)), strict=True))
-    for _excess, site in sorted([one for one in rounded_down if one[0] < 0.0]):
-        width = widths[site]
-        if width + 1 < len(parts[site]) and (added := parts[site][width + 1] - parts[site][width]) <= free_bytes:
-            free_bytes -= added
+    rounded_down = ((wishes > widths) & (widths < counts)).nonzero()[0]
+    rounded_down = rounded_down[(widths - wishes)[rounded_down].argsort(kind="stable")]  # what was rounded down most
+    kept = widths[rounded_down]
+    added = parts[rounded_down, kept + 1] - parts[rounded_down, kept]
+    for site, size in zip(rounded_down.tolist(), added.tolist(), strict=True):
+        if free_bytes < least_bytes:
+            break
+        if size <= free_bytes:
+            free_bytes -= size
             widths[site] += 1
     return widths
 
 
 def nested_widths(
-    fractions: Sequence[float], parts: Sequence[Sequence[int]], floors: Sequence[int], free_bytes: int
-) -> list[int]:
-    """Widths of the longest beginning of `nested_order` that fits; arguments as those of `whole_widths`."""
-    counts = [len(of_site) - 1 for of_site in parts]
+    fractions: np.ndarray, parts: np.ndarray, counts: np.ndarray, floors: np.ndarray, free_bytes: int
+) -> np.ndarray:
+    """Widths of the longest beginning of `nested_order` that fits [S]; arguments as those of `whole_widths`."""
     sites, places = nested_order(fractions, counts, floors)
-    sizes = np.array([above - below for of_site in parts for below, above in pairwise(of_site)], dtype=np.int64)
-    in_order = sizes[(np.cumsum(counts) - counts)[sites] + places]
+    in_order = parts[sites, places + 1] - parts[sites, places]
     n_kept = int(in_order.cumsum().searchsorted(free_bytes, side="right"))
-    return np.bincount(sites[:n_kept], minlength=len(parts)).tolist()
+    return np.bincount(sites[:n_kept], minlength=len(counts))
 
 
-def nested_order(
-    fractions: Sequence[float], n_parts: Sequence[int], floors: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def nested_order(fractions: np.ndarray, counts: np.ndarray, floors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Site and part of all N parts [N], in the order in which they enter while one number t scales all keep fractions.
 
     Part j = 0, 1, ... of a site with n parts enters where `fraction * t * n` is rounded to j + 1. Parts below the
-    floors come first, in the same order.
+    floors come first, in the same order. Arguments as those of `whole_widths`.
     """
-    counts = np.array(n_parts)
     sites = np.arange(len(counts)).repeat(counts)
     parts = np.arange(len(sites)) - (counts.cumsum() - counts)[sites]
-    entering = (parts + 0.5) / (counts * np.array(fractions))[sites]
-    order = np.lexsort((entering, parts >= np.array(floors)[sites]))  # of equals the first site's first part
+    entering = (parts + 0.5) / (counts * fractions)[sites]
+    order = np.lexsort((entering, parts >= floors[sites]))  # of equals the first site's first part
     return sites[order], parts[order]

@@ -68,7 +68,7 @@ def test_nested_projection_by_hand(free_bytes, expected):
 
 def test_exact_fractions_take_exactly_the_free_bytes():
     for free_bytes, expected in ((900, (0.5 + 2 / 9, 0.3 + 0.7 * 4 / 9)), (350, (0.125, 0.3)), (300, (0.1, 0.26))):
-        fractions = exact_fractions([0.5, 0.3], [400, 1000], free_bytes, 0.1)
+        fractions = exact_fractions(np.array([0.5, 0.3]), np.array([400, 1000]), free_bytes, 0.1)
         assert fractions == pytest.approx(expected)
         assert 400 * fractions[0] + 1000 * fractions[1] == pytest.approx(free_bytes)
 
@@ -94,8 +94,8 @@ def test_a_site_with_one_part_is_kept_from_one_half_and_keeps_no_minimum():
 
 
 def test_signs_do_not_matter_to_magnitudes_and_do_to_affine_readings():
-    assert Projection().fractions([-2.0, 0.5, -0.05], 3) == [1.0, 0.5, 0.1]
-    assert Projection(reading="affine").fractions([-2.0, 0.5, 0.0], 3) == [0.1, 0.75, 0.5]
+    assert Projection().fractions([-2.0, 0.5, -0.05], 3).tolist() == [1.0, 0.5, 0.1]
+    assert Projection(reading="affine").fractions([-2.0, 0.5, 0.0], 3).tolist() == [0.1, 0.75, 0.5]
 
 
 part = st.tuples(st.integers(1, 500), st.integers(0, 3))
@@ -154,7 +154,7 @@ def test_dropping_order_walks_down_the_nested_masks(sites, action):
 
 
 def test_parts_below_the_floors_enter_first():
-    sites, parts = nested_order([0.1, 1.0], [10, 10], [1, 1])
+    sites, parts = nested_order(np.array([0.1, 1.0]), np.array([10, 10]), np.array([1, 1]))
     assert (sites[:3].tolist(), parts[:3].tolist()) == ([1, 0, 1], [0, 0, 1])
 
 
