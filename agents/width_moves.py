@@ -22,7 +22,7 @@ class WidthMoves:
 
     def __init__(self, shape: ModelShape, scenario: Scenario) -> None:
         sites, freed = shape.components.sites, component_bytes(shape, scenario.workload)
-        self.n_parts = np.array([own.stop - own.start for _site, own in sites])
+        self.n_parts = np.array(shape.components.n_parts)
         # Bytes of each site at each width [S, P + 1]; there is no width that takes infinitely many.
         self._bytes = np.full((len(sites), self.n_parts.max() + 1), np.inf)
         for row, (_site, own) in zip(self._bytes, sites, strict=True):

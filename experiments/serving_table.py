@@ -35,7 +35,7 @@ def even_ladder(
         losses_over_dense: What each costs, in nats.
         losses_are: Where these are from.
     """
-    parts = [own.stop - own.start for _site, own in llm.shape.components.sites]
+    parts = llm.shape.components.n_parts
     masks = tuple(PruningMask.from_widths(llm.shape, [round(share * n) for n in parts]) for share in shares)
     return Ladder(masks, tuple(f"{share:.0%}" for share in shares), tuple(losses_over_dense), losses_are)
 

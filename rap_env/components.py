@@ -98,6 +98,11 @@ class Components(tuple[Component, ...]):
         return tuple((site, slice(positions[0], positions[-1] + 1)) for site, positions in runs)
 
     @functools.cached_property
+    def n_parts(self) -> tuple[int, ...]:
+        """How many components each site has."""
+        return tuple(positions.stop - positions.start for _site, positions in self.sites)
+
+    @functools.cached_property
     def costs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Weight bytes, and KV bytes per token, of every component."""
         return tuple(row.weight_bytes for row in self), tuple(row.kv_bytes_per_token for row in self)
@@ -114,8 +119,7 @@ class Components(tuple[Component, ...]):
     @functools.cached_property
     def prefixes(self) -> tuple[tuple[tuple[bool, ...], ...], ...]:
         """For each site the keep-bits of its first 0, 1, ... parts."""
-        parts = (positions.stop - positions.start for _site, positions in self.sites)
-        return tuple(tuple((True,) * n + (False,) * (of - n) for n in range(of + 1)) for of in parts)
+        return tuple(tuple((True,) * n + (False,) * (of - n) for n in range(of + 1)) for of in self.n_parts)
 
     @property
     def have_parts(self) -> bool:

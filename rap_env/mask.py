@@ -75,10 +75,10 @@ class PruningMask:
         components, widths = shared(shape.components), tuple(map(int, widths))
         if len(widths) != len(components.sites):
             raise InvalidMask(f"expected {len(components.sites)} widths, one for each site; got {len(widths)}")
-        if min(widths) < 0 or not all(map(operator.lt, widths, map(len, components.prefixes))):
-            for (site, _positions), rows, width in zip(components.sites, components.prefixes, widths, strict=True):
-                if not 0 <= width < len(rows):
-                    raise InvalidMask(f"expected a width of 0 to {len(rows) - 1} for {site}; got {width}")
+        if min(widths) < 0 or not all(map(operator.le, widths, components.n_parts)):
+            for (site, _positions), n_parts, width in zip(components.sites, components.n_parts, widths, strict=True):
+                if not 0 <= width <= n_parts:
+                    raise InvalidMask(f"expected a width of 0 to {n_parts} for {site}; got {width}")
         mask = object.__new__(cls)
         vars(mask).update(components=components, widths=widths)  # as the cached property has them
         return mask

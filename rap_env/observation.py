@@ -64,14 +64,14 @@ def observe_widths(shape, scenario: Scenario, mask: PruningMask) -> dict[str, np
         scenario: Workload and budget.
         mask: What is kept now.
     """
-    fixed, smallest = _scenario_entries(shape, scenario)
+    fixed, smallest, of_sites = _width_entries(shape, scenario)
     _starts, n_parts, relative_parts = _site_parts(shape)
     dense, tokens = dense_bytes(shape, scenario.workload), scenario.workload.cached_tokens(shape.attention_window)
     kept_bytes = mask.weight_bytes + mask.kv_bytes_per_token * tokens
     return {
         **{name: fixed[name].copy() for name in ("memory_budget", "batch_size", "sequence_length")},
         "footprint": _scalar(smallest + kept_bytes / dense),
-        "site_bytes": _site_bytes(shape, scenario).copy(),
+        "site_bytes": of_sites.copy(),
         "site_parts": relative_parts.copy(),
         "widths": (mask.n_kept / n_parts).astype(np.float32),
     }
@@ -113,18 +113,19 @@ def _scenario_entries(shape, scenario: Scenario) -> tuple[dict[str, np.ndarray],
 
 
 @functools.lru_cache(maxsize=256)
-def _site_bytes(shape, scenario: Scenario) -> np.ndarray:
-    """Relative bytes of each whole site."""
-    freed = _scenario_entries(shape, scenario)[0]["component_bytes"].astype(np.float64)
-    return np.add.reduceat(freed, _site_parts(shape)[0]).astype(np.float32)
+def _width_entries(shape, scenario: Scenario) -> tuple[dict[str, np.ndarray], float, np.ndarray]:
+    """The same, and the relative bytes of each whole site."""
+    entries, smallest = _scenario_entries(shape, scenario)
+    freed = entries["component_bytes"].astype(np.float64)
+    return entries, smallest, np.add.reduceat(freed, _site_parts(shape)[0]).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=32)
 def _site_parts(shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each site its first component, its parts, and these over the most that a site has."""
-    places = [positions for _site, positions in shape.components.sites]
-    parts = np.array([place.stop - place.start for place in places])
-    return np.array([place.start for place in places]), parts, (parts / parts.max()).astype(np.float32)
+    starts = np.array([positions.start for _site, positions in shape.components.sites])
+    parts = np.array(shape.components.n_parts)
+    return starts, parts, (parts / parts.max()).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=32)

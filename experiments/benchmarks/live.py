@@ -56,9 +56,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
 
 
 def _part_of_all(llm: SwitchableLLM, share: float) -> PruningMask:
-    return PruningMask.from_widths(
-        llm.shape, [round(share * (own.stop - own.start)) for _site, own in llm.shape.components.sites]
-    )
+    return PruningMask.from_widths(llm.shape, [round(share * n_parts) for n_parts in llm.shape.components.n_parts])
 
 
 @torch.inference_mode()

@@ -100,7 +100,7 @@ def _latency(live: LiveModel, options: Mapping[str, Any]) -> dict[str, Any]:
 def _shares(llm: SwitchableLLM, kept_ratio: float) -> dict[str, PruningMask]:
     """Masks with about a share of the component weights: of whole layers, of all sites, and of MLPs alone."""
     sites, dense = llm.shape.components.sites, PruningMask.all_kept(llm.shape)
-    widths = [own.stop - own.start for _site, own in sites]
+    widths = llm.shape.components.n_parts
     layers = round(kept_ratio * llm.shape.n_layers)
     mlp_bytes = sum(row.weight_bytes for row in llm.shape.components if row.site.kind == MLP)
     of_mlp = 1.0 - (1.0 - kept_ratio) * dense.weight_bytes / mlp_bytes

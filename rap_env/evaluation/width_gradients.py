@@ -50,7 +50,7 @@ class WidthGradients:
     def __init__(self, llm: SwitchableLLM, store: ResultStore | None, budget: TokenBudget) -> None:
         self._llm, self._store, self._budget = llm, store, budget
         sites = llm.shape.components.sites
-        self.n_parts = torch.tensor([own.stop - own.start for _site, own in sites], dtype=torch.float64)
+        self.n_parts = torch.tensor(llm.shape.components.n_parts, dtype=torch.float64)
         layers = [(llm.layer_of(site), site.kind) for site, _own in sites]
         self._outputs = [layer.output(kind) for layer, kind in layers]
         if llm.refits is not None or not all(type(output) is nn.Linear for output in self._outputs):

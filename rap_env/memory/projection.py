@@ -117,7 +117,7 @@ def smallest_width(n_parts: int, p_min: float) -> int:
 @functools.lru_cache(maxsize=32)
 def part_counts(shape) -> np.ndarray:
     """How many parts each site has [S]; not to be changed."""
-    return np.array([place.stop - place.start for _site, place in shape.components.sites])
+    return np.array(shape.components.n_parts)
 
 
 @functools.lru_cache(maxsize=32)
@@ -187,9 +187,10 @@ def whole_widths(
     sites, wishes = np.arange(len(counts)), fractions * counts
     widths = np.maximum((wishes + 0.5).astype(np.int64), floors)
     free_bytes -= int(parts[sites, widths].sum())
-    for lowest in (floors, np.zeros_like(floors)):  # below the floors only when all sites have come down to theirs
+    for share in (1, 0):  # below the floors only when all sites have come down to theirs
         if free_bytes >= 0:
             break
+        lowest = share * floors
         above = (widths > lowest).nonzero()[0]
         rounded_up = list(zip((wishes - widths)[above].tolist(), above.tolist(), strict=True))
         heapq.heapify(rounded_up)  # what was rounded up most, the first of equals

@@ -73,7 +73,7 @@ class ScenarioSampler:
 
     def sample(self, shape, generator: np.random.Generator) -> Scenario:
         """Draws one scenario for a model."""
-        return self.at(shape, generator.random(3))
+        return self.at(shape, generator.random(3).tolist())
 
     def at(self, shape, point: Sequence[float]) -> Scenario:
         """The scenario at a point of the unit cube: batch size, prompt length, budget ratio.

@@ -43,8 +43,8 @@ class Workload:
             window: Tokens that attention looks back, the own one included; None for all. transformers keeps the last
                 `window - 1` of a longer sequence, but all of them for a window of 1.
         """
-        longest = self.sequence_tokens if window in (None, 1) else window - 1
-        return self.batch_size * min(self.sequence_tokens, longest)
+        tokens = self.sequence_tokens
+        return self.batch_size * (tokens if window in (None, 1) else min(tokens, window - 1))
 
     def check_context(self, context_tokens: int) -> None:
         """Refuses sequences that are longer than a model's context.

@@ -32,13 +32,12 @@ class CoarseWidths:
             InfeasibleBudget: There is none, or the policy has no mask.
         """
         wanted = self._decider.decide(workload, budget_bytes)
-        sites = [own.stop - own.start for _site, own in self._shape.components.sites]
-        lower, upper = zip(*map(self._around, wanted.widths, sites), strict=True)
+        lower, upper = zip(*map(self._around, wanted.widths, self._shape.components.n_parts), strict=True)
         nearest = [
             up if up - width < width - low else low for low, width, up in zip(lower, wanted.widths, upper, strict=True)
         ]
         # While it does not fit, the site that was widened the most goes back.
-        widened = sorted(range(len(sites)), key=lambda site: nearest[site] - wanted.widths[site])
+        widened = sorted(range(len(nearest)), key=lambda site: nearest[site] - wanted.widths[site])
         while True:
             mask = PruningMask.from_widths(self._shape, nearest)
             needed = footprint(self._shape, mask, workload).peak_bytes
@@ -59,8 +58,8 @@ class CoarseWidths:
 
     def levels(self) -> list[PruningMask]:
         """Masks that have all widths among them."""
-        sites = [own.stop - own.start for _site, own in self._shape.components.sites]
-        options = [sorted({self._around(width, n)[0] for width in range(1, n + 1)} - {0}) for n in sites]
+        n_parts = self._shape.components.n_parts
+        options = [sorted({self._around(width, n)[0] for width in range(1, n + 1)} - {0}) for n in n_parts]
         n_levels = max(map(len, options))
         return [
             PruningMask.from_widths(self._shape, [own[min(level, len(own) - 1)] for own in options])
