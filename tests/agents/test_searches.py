@@ -56,7 +56,7 @@ def test_local_search_beats_the_order_that_it_starts_from_and_nears_the_optimum(
     assert result.evaluations == 60
 
 
-@pytest.mark.parametrize("name", ["archive", "evop", "evopress", "surrogate"])
+@pytest.mark.parametrize("name", ["archive", "evop", "evopress", pytest.param("surrogate", marks=pytest.mark.slow)])
 def test_searches_beat_random_search_in_a_large_space(name, tall_llm, monkeypatch):
     monkeypatch.setattr("agents.surrogate._PREDICTED", 0)
     limit, gained = (100, 0.1) if name == "surrogate" else (160, 0.02)

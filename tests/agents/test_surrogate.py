@@ -47,6 +47,7 @@ def test_few_evaluations_find_what_a_wrong_order_hides(tiny_llm, in_flight):
     assert result.details["predictor_errors"][-1] < 0.02
 
 
+@pytest.mark.slow
 def test_scenarios_between_those_of_the_search_get_predicted_masks(tall_llm, monkeypatch):
     held_out = scenario_grid(tall_llm.shape, [(1, 128), (16, 2048)], [0.85, 0.75])
     reached: dict[int, list[float]] = {0: [], 48: []}

@@ -31,6 +31,7 @@ def test_the_gate_needs_an_interval_above_zero_and_enough_seeds_and_episodes():
     assert not _wins(better[:2], rival) and not _wins(better[:, :99], rival[:99]) and not _wins(-better, rival)
 
 
+@pytest.mark.slow
 def test_a_run_writes_one_record_with_all_that_it_compared(tmp_path, capsys):
     path = tmp_path / "record.json"
     arguments = [str(path), "--seeds", "0", "1", "--tuning-episodes", "1", "--held-out-episodes", "2"]

@@ -129,6 +129,7 @@ def test_a_worker_answers_line_by_line(spec):
     assert len(path["path"][0]) == len(path["tokens"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_comparison_asks_processes_and_goes_on_with_what_an_earlier_run_left(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the processes find the packages
