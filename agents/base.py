@@ -46,6 +46,7 @@ class Task:
         sampler: Draws the scenarios that the policy shall serve.
         scenarios: Those of them that are known beforehand; searches for one scenario at a time share their budget.
         seed: Seed of everything random in the agent.
+        window_kinds: Of each window its kind of text; `""` or nothing where the text is of one.
         removals: Rounds of the importance ranking; None for a full one.
         exact: Whether the ranking tries every component in every round.
         archive: Rewards of all evaluated masks that fit their scenarios; the driver fills it, and `ranking`.
@@ -58,6 +59,7 @@ class Task:
     sampler: ScenarioSampler
     scenarios: Sequence[Scenario]
     seed: int
+    window_kinds: Sequence[str] = ()
     removals: int | None = None
     exact: bool = False
     archive: dict[PruningMask, float] = field(default_factory=dict, init=False)

@@ -63,12 +63,13 @@ class CurriculumSampler:
         curriculum: By how much they are eased.
 
     Attributes:
+        kinds: The sampler's.
         episodes: Scenarios that were drawn so far.
     """
 
     def __init__(self, sampler: ScenarioSampler, curriculum: Curriculum) -> None:
         self._sampler, self._curriculum = sampler, curriculum
-        self.episodes = 0
+        self.kinds, self.episodes = sampler.kinds, 0
 
     def check(self, shape) -> None:
         """As `ScenarioSampler.check`: larger budgets are no harder to meet."""
@@ -127,8 +128,8 @@ class CurriculumProblem:
         outcomes = problem.evaluate_many(cases)
         rewards = list(map(self.reward, outcomes))
         if problem is self._whole:
-            triples = zip(cases, outcomes, rewards, strict=True)
-            self._archive.update((mask, reward) for (mask, *_scene), outcome, reward in triples if outcome.fits)
+            fitting = [mask for (mask, *_scene), outcome in zip(cases, outcomes, strict=True) if outcome.fits]
+            self._archive.update((mask, problem.reward_within_budget(problem.known(mask))) for mask in fitting)
         self.episodes += len(cases)
         if rewards:
             self.rewards.append([self.episodes, sum(rewards) / len(rewards)])

@@ -21,6 +21,7 @@ from agents.vec_env import TrainingVecEnv
 from rap_env.envs.vector import WidthVectorEnv
 from rap_env.errors import InvalidConfig, SearchExhausted, check_known
 from rap_env.memory.projection import Projection
+from rap_env.observation import KIND
 from rap_env.policies import ArchivePolicy, Policy, WidthPolicy
 from rap_env.policies.width import ACTIVATIONS, WidthNetwork, n_width_features, width_features
 from rap_env.rng import isolated_rng
@@ -39,7 +40,8 @@ class _WidthExtractor(BaseFeaturesExtractor):
     """Feeds the features of a `WidthNetwork` to Stable-Baselines3's own networks."""
 
     def __init__(self, observation_space: spaces.Dict, blind_to: tuple[str, ...]) -> None:
-        super().__init__(observation_space, n_width_features(*observation_space["site_bytes"].shape))
+        n_kinds = observation_space[KIND].shape[0] if KIND in observation_space.spaces else 0
+        super().__init__(observation_space, n_width_features(observation_space["site_bytes"].shape[0], n_kinds))
         self._blind_to = blind_to
 
     def forward(self, observations: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -136,7 +138,8 @@ class FastForward(Learner):
             except SearchExhausted:
                 self.details["exhausted"] = True
             n_sites = len(task.problem.shape.components.sites)
-            self._trained = mean_network(model, _ALGORITHMS[self._algorithm][1], n_sites, self._network)
+            arguments = self._network | {"kinds": task.sampler.kinds}
+            self._trained = mean_network(model, _ALGORITHMS[self._algorithm][1], n_sites, arguments)
         self.details |= {
             "episodes": self._problem.episodes,
             "tokens_of_parts": self._tokens_of_parts(),

@@ -1,8 +1,7 @@
 """A width policy that learns from the model itself: its loss is differentiated through soft gates on all parts."""
 
-import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,8 +11,10 @@ from torch import nn
 from agents.base import Learner
 from agents.transfer import transferred_fractions
 from agents.width_scaling import SCALED, family_inputs, scaled_fractions
-from rap_env.errors import InvalidConfig, InvalidReward
+from agents.window_batches import WindowBatches
+from rap_env.errors import InvalidConfig
 from rap_env.evaluation.width_gradients import WidthGradients
+from rap_env.memory.scenario import Scenario
 from rap_env.policies import WidthPolicy, load_policy
 from rap_env.policies.width import WidthNetwork, width_features
 
@@ -44,27 +45,36 @@ class ModelGradientAgent(Learner):
         answers: How many windows of a step end with an item.
         start: Folder of a policy of widths, of another model as a rule, that it begins as (`agents/transfer.py`);
             None for equal widths.
+        blind_to: Entries of the observation that the policy does not see, as those of `WidthNetwork`.
 
     Raises:
         InvalidConfig: There are to be more answers than windows, or fewer than none.
         InvalidReward: There are to be answers, and masks are searched on nothing that has any.
+        CorpusUnavailable: Workloads are of a kind of text that the calibration windows are not of.
         PolicyUnreadable, UnknownName: The folder holds no policy of widths.
     """
 
-    def __init__(self, batch: int = 8, learning_rate: float = 0.05, answers: int = 0, start: str | None = None) -> None:
+    def __init__(
+        self,
+        batch: int = 8,
+        learning_rate: float = 0.05,
+        answers: int = 0,
+        start: str | None = None,
+        blind_to: Sequence[str] = (),
+    ) -> None:
         if not 0 <= answers <= batch:
             raise InvalidConfig(f"answers: expected 0 to {batch}, the windows of a step; got {answers}")
         self._batch, self._learning_rate, self._answers = batch, learning_rate, answers
+        self._blind_to = tuple(blind_to)
         self._start = None if start is None else load_policy(os.path.expanduser(start))
 
     def learn(self) -> None:
         task, problem = self.task, self.task.problem
         shape, budget = problem.shape, problem.budget
         gradients = WidthGradients(problem.llm, problem.store, budget)
-        points = qmc.Sobol(3, rng=task.seed)
+        points = qmc.Sobol(task.sampler.n_dimensions, rng=task.seed)
         known = points.random(_CONTEXTS)
-        contexts = [task.sampler.at(shape, point) for point in known]
-        features = width_features(family_inputs(shape, contexts)[0]).double()
+        features = self._seen([task.sampler.at(shape, point) for point in known])[0]
         self._whitening = _Whitening(features)
         self._linear = nn.Linear(self._whitening.rank, len(shape.components.sites), dtype=torch.float64)
         nn.init.zeros_(self._linear.weight)  # equal widths at first
@@ -75,12 +85,14 @@ class ModelGradientAgent(Learner):
         optimizer = torch.optim.Adam(self._linear.parameters(), lr=self._learning_rate, betas=(0.8, 0.98))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1.0 + step / _SLOWER) ** -0.5)
         losses = self.details["losses"] = []
-        for windows, n_scored in self._batches():
+        batches = WindowBatches(task, self.generator, self._answers)
+        while True:
+            contexts = [task.sampler.at(shape, point) for point in points.random(self._batch)]
+            windows, n_scored = batches.draw([context.workload.kind for context in contexts])
             if gradients.tokens(windows) > budget.left:
                 break
-            contexts = [task.sampler.at(shape, point) for point in points.random(self._batch)]
-            seen, room, sizes = family_inputs(shape, contexts)
-            actions = self._linear(self._whitening(width_features(seen))).tanh()
+            seen, room, sizes = self._seen(contexts)
+            actions = self._linear(self._whitening(seen)).tanh()
             widths = scaled_fractions(actions, sizes, room) * gradients.n_parts
             of_windows, slopes = gradients.measure(windows, widths, n_scored)
             optimizer.zero_grad()
@@ -92,35 +104,16 @@ class ModelGradientAgent(Learner):
             task.log(budget.spent, {"loss": losses[-1]})
 
     def policy(self) -> WidthPolicy:
-        network = WidthNetwork(self._linear.out_features, layers=(), squashed=True)
+        seen = {"blind_to": self._blind_to, "kinds": self.task.sampler.kinds}
+        network = WidthNetwork(self._linear.out_features, layers=(), squashed=True, **seen)
         weight, bias = self._whitening.undone(self._linear)
         network.linears[0].load_state_dict({"weight": weight.float(), "bias": bias.float()})
         return WidthPolicy(self.task.problem.shape, network, SCALED)
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, list[int] | None]]:
-        """Windows [B, T], and how many of their last tokens are scored where these are not all, without end."""
-        problem, windows = self.task.problem, self.task.windows
-        items = problem.evaluator.right_answers(problem.llm) if self._answers else ()
-        if self._answers and not items:
-            raise InvalidReward(f"expected items with right answers to learn from; {problem.evaluator.name} has none")
-        rows, numbers = self._shuffled(len(windows)), self._shuffled(len(items))
-        while True:
-            drawn = windows[list(itertools.islice(rows, self._batch))]
-            if not items:
-                yield drawn, None
-                continue
-            n_scored = [windows.shape[1] - 1] * self._batch
-            # Places of a Sobol sequence lie in parts of the family of their own, so answers have no fixed ones.
-            for place in self.generator.choice(self._batch, self._answers, replace=False):
-                context, answer = items[next(numbers)]
-                tokens = torch.tensor([*context, *answer])[-windows.shape[1] :]
-                drawn[place, -len(tokens) :], n_scored[place] = tokens, len(answer)
-            yield drawn, n_scored
-
-    def _shuffled(self, n: int) -> Iterator[int]:
-        """The numbers below n in random order, again and again."""
-        while True:
-            yield from self.generator.permutation(n).tolist()
+    def _seen(self, contexts: Sequence[Scenario]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Features of contexts [B, F], bytes that sites may take [B] and those of whole sites [B, S]."""
+        entries, room, sizes = family_inputs(self.task.problem.shape, contexts, self.task.sampler.kinds)
+        return width_features(entries, self._blind_to).double(), room, sizes
 
 
 def _fit(linear: nn.Linear, seen: torch.Tensor, fractions: np.ndarray) -> None:

@@ -44,10 +44,12 @@ def scaled_to_fit(fractions: torch.Tensor, sizes: torch.Tensor, room: torch.Tens
     return torch.where(whole, torch.ones_like(fractions), fractions * scale[:, None]).clamp(max=1.0)
 
 
-def family_inputs(shape, scenarios: Sequence[Scenario]) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+def family_inputs(
+    shape, scenarios: Sequence[Scenario], kinds: Sequence[str] = ()
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
     """Observation entries [N, size], bytes that sites may take [N] and those of whole sites [N, S]."""
     dense = PruningMask.all_kept(shape)
-    observations = [observe_widths(shape, scenario, dense) for scenario in scenarios]
+    observations = [observe_widths(shape, scenario, dense, kinds) for scenario in scenarios]
     entries = {name: torch.from_numpy(np.stack([each[name] for each in observations])) for name in observations[0]}
     rooms = [each.budget_bytes - smallest_bytes(shape, each.workload) for each in scenarios]
     tokens = [each.workload.cached_tokens(shape.attention_window) for each in scenarios]

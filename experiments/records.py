@@ -29,6 +29,12 @@ _DISTRIBUTIONS = (
 )
 
 
+def dense_scores(results: Mapping[str, Any], evaluator: str) -> list[float]:
+    """The dense model's score for each reported scenario of a run; where kinds of text are told apart they differ."""
+    rows, known = results["references"]["dense"], results["dense"][evaluator]
+    return [row["reports"].get(evaluator, {"score": known})["score"] for row in rows]
+
+
 def provenance() -> dict[str, Any]:
     """Everything beside the config that a result may depend on; what can't be found out is None.
 

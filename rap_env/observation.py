@@ -2,14 +2,17 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from gymnasium import spaces
 
+from rap_env.errors import check_known
 from rap_env.mask import PruningMask
 from rap_env.memory.footprint import dense_bytes, smallest_bytes
 from rap_env.memory.scenario import Scenario
 
+KIND = "kind"  # entry of observations where workloads are of kinds of text
 _LARGEST_BATCH = 1024  # scales `batch_size`; larger batches are clipped to 1
 
 
@@ -29,11 +32,17 @@ def observation_space(shape) -> spaces.Dict:
     )
 
 
-def width_observation_space(shape) -> spaces.Dict:
-    """The observation where widths are chosen; S is the number of sites, every entry lies in [0, 1]."""
+def width_observation_space(shape, kinds: Sequence[str] = ()) -> spaces.Dict:
+    """The observation where widths are chosen; S is the number of sites, every entry lies in [0, 1].
+
+    Args:
+        shape: The model's `ModelShape`.
+        kinds: Kinds of text that workloads may be of.
+    """
     n_sites = len(shape.components.sites)
     sizes = {"memory_budget": 1, "batch_size": 1, "sequence_length": 1, "footprint": 1}
     sizes |= {"site_bytes": n_sites, "site_parts": n_sites, "widths": n_sites}
+    sizes |= {KIND: len(kinds)} if kinds else {}
     return spaces.Dict({name: _unit_box(size) for name, size in sizes.items()})
 
 
@@ -56,13 +65,17 @@ def observe(shape, scenario: Scenario, mask: PruningMask, order: tuple[str, ...]
     }
 
 
-def observe_widths(shape, scenario: Scenario, mask: PruningMask) -> dict[str, np.ndarray]:
+def observe_widths(shape, scenario: Scenario, mask: PruningMask, kinds: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Builds an observation of `width_observation_space`; it holds entries for sites instead of components.
 
     Args:
         shape: The model's `ModelShape`.
         scenario: Workload and budget.
         mask: What is kept now.
+        kinds: Kinds of text that workloads may be of.
+
+    Raises:
+        UnknownName: The workload is of another kind.
     """
     fixed, smallest, of_sites = _width_entries(shape, scenario)
     _starts, n_parts, relative_parts = _site_parts(shape)
@@ -74,7 +87,16 @@ def observe_widths(shape, scenario: Scenario, mask: PruningMask) -> dict[str, np
         "site_bytes": of_sites.copy(),
         "site_parts": relative_parts.copy(),
         "widths": (mask.n_kept / n_parts).astype(np.float32),
+        **({KIND: _of_kinds(scenario.workload.kind, kinds)} if kinds else {}),
     }
+
+
+def _of_kinds(kind: str, kinds: Sequence[str]) -> np.ndarray:
+    """1 at a kind's place; equal parts of 1 everywhere where the kind is not told."""
+    if not kind:
+        return np.full(len(kinds), 1.0 / len(kinds), dtype=np.float32)
+    check_known("kind of text", kind, kinds)
+    return np.array([float(each == kind) for each in kinds], dtype=np.float32)
 
 
 def valid_actions(kept: np.ndarray, fits: bool) -> np.ndarray:

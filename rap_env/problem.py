@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rap_env.errors import InvalidReward
+from rap_env.errors import InvalidReward, check_known
 from rap_env.evaluation.evaluator import Evaluation, Evaluator
 from rap_env.evaluation.meter import Meter, TokenBudget
 from rap_env.evaluation.store import ResultStore
@@ -25,7 +25,7 @@ class Outcome:
     """What a mask is worth for one workload and memory budget.
 
     Attributes:
-        evaluation: Quality of the masked model; does not depend on the workload.
+        evaluation: Quality of the masked model, for the workload's kind of text where the evaluator tells kinds apart.
         footprint: Bytes that it needs for the workload.
         budget_bytes: Bytes that it may need.
         from_store: Whether the evaluation was known already.
@@ -111,8 +111,16 @@ class PruningProblem:
     @property
     def dense_score(self) -> float | None:
         """The unpruned model's score, where rewards are relative to it and it was paid for; see `prepare`."""
-        known = self.meter.known.get(PruningMask.all_kept(self.shape)) if self._is_relative else None
-        return None if known is None else known.score
+        return self._dense_score("")
+
+    def _dense_score(self, kind: str) -> float | None:
+        dense = PruningMask.all_kept(self.shape)
+        return self.known(dense, kind).score if self._is_relative and dense in self.meter.known else None
+
+    def known(self, mask: PruningMask, kind: str = "") -> Evaluation:
+        """What is known of an evaluated mask, for a kind of text if the evaluator tells kinds apart."""
+        evaluation = self.meter.known[mask]
+        return evaluation.of(kind) if kind and self.evaluator.kinds else evaluation
 
     def prepare(self) -> None:
         """Evaluates the unpruned model, where a reward weight asks for its score.
@@ -136,19 +144,29 @@ class PruningProblem:
             InfeasibleBudget: No mask can meet a budget.
             InvalidWorkload: A workload is beyond the model's context.
             InvalidMask: A mask's components are not the model's.
+            UnknownName: A workload is of a kind of text that the evaluator, which tells kinds apart, does not have.
             SearchExhausted: The token budget does not cover all cases; none was evaluated.
             EvaluationFailed: A score is not a finite number.
         """
         started = time.perf_counter()
         for _mask, workload, budget_bytes in cases:
             check_feasible(self.shape, workload, budget_bytes)
+            if workload.kind and self.evaluator.kinds:
+                check_known("kind of text", workload.kind, self.evaluator.kinds)
         self.prepare()
         needed = [footprint(self.shape, mask, workload) for mask, workload, _budget_bytes in cases]
         fresh = self.meter.ensure_known([mask for mask, _workload, _budget_bytes in cases])
-        seconds, dense = time.perf_counter() - started, self.dense_score
+        seconds = time.perf_counter() - started
         return [
-            Outcome(self.meter.known[mask], size, int(budget_bytes), mask not in fresh, seconds, dense_score=dense)
-            for (mask, _workload, budget_bytes), size in zip(cases, needed, strict=True)
+            Outcome(
+                self.known(mask, workload.kind),
+                size,
+                int(budget_bytes),
+                mask not in fresh,
+                seconds,
+                dense_score=self._dense_score(workload.kind),
+            )
+            for (mask, workload, budget_bytes), size in zip(cases, needed, strict=True)
         ]
 
     def reward(self, outcome: Outcome) -> float:

@@ -70,6 +70,8 @@ def records_of(records: Sequence[dict[str, Any]], agent: str) -> list[dict[str, 
             "expected records of a context family, as experiment=family makes them; these report on"
             f" {' and '.join(sorted({_report_of(record) or 'nothing' for record in chosen}))}"
         )
+    if any(row.get("kind") for record in chosen for row in record["results"]["rows"]):
+        raise InvalidConfig("expected contexts of no kind of text, by which a leaderboard does not measure")
     twice = Counter((_token_budget(record), record["results"]["seed"]) for record in chosen)
     if found := [f"seed {seed} with {budget:,} tokens" for (budget, seed), count in twice.items() if count > 1]:
         raise InvalidConfig(f"expected one record for each seed and token budget; there are several of {found[0]}")

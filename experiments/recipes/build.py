@@ -3,7 +3,7 @@
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.evaluators import Halves
 from experiments.tracking import Tracker
-from rap_env.calibration import Corpus, refuse_contamination
+from rap_env.calibration import Corpus, refuse_contamination, window_kinds
 from rap_env.errors import InvalidConfig
 from rap_env.evaluation.evaluator import Evaluator
 from rap_env.evaluation.store import ResultStore
@@ -42,6 +42,7 @@ class Parts:
         reported: Scenarios that are reported on.
         corpus: Calibration text.
         windows: Calibration tokens [N, T].
+        window_kinds: Of each its kind of text.
         counts: For records: items that were left out, or could not be checked for overlaps.
     """
 
@@ -52,6 +53,7 @@ class Parts:
     reported: list[Scenario]
     corpus: Corpus
     windows: torch.Tensor
+    window_kinds: Sequence[str]
     counts: Mapping[str, int]
 
 
@@ -102,7 +104,8 @@ def build(config: DictConfig, main: str) -> Parts:
     reports = {name: PruningProblem(llm, remote(each.report), store, weights) for name, each in halves.items()}
     for problem in (search, *reports.values()):
         _ = problem.meter.tokens_each  # encodes the items: what can't be scored is refused now
-    return Parts(search, reports, sampler, searched, reported, corpus, windows, halves[main].counts)
+    kinds = window_kinds(corpus, len(windows)) if corpus.kinds else ()
+    return Parts(search, reports, sampler, searched, reported, corpus, windows, kinds, halves[main].counts)
 
 
 def build_llm(config: DictConfig) -> tuple[SwitchableLLM, Corpus | None]:

@@ -94,7 +94,7 @@ def best_so_far(masks: Sequence[PruningMask], problem: PruningProblem, scenarios
     for row, mask in zip(scores, masks, strict=True):
         for index, scenario in enumerate(scenarios):
             if footprint(problem.shape, mask, scenario.workload).peak_bytes <= scenario.budget_bytes:
-                row[index] = problem.meter.known[mask].score
+                row[index] = problem.known(mask, scenario.workload.kind).score
     return np.maximum.accumulate(scores, axis=0)
 
 

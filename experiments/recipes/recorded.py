@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 import conf
 from experiments.recipes.build import build_llm
 from experiments.recipes.folder import RECORD_NAME
-from experiments.records import model_provenance, provenance, read_record
+from experiments.records import dense_scores, model_provenance, provenance, read_record
 from rap_env.calibration import Corpus
 from rap_env.errors import RapError, RunUnreadable
 from rap_env.export.save import read_mask
@@ -83,20 +83,28 @@ def _dropped(results: Mapping[str, Any], scenario: int | None, path: Path) -> li
     if not (rows := results.get("rows")):
         raise RunUnreadable(f"expected a run's record with masks for its scenarios; {path} holds none")
     if scenario is None or not 1 <= scenario <= len(rows):
-        known = "\n".join(_line(number, row, results["dense"]) for number, row in enumerate(rows, 1))
+        dense = {name: dense_scores(results, name) for name in results["evaluators"]}
+        known = "\n".join(
+            _line(number, row, {name: scores[number - 1] for name, scores in dense.items()})
+            for number, row in enumerate(rows, 1)
+        )
         got = "none" if scenario is None else scenario
         raise RunUnreadable(f"expected scenario=1 to {len(rows)}, or mask=FILE; got {got}. {path} reports on\n{known}")
     return rows[scenario - 1]["dropped"]
 
 
 def _line(number: int, row: Mapping[str, Any], dense: Mapping[str, float]) -> str:
-    workload = f"{row['batch_size']} x {row['prompt_tokens']}+{row['generated_tokens']} tokens"
+    workload = f"{row['batch_size']} x {row['prompt_tokens']}+{row['generated_tokens']} tokens{_of_kind(row)}"
     scores = (
         f"{report['score']:.4f} on {name} ({dense[name] - report['score']:.4f} below dense)"
         for name, report in row["reports"].items()
     )
     budget = f"{row['budget_bytes']:,} bytes ({row['budget_ratio']:.0%} of dense{', exceeded' * row['violation']})"
     return f"  scenario={number}: {workload} in {budget}, {len(row['dropped'])} dropped; score {', '.join(scores)}"
+
+
+def _of_kind(row: Mapping[str, Any]) -> str:
+    return f" of {row['kind']}" if row.get("kind") else ""
 
 
 def _built(record: Mapping[str, Any], path: Path, quantised: bool) -> SwitchableLLM:

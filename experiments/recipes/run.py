@@ -72,6 +72,7 @@ def search_task(config: DictConfig, parts: Parts, **reports: Callable) -> Task:
     return Task(
         problem=parts.search.with_budget(TokenBudget(config.token_budget)),
         windows=parts.windows,
+        window_kinds=parts.window_kinds,
         sampler=parts.sampler,
         scenarios=parts.searched,
         seed=config.seed,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.records import dense_scores
 from experiments.report.amortisation import within_family
 from rap_env.components import KINDS
 
@@ -21,8 +22,9 @@ def closing_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """
     results, search = record["results"], record["results"]["search"]
     rows, main = results["rows"], results["evaluators"][0]
-    within, dense = within_family(record), results["dense"][main]
-    lost = np.array([math.inf if row["violation"] else dense - row["reports"][main]["score"] for row in rows])
+    within, dense = within_family(record), dense_scores(results, main)
+    scores = [-math.inf if row["violation"] else row["reports"][main]["score"] for row in rows]
+    lost = np.array(dense) - scores
     missed = [row["best_evaluated"] - row["search"]["score"] for row in rows if row["best_evaluated"] is not None]
     n_held_out = int(within.sum())
     metrics = {

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from experiments.records import dense_scores
+from rap_env.memory.workload import Workload
+
 SEARCH = "search"  # the search half's name among the evaluators
 _RESULTS = ("agent", "seed", "components", "evaluators", "dense", "search", "anytime", "rows", "references", "held_out")
 # of the configs of a comparison
@@ -62,6 +65,10 @@ class Comparison:
         """An agent's scores [seeds, scenarios]; minus infinity where the mask does not fit."""
         scores = np.array([[_score(row, evaluator) for row in run["rows"]] for run in self.runs(agent)])
         return scores + [[self.shift(run)] for run in self.runs(agent)] if evaluator == SEARCH else scores
+
+    def dense_scores(self, evaluator: str) -> np.ndarray:
+        """The dense model's scores [scenarios]."""
+        return np.array(dense_scores(self.records[0]["results"], evaluator))
 
     def shift(self, run: Mapping[str, Any]) -> float:
         """What has to be added to the search scores of a run, so that they compare with those on other search text."""
@@ -141,8 +148,7 @@ def has_loss(evaluated: Mapping[str, Any]) -> bool:
 
 
 def workload_name(row: Mapping[str, Any]) -> str:
-    generated = f" + {row['generated_tokens']}" if row["generated_tokens"] else ""
-    return f"{row['batch_size']} x {row['prompt_tokens']}{generated} tokens"
+    return str(Workload(row["batch_size"], row["prompt_tokens"], row["generated_tokens"], row.get("kind", "")))
 
 
 def _outcome(run: Mapping[str, Any]) -> tuple:

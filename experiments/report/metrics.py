@@ -21,7 +21,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]  # [..., seeds, scenarios] -> [..
 
 def loss_over_dense(comparison: Comparison, agent: str, evaluator: str) -> np.ndarray:
     """The dense model's score minus the agent's: by text the increase of log-perplexity, by tasks lost accuracy."""
-    return comparison.dense[evaluator] - comparison.scores(agent, evaluator)
+    return comparison.dense_scores(evaluator) - comparison.scores(agent, evaluator)
 
 
 def regret(comparison: Comparison, agent: str, evaluator: str) -> np.ndarray:

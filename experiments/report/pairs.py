@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.records import dense_scores
 from experiments.report.amortisation import Amortisation, within_family
 from experiments.report.comparison import Comparison
 from experiments.report.metrics import loss_over_dense, plain_mean, with_spread
@@ -32,7 +33,7 @@ def family_pairs_table(records: Sequence[dict[str, Any]]) -> Table:
         results, budget = record["results"], record["config"]["token_budget"]
         main = results["evaluators"][0]
         scores = np.array([row["reports"][main]["score"] for row in results["rows"]])[within]
-        losses[budget, results["agent"]][results["seed"]] = results["dense"][main] - scores
+        losses[budget, results["agent"]][results["seed"]] = np.array(dense_scores(results, main))[within] - scores
     if not any(agent == REFERENCE for _budget, agent in losses):
         raise ValueError(f"expected records of {REFERENCE}, which others are compared with; there is none")
     rows = []

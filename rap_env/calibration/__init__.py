@@ -3,7 +3,7 @@
 from rap_env.calibration.clusters import Clustering, clustered_windows
 from rap_env.calibration.contamination import Overlap, count_unchecked, find_overlaps, normalised, refuse_contamination
 from rap_env.calibration.corpus import Corpus, hub_corpus, local_corpus, local_text, packaged_corpus
-from rap_env.calibration.sampling import consecutive_windows, random_windows
+from rap_env.calibration.sampling import consecutive_windows, random_windows, window_kinds
 
 __all__ = [
     "Clustering",
@@ -20,4 +20,5 @@ __all__ = [
     "packaged_corpus",
     "random_windows",
     "refuse_contamination",
+    "window_kinds",
 ]

@@ -55,11 +55,14 @@ def clustered_windows(
         Token ids, shape [n_samples, tokens_per_sample].
 
     Raises:
-        CorpusUnavailable: The corpus has fewer chunks than clusters, or too few tokens.
+        CorpusUnavailable: The corpus has fewer chunks than clusters, or too few tokens, or its documents have kinds,
+            which clusters know nothing of.
         InvalidWorkload: No window, or windows of one token.
         ModelUnavailable: The sentence encoder can't be had.
     """
     check_windows(n_samples, tokens_per_sample)
+    if corpus.kinds:
+        raise CorpusUnavailable(f"expected text without kinds to cluster; that of {corpus.name!r} has them")
     chunks = chunks_of(corpus, clustering.sentences_per_chunk)
     clusters = _clusters(chunks, clustering, seed, corpus.name)
     generator = np.random.default_rng(seed)

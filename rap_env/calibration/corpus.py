@@ -29,22 +29,37 @@ class Corpus:
     Attributes:
         name: The source, for messages and records.
         documents: The texts; at least one of them is not blank.
+        kinds: Of each document its kind of text; nothing where they are of one.
 
     Raises:
-        CorpusUnavailable: Every document is blank, or there is none.
+        CorpusUnavailable: Every document is blank, or there is none, or not as many kinds.
     """
 
     name: str
     documents: tuple[str, ...]
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not any(document.strip() for document in self.documents):
             raise CorpusUnavailable(f"calibration corpus {self.name!r} holds no text")
+        if self.kinds and len(self.kinds) != len(self.documents):
+            raise CorpusUnavailable(
+                f"calibration corpus {self.name!r}: expected a kind for each of {len(self.documents)} documents;"
+                f" got {len(self.kinds)}"
+            )
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over the documents in their order, hexadecimal; the name is left out."""
-        return hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
+        """SHA-256 over the documents in their order, and their kinds, hexadecimal; the name is left out."""
+        return hashlib.sha256("\0".join((*self.documents, *self.kinds)).encode()).hexdigest()
+
+    def by_kind(self) -> "dict[str, Corpus]":
+        """The documents of each kind, kinds in the order in which they come first; itself where there are none."""
+        documents: dict[str, list[str]] = {}
+        for kind, document in zip(self.kinds, self.documents if self.kinds else (), strict=True):
+            documents.setdefault(kind, []).append(document)
+        of_kinds = {kind: Corpus(f"{self.name}, {kind}", tuple(texts)) for kind, texts in documents.items()}
+        return of_kinds or {"": self}
 
 
 def packaged_corpus(name: str = "calibration") -> Corpus:

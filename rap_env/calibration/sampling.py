@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from rap_env.calibration.corpus import Corpus
-from rap_env.errors import CorpusUnavailable
+from rap_env.errors import CorpusUnavailable, InvalidWorkload
 from rap_env.llm.windows import check_windows
 
 
@@ -13,7 +13,8 @@ def random_windows(
 ) -> torch.LongTensor:
     """Draws windows that don't overlap, every placement of them being equally likely.
 
-    The documents are joined without separators, so a window may run from one document into the next.
+    The documents are joined without separators, so a window may run from one document into the next. Of a corpus with
+    kinds of text as many windows of each kind are drawn, one kind after the other (`window_kinds`).
 
     Args:
         corpus: Text to draw from.
@@ -27,9 +28,13 @@ def random_windows(
 
     Raises:
         CorpusUnavailable: The corpus has fewer tokens than the windows together.
-        InvalidWorkload: No window, or windows of one token.
+        InvalidWorkload: No window, or windows of one token, or not as many of each kind.
     """
     check_windows(n_samples, tokens_per_sample)
+    if corpus.kinds:
+        n_each = window_kinds(corpus, n_samples).count(corpus.kinds[0])
+        drawn = [random_windows(each, tokenizer, n_each, tokens_per_sample, seed) for each in corpus.by_kind().values()]
+        return torch.cat(drawn)
     tokens = joined_tokens(list(corpus.documents), tokenizer)
     needed = n_samples * tokens_per_sample
     if len(tokens) < needed:
@@ -42,6 +47,18 @@ def random_windows(
     chosen = np.sort(np.random.default_rng(seed).choice(positions, size=n_samples, replace=False))
     starts = chosen + np.arange(n_samples) * (tokens_per_sample - 1)
     return torch.from_numpy(tokens[starts[:, None] + np.arange(tokens_per_sample)])
+
+
+def window_kinds(corpus: Corpus, n_samples: int) -> tuple[str, ...]:
+    """Kinds of text of the windows that `random_windows` draws from a corpus; `""` for all of one without kinds.
+
+    Raises:
+        InvalidWorkload: There can't be as many windows of each kind.
+    """
+    kinds = list(corpus.by_kind())
+    if n_samples % len(kinds):
+        raise InvalidWorkload(f"expected as many windows of each of {len(kinds)} kinds of text; got {n_samples}")
+    return tuple(kind for kind in kinds for _ in range(n_samples // len(kinds)))
 
 
 def consecutive_windows(text: str, tokenizer, tokens_per_sample: int, limit: int | None = None) -> torch.LongTensor:

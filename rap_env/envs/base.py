@@ -8,7 +8,7 @@ from gymnasium.error import ResetNeeded
 
 from rap_env.envs.defaults import EMBEDDED, EVALUATIONS, default_importance, default_problem
 from rap_env.envs.render import Scene, render_ansi
-from rap_env.errors import check_known
+from rap_env.errors import InvalidConfig, check_known
 from rap_env.importance.source import ImportanceSource
 from rap_env.mask import PruningMask, full_order
 from rap_env.memory.footprint import Footprint, check_feasible, dense_bytes, footprint
@@ -139,6 +139,8 @@ class RankedMaskEnv(MaskEnv):
     def __init__(self, importance: ImportanceSource | None = None, gsi: str = "static", **arguments: Any) -> None:
         self._gsi = check_known("gsi mode", gsi, ("static", "current"))
         super().__init__(**arguments)
+        if self.sampler.kinds:
+            raise InvalidConfig("sampler: expected workloads of no kind of text, which rap/Width-v0 alone observes")
         self.importance = importance or default_importance(self._evaluation)
         full_order(self.shape.components, self.importance.static)
         self.observation_space = observation_space(self.shape)

@@ -34,6 +34,7 @@ class WidthEnv(MaskEnv):
     | `site_bytes` | S | bytes that dropping each whole site frees / dense footprint bytes |
     | `site_parts` | S | parts of each site / parts of the site with the most |
     | `widths` | S | kept parts of each site / its parts |
+    | `kind` | K | 1 for the workload's kind of text; only with a sampler of K kinds |
 
     ## Rewards
     The sum of weights times same-named terms of `rap/Pruning-v0`. With a weight of the term `perplexity_ratio`, the
@@ -71,7 +72,7 @@ class WidthEnv(MaskEnv):
         super().__init__(**arguments)
         n_sites = len(self.shape.components.sites)
         self.action_space = spaces.Box(-1.0, 1.0, (n_sites,), np.float32)
-        self.observation_space = width_observation_space(self.shape)
+        self.observation_space = width_observation_space(self.shape, self.sampler.kinds)
 
     def act(self, action: np.ndarray) -> tuple[bool, bool]:
         scenario = self.scenario
@@ -80,4 +81,4 @@ class WidthEnv(MaskEnv):
         return True, False
 
     def _observe(self) -> dict[str, np.ndarray]:
-        return observe_widths(self.shape, self.scenario, self._mask)
+        return observe_widths(self.shape, self.scenario, self._mask, self.sampler.kinds)

@@ -43,6 +43,12 @@ class Evaluation:
     tokens: int = field(compare=False)
     seconds: float = field(compare=False)
 
+    def of(self, kind: str) -> "Evaluation":
+        """The part of it that is about one kind of text, of an evaluator that tells kinds apart (`Evaluator.kinds`)."""
+        prefix = f"{kind}: "
+        own = {name.removeprefix(prefix): metrics for name, metrics in self.tasks.items() if name.startswith(prefix)}
+        return Evaluation(self.tasks[kind]["score"], own, self.tokens, self.seconds)
+
     def mean(self, metric: str) -> float:
         """Mean of a metric over the tasks that have it, each task counting once; NaN where none has."""
         values = [metrics[metric] for metrics in self.tasks.values() if metric in metrics]
@@ -56,11 +62,13 @@ class Evaluator(Protocol):
         name: What reports call it.
         setup_tokens: Tokens that it forwards once, before its first evaluation of a model.
         runs_model: Whether it forwards anything; else what it is given may be the model of a table.
+        kinds: Kinds of text that it tells apart: for a workload of one of them that part of an evaluation counts.
     """
 
     name: str
     setup_tokens: int = 0
     runs_model: bool = True
+    kinds: Sequence[str] = ()
 
     @property
     def identity(self) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Several evaluators as one: what a mask is worth on a text, and on tasks beside it."""
+"""Several evaluators as one: a text and tasks beside it, or kinds of text."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,15 +58,51 @@ class MixtureEvaluator(Evaluator):
         for mask, evaluation in last.evaluate_many(llm, masks, near):
             of_parts = [*found[mask], (evaluation, weight_of_last)]
             finished = time.perf_counter()
-            yield mask, _sum(of_parts, finished - started)
+            score = sum(weight * evaluation.score for evaluation, weight in of_parts)
+            tokens = sum(evaluation.tokens for evaluation, _weight in of_parts)
+            tasks = self._tasks([evaluation for evaluation, _weight in of_parts])
+            yield mask, Evaluation(score, tasks, tokens, finished - started)
             started = finished
 
+    def _tasks(self, of_parts: Sequence[Evaluation]) -> dict[str, Mapping[str, float]]:
+        tasks: dict[str, Mapping[str, float]] = {}
+        for evaluation in of_parts:
+            if shared := sorted(tasks.keys() & evaluation.tasks):
+                raise InvalidReward(f"expected parts of a mixture with own tasks; two have {', '.join(shared)}")
+            tasks |= evaluation.tasks
+        return tasks
 
-def _sum(of_parts: Sequence[tuple[Evaluation, float]], seconds: float) -> Evaluation:
-    tasks: dict[str, Mapping[str, float]] = {}
-    for evaluation, _weight in of_parts:
-        if shared := sorted(tasks.keys() & evaluation.tasks):
-            raise InvalidReward(f"expected parts of a mixture with tasks of their own; two have {', '.join(shared)}")
-        tasks |= evaluation.tasks
-    score = sum(weight * evaluation.score for evaluation, weight in of_parts)
-    return Evaluation(score, tasks, sum(evaluation.tokens for evaluation, _weight in of_parts), seconds)
+
+class KindsEvaluator(MixtureEvaluator):
+    """The score is the mean over kinds of text; for a workload of a kind that kind's score counts.
+
+    One evaluation of a mask tells about all kinds, and takes the tokens of all of them.
+
+    Args:
+        of_kinds: An evaluator for each kind.
+
+    Raises:
+        InvalidReward: There is no kind.
+    """
+
+    def __init__(self, of_kinds: Mapping[str, Evaluator]) -> None:
+        if not of_kinds:
+            raise InvalidReward("expected an evaluator for each kind of text; got none")
+        self.kinds, self._parts = tuple(of_kinds), tuple((each, 1.0 / len(of_kinds)) for each in of_kinds.values())
+        self.name = f"text of {len(of_kinds)} kinds"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        parts = zip(self.kinds, self._parts, strict=True)
+        return {"evaluator": "kinds", "kinds": {kind: dict(each.identity) for kind, (each, _weight) in parts}}
+
+    def first(self, fraction: float) -> Self:
+        parts = zip(self.kinds, self._parts, strict=True)
+        return type(self)({kind: evaluator.first(fraction) for kind, (evaluator, _weight) in parts})
+
+    def _tasks(self, of_parts: Sequence[Evaluation]) -> dict[str, Mapping[str, float]]:
+        tasks: dict[str, Mapping[str, float]] = {}
+        for kind, evaluation in zip(self.kinds, of_parts, strict=True):
+            tasks[kind] = {"score": evaluation.score}
+            tasks |= {f"{kind}: {name}": metrics for name, metrics in evaluation.tasks.items()}
+        return tasks

@@ -20,6 +20,7 @@ class RemoteEvaluator(Evaluator):
     def __init__(self, inner: Evaluator, workers: Workers) -> None:
         self.inner, self.workers = inner, workers
         self.name, self.setup_tokens, self.runs_model = inner.name, inner.setup_tokens, inner.runs_model
+        self.kinds = inner.kinds
 
     @property
     def identity(self) -> Mapping[str, Any]:

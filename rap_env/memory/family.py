@@ -22,9 +22,9 @@ def family_contexts(  # noqa: PLR0913 - its arguments are the keys of a YAML
 ) -> list[Scenario]:
     """Contexts of a family, one after another, and after them some beyond its ranges.
 
-    They lie on a scrambled Sobol sequence over the logarithms of batch size and prompt length and the budget ratio. A
-    point that no mask can serve, or whose context was there already, is passed over for the next one: so contexts are
-    different, and those from the `n`-th on are held out from who knows the first `n`.
+    They lie on a scrambled Sobol sequence over the logarithms of batch size and prompt length, the budget ratio and the
+    kind of text, if there are any. A point that no mask can serve, or whose context was there already, is passed over
+    for the next one: so contexts are different, and those from the `n`-th on are held out from who knows the first `n`.
 
     Args:
         shape: The model.
@@ -60,7 +60,7 @@ def family_contexts(  # noqa: PLR0913 - its arguments are the keys of a YAML
 def _sequence(shape, sampler: ScenarioSampler, seed: int) -> Iterator[Scenario]:
     """Every context that a mask can serve, each once, in the order of the sequence."""
     seen = set()
-    for point in qmc.Sobol(3, rng=seed).random_base2(_MOST_DRAWN):
+    for point in qmc.Sobol(sampler.n_dimensions, rng=seed).random_base2(_MOST_DRAWN):
         try:
             scenario = sampler.at(shape, point.tolist())
         except (InfeasibleBudget, InvalidWorkload):

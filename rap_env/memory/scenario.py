@@ -11,6 +11,7 @@ from rap_env.errors import InvalidWorkload
 from rap_env.memory.footprint import check_feasible, dense_bytes
 from rap_env.memory.workload import Workload
 
+_AXES = ("batch_size", "prompt_tokens", "budget_ratio")
 _ROUNDING = 1e-6  # of a budget ratio, by rounding budgets down to whole bytes
 
 
@@ -35,16 +36,20 @@ class Scenario:
 
 
 class ScenarioSampler:
-    """Draws scenarios: batch size and prompt length log-uniformly, the budget ratio uniformly.
+    """Draws scenarios: batch size and prompt length log-uniformly, budget ratio and kind of text uniformly.
 
     Args:
         batch_size: Smallest and largest number of sequences.
         prompt_tokens: Smallest and largest length.
         budget_ratio: Smallest and largest budget, as a fraction of the dense footprint.
         generated_tokens: Tokens that each sequence grows by.
+        kinds: Kinds of text that workloads are of; none leaves it open.
+
+    Attributes:
+        kinds: The same.
 
     Raises:
-        InvalidWorkload: A range is empty, or a number in it is not positive.
+        InvalidWorkload: A range is empty, or a number in it is not positive, or a kind stands there twice.
     """
 
     def __init__(
@@ -53,13 +58,21 @@ class ScenarioSampler:
         prompt_tokens: Sequence[int] = (128, 2048),
         budget_ratio: Sequence[float] = (0.6, 0.95),
         generated_tokens: int = 0,
+        kinds: Sequence[str] = (),
     ) -> None:
-        ranges = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "budget_ratio": budget_ratio}
+        ranges = dict(zip(_AXES, (batch_size, prompt_tokens, budget_ratio), strict=True))
         for name, (low, high) in ranges.items():
             if not 0 < low <= high < math.inf:
                 raise InvalidWorkload(f"{name}: expected 0 < smallest <= largest; got {low} and {high}")
         self._batch_size, self._prompt_tokens, self._budget_ratio = map(tuple, ranges.values())
-        self._generated_tokens = generated_tokens
+        self._generated_tokens, self.kinds = generated_tokens, tuple(kinds)
+        if len(set(self.kinds)) < len(self.kinds):
+            raise InvalidWorkload(f"kinds: expected each once; got {', '.join(self.kinds)}")
+
+    @property
+    def n_dimensions(self) -> int:
+        """Of the unit cube that scenarios are drawn from."""
+        return len(_AXES) + bool(self.kinds)
 
     def check(self, shape) -> None:
         """Refuses ranges with a corner that a model can't serve, before any work is done.
@@ -73,10 +86,10 @@ class ScenarioSampler:
 
     def sample(self, shape, generator: np.random.Generator) -> Scenario:
         """Draws one scenario for a model."""
-        return self.at(shape, generator.random(3).tolist())
+        return self.at(shape, generator.random(self.n_dimensions).tolist())
 
     def at(self, shape, point: Sequence[float]) -> Scenario:
-        """The scenario at a point of the unit cube: batch size, prompt length, budget ratio.
+        """The scenario at a point of the unit cube: batch size, prompt length, budget ratio, and kind if there are any.
 
         Raises:
             InfeasibleBudget: No mask can meet its budget.
@@ -90,7 +103,8 @@ class ScenarioSampler:
             round(math.exp(between(*map(math.log, bounds), part)))
             for bounds, part in zip((self._batch_size, self._prompt_tokens), point[:2], strict=True)
         )
-        workload = Workload(batch_size, prompt_tokens, self._generated_tokens)
+        kind = self.kinds[min(int(point[3] * len(self.kinds)), len(self.kinds) - 1)] if self.kinds else ""
+        workload = Workload(batch_size, prompt_tokens, self._generated_tokens, kind)
         return Scenario.from_ratio(shape, workload, float(between(*self._budget_ratio, point[2])))
 
     def covers(self, batch_size: int, prompt_tokens: int, budget_ratio: float) -> bool:

@@ -1,4 +1,4 @@
-"""Workloads: how many sequences of which lengths a request batch holds."""
+"""Workloads: how many sequences of which lengths a request batch holds, and of which kind of text."""
 
 import numbers
 from dataclasses import dataclass
@@ -14,14 +14,18 @@ class Workload:
         batch_size: Sequences that are served together.
         prompt_tokens: Tokens of each prompt.
         generated_tokens: Tokens that each sequence may grow by.
+        kind: Kind of text, such as `"code"`, where masks are evaluated by kinds; `""` where it is not told. It changes
+            no bytes.
 
     Raises:
-        InvalidWorkload: A number is not an integer, or not positive (`generated_tokens` may be zero).
+        InvalidWorkload: A number is not an integer, or not positive (`generated_tokens` may be zero), or the kind is no
+            text.
     """
 
     batch_size: int
     prompt_tokens: int
     generated_tokens: int = 0
+    kind: str = ""
 
     def __post_init__(self) -> None:
         for name, smallest in (("batch_size", 1), ("prompt_tokens", 1), ("generated_tokens", 0)):
@@ -30,6 +34,8 @@ class Workload:
             if not is_whole or value < smallest:
                 raise InvalidWorkload(f"{name} must be an integer of at least {smallest}; got {value!r}")
             object.__setattr__(self, name, int(value))
+        if not isinstance(self.kind, str):
+            raise InvalidWorkload(f"kind must be the name of a kind of text; got {self.kind!r}")
 
     @property
     def sequence_tokens(self) -> int:
@@ -59,4 +65,5 @@ class Workload:
 
     def __str__(self) -> str:
         generated = f" + {self.generated_tokens}" if self.generated_tokens else ""
-        return f"{self.batch_size} x {self.prompt_tokens}{generated} tokens"
+        of_kind = f" of {self.kind}" if self.kind else ""
+        return f"{self.batch_size} x {self.prompt_tokens}{generated} tokens{of_kind}"

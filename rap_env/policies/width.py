@@ -14,7 +14,7 @@ from rap_env.mask import PruningMask
 from rap_env.memory.projection import Projection
 from rap_env.memory.scenario import Scenario
 from rap_env.memory.workload import Workload
-from rap_env.observation import observe_widths
+from rap_env.observation import KIND, observe_widths
 from rap_env.policies.base import Policy, policy_kind
 from rap_env.policies.network import with_weights
 
@@ -23,13 +23,13 @@ WIDTH_ENTRIES = ("memory_budget", "batch_size", "sequence_length", "site_bytes")
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
-def n_width_features(n_sites: int) -> int:
-    """Features of `width_features` for S sites."""
-    return 3 + n_sites
+def n_width_features(n_sites: int, n_kinds: int = 0) -> int:
+    """Features of `width_features` for S sites and K kinds of text."""
+    return 3 + n_sites + n_kinds
 
 
 def width_features(observation: Mapping[str, torch.Tensor], blind_to: Sequence[str] = ()) -> torch.Tensor:
-    """What the network sees of observations of B environments, S sites each: [B, 3 + S].
+    """What the network sees of observations of B environments, S sites each and K kinds of text: [B, 3 + S + K].
 
     Bytes of sites are relative to an equal share of the dense footprint, so that features are about 1 for any S.
 
@@ -37,9 +37,9 @@ def width_features(observation: Mapping[str, torch.Tensor], blind_to: Sequence[s
         observation: Entries [B, size] of `rap/Width-v0`.
         blind_to: Entries that are zeros for it.
     """
-    entries = [observation[name].float() for name in WIDTH_ENTRIES]
-    entries[-1] = entries[-1] * entries[-1].shape[-1]
-    seen = [torch.zeros_like(e) if name in blind_to else e for name, e in zip(WIDTH_ENTRIES, entries, strict=True)]
+    entries = {name: observation[name].float() for name in (*WIDTH_ENTRIES, KIND) if name in observation}
+    entries["site_bytes"] = entries["site_bytes"] * entries["site_bytes"].shape[-1]
+    seen = [torch.zeros_like(entry) if name in blind_to else entry for name, entry in entries.items()]
     return torch.cat(seen, dim=-1)
 
 
@@ -53,6 +53,7 @@ class WidthNetwork(nn.Module):
         squashed: Whether a tanh ends it, as in SAC and TD3.
         blind_to: Entries of the observation that it sees zeros for. One that is blind to all of them has the same
             action for every scenario; with a nested projection its masks are subsets of one another.
+        kinds: Kinds of text that workloads may be of.
 
     Raises:
         UnknownName: No such activation, or no such entry.
@@ -65,14 +66,15 @@ class WidthNetwork(nn.Module):
         activation: str = "tanh",
         squashed: bool = False,
         blind_to: Sequence[str] = (),
+        kinds: Sequence[str] = (),
     ) -> None:
         super().__init__()
         check_known("activation", activation, ACTIVATIONS)
         for name in blind_to:
-            check_known("observation entry", name, WIDTH_ENTRIES)
+            check_known("observation entry", name, (*WIDTH_ENTRIES, KIND))
         self.layers, self.activation = tuple(layers), activation
-        self.squashed, self.blind_to = squashed, tuple(blind_to)
-        sizes = [n_width_features(n_sites), *self.layers, n_sites]
+        self.squashed, self.blind_to, self.kinds = squashed, tuple(blind_to), tuple(kinds)
+        sizes = [n_width_features(n_sites, len(self.kinds)), *self.layers, n_sites]
         self.linears = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
         self._between = ACTIVATIONS[activation]()
 
@@ -91,6 +93,7 @@ class WidthNetwork(nn.Module):
             "activation": self.activation,
             "squashed": self.squashed,
             "blind_to": list(self.blind_to),
+            "kinds": list(self.kinds),
         }
 
 
@@ -111,7 +114,8 @@ class WidthPolicy(Policy):
     @torch.inference_mode()
     def action(self, workload: Workload, budget_bytes: int) -> np.ndarray:
         """The mean action [S]."""
-        seen = observe_widths(self.shape, Scenario(workload, budget_bytes), PruningMask.all_kept(self.shape))
+        scenario, dense = Scenario(workload, budget_bytes), PruningMask.all_kept(self.shape)
+        seen = observe_widths(self.shape, scenario, dense, self._network.kinds)
         return self._network({name: torch.from_numpy(entry)[None] for name, entry in seen.items()})[0].numpy()
 
     def fractions(self, workload: Workload, budget_bytes: int) -> list[float]:

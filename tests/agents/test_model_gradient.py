@@ -3,12 +3,14 @@
 import dataclasses
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
 from agents.driver import run_search
 from agents.model_gradient import ModelGradientAgent, _Whitening
 from agents.width_scaling import family_inputs
+from agents.window_batches import WindowBatches
 from rap_env.errors import InvalidConfig, InvalidReward
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.mixture import MixtureEvaluator
@@ -77,10 +79,8 @@ def test_a_larger_budget_repeats_the_steps_of_a_smaller_one_from_the_store(group
 
 
 def test_every_window_is_read_before_any_is_read_again(grouped):  # noqa: F811
-    agent = ModelGradientAgent(batch=8)
-    agent.begin(task_of(grouped, 0))
-    batches = agent._batches()
-    read = torch.cat([next(batches)[0] for _ in range(3)])
+    batches = WindowBatches(task_of(grouped, 0), np.random.default_rng(0), answers=0)
+    read = torch.cat([batches.draw([""] * 8)[0] for _ in range(3)])
     for epoch in read.split(N_WINDOWS):
         assert sorted(epoch.tolist()) == sorted(written(grouped).tolist())
 
@@ -89,12 +89,11 @@ def test_some_windows_end_with_a_right_answer_that_alone_is_scored(grouped):  # 
     recall = HarnessEvaluator("rap_recall_128_search", limit=3)
     task = dataclasses.replace(task_of(grouped, 0), windows=torch.zeros(N_WINDOWS, 1024, dtype=torch.long))
     searched_on = MixtureEvaluator([(task.problem.evaluator, 1.0), (recall, 1.0)])
-    agent = ModelGradientAgent(answers=2)
-    agent.begin(dataclasses.replace(task, problem=PruningProblem(grouped, searched_on)))
+    task = dataclasses.replace(task, problem=PruningProblem(grouped, searched_on))
     answers = recall.right_answers(grouped)
-    batches, seen, places = agent._batches(), [], set()
+    batches, seen, places = WindowBatches(task, np.random.default_rng(0), answers=2), [], set()
     for _step in range(12):
-        windows, n_scored = next(batches)
+        windows, n_scored = batches.draw([""] * 8)
         ends = [place for place, scored in enumerate(n_scored) if scored < 1023]
         assert len(ends) == 2
         places |= set(ends)
