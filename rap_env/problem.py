@@ -1,5 +1,6 @@
 """What environments, searches and reports all stand on: what a mask is worth for a workload and a budget."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,11 +53,13 @@ class Outcome:
     def reward_terms(self) -> dict[str, float]:
         """`accuracy` (the score), `smooth_accuracy`, `overshoot` (fraction of the budget) and `violation` (0 or 1).
 
-        With a dense score also `perplexity_ratio`, that of the dense model over that of the masked one.
+        An evaluation by text has no smooth accuracy. With a dense score there is also `perplexity_ratio`, that of the
+        dense model over that of the masked one.
         """
+        smooth = self.evaluation.mean("smooth_acc")
         terms = {
             "accuracy": self.score,
-            "smooth_accuracy": self.evaluation.mean("smooth_acc"),
+            **({} if math.isnan(smooth) else {"smooth_accuracy": smooth}),
             "overshoot": overshoot_ratio(self.footprint.peak_bytes, self.budget_bytes),
             "violation": float(not self.fits),
         }

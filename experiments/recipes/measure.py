@@ -158,8 +158,7 @@ def _report(problem: PruningProblem, outcome: Outcome) -> dict[str, Any]:
     return {
         "score": outcome.score,
         "reward": problem.reward(outcome),
-        # an evaluation by text has no smooth accuracy
-        "reward_terms": {term: value for term, value in outcome.reward_terms.items() if math.isfinite(value)},
+        "reward_terms": outcome.reward_terms,
         "tasks": outcome.evaluation.tasks,
     }
 

@@ -36,7 +36,7 @@ class PruningEnv(RankedMaskEnv):
     ## Rewards
     Sum of weights times same-named terms; by default `accuracy - 5 overshoot`. Terms: `accuracy` (the evaluator's
     score: on tasks the mean accuracy, on text minus the mean loss), `smooth_accuracy` (mean probability of the right
-    choices; NaN on text), `overshoot` (bytes above the budget / budget), `violation` (1 if above the budget). The
+    choices; not on text), `overshoot` (bytes above the budget / budget), `violation` (1 if above the budget). The
     problem's `reward_weights` choose among them, and `info["reward_terms"]` carries them all.
 
     ## Starting State

@@ -34,7 +34,8 @@ class WidthEnv(MaskEnv):
     | `site_bytes` | S | bytes that dropping each whole site frees / dense footprint bytes |
     | `site_parts` | S | parts of each site / parts of the site with the most |
     | `widths` | S | kept parts of each site / its parts |
-    | `kind` | K | 1 for the workload's kind of text; only with a sampler of K kinds |
+
+    With a sampler of K kinds of text there is `kind` as well (K): 1 at the workload's, and 0 elsewhere.
 
     ## Rewards
     The sum of weights times same-named terms of `rap/Pruning-v0`. With a weight of the term `perplexity_ratio`, the

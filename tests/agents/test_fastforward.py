@@ -184,7 +184,7 @@ def test_what_it_can_not_use_is_refused_when_it_is_made():
         FastForward(total_episodes=14)
     with pytest.raises(UnknownName, match="activation 'tahn'; did you mean tanh"):
         FastForward(network={"activation": "tahn"})
-    with pytest.raises(UnknownName, match="observation entry 'weather'; known: batch_size, memory_budget"):
+    with pytest.raises(UnknownName, match="observation entry 'weather'; known: batch_size, kind, memory_budget"):
         FastForward(network={"blind_to": ["weather"]})
     with pytest.raises(InvalidConfig, match=r"curriculum\.text: expected above 0 and at most 1; got 0"):
         FastForward(curriculum={"text": 0})

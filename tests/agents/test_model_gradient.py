@@ -11,13 +11,14 @@ from agents.driver import run_search
 from agents.model_gradient import ModelGradientAgent, _Whitening
 from agents.width_scaling import family_inputs
 from agents.window_batches import WindowBatches
-from rap_env.errors import InvalidConfig, InvalidReward
+from rap_env.errors import CorpusUnavailable, InvalidConfig, InvalidReward
 from rap_env.evaluation.harness import HarnessEvaluator
 from rap_env.evaluation.mixture import MixtureEvaluator
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.evaluation.width_gradients import PASSES, WidthGradients
 from rap_env.memory.scenario import ScenarioSampler, scenario_grid
+from rap_env.memory.workload import Workload
 from rap_env.policies import WidthPolicy, load_policy, save_policy
 from rap_env.policies.width import width_features
 from rap_env.problem import PruningProblem
@@ -104,6 +105,36 @@ def test_some_windows_end_with_a_right_answer_that_alone_is_scored(grouped):  # 
             assert not windows[place, : -len(context) - len(answer)].any()
             seen.append(answer)
     assert {seen.count(answer) for _context, answer in answers} == {8} and len(places) > 4
+
+
+def test_a_context_of_a_kind_of_text_is_read_on_a_window_of_that_kind(grouped):  # noqa: F811
+    sampler = ScenarioSampler(kinds=["code", "prose"])
+    kinds = ["code"] * 6 + ["prose"] * 6
+    task = dataclasses.replace(task_of(grouped, 0), sampler=sampler, window_kinds=kinds)
+    of_kind = dict(zip(map(tuple, written(grouped).tolist()), kinds, strict=True))
+    batches = WindowBatches(task, np.random.default_rng(0), answers=0)
+    asked = ["code", "code", "prose", "code"]
+    read = [tuple(window) for _step in range(4) for window in batches.draw(asked)[0].tolist()]
+    assert [of_kind[window] for window in read] == asked * 4
+    assert {read.count(window) for window in of_kind if of_kind[window] == "code"} == {2}
+    with pytest.raises(CorpusUnavailable, match="expected calibration text of each kind of workloads; none is of code"):
+        WindowBatches(dataclasses.replace(task, window_kinds=()), np.random.default_rng(0), answers=0)
+
+
+@pytest.mark.parametrize(("blind_to", "n_masks"), [([], 2), (["kind"], 1)])
+def test_it_learns_masks_for_each_kind_unless_it_is_blind_to_them(grouped, blind_to, n_masks):  # noqa: F811
+    text = written(grouped)
+    task = dataclasses.replace(
+        task_of(grouped, 20 * EACH),
+        sampler=ScenarioSampler((1, 16), (128, 2048), (0.5, 0.95), kinds=["own", "noise"]),
+        windows=torch.cat([text, torch.randint(0, 256, text.shape, generator=torch.Generator().manual_seed(0))]),
+        window_kinds=["own"] * N_WINDOWS + ["noise"] * N_WINDOWS,
+    )
+    agent = build_agent("model_gradient", batch=4, learning_rate=0.1, blind_to=blind_to)
+    policy = run_search(agent, task).policy
+    scenario = scenario_grid(grouped.shape, [(4, 512)], [0.7])[0]
+    found = {policy.decide(Workload(4, 512, kind=kind), scenario.budget_bytes) for kind in ("own", "noise")}
+    assert len(found) == n_masks
 
 
 @pytest.mark.parametrize("answers", [-1, 9])

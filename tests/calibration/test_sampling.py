@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from rap_env.calibration import Corpus, consecutive_windows, random_windows
+from rap_env.calibration import Corpus, clustered_windows, consecutive_windows, random_windows, window_kinds
 from rap_env.errors import CorpusUnavailable, InvalidWorkload
 from rap_env.llm.windows import check_windows
 
@@ -82,3 +82,20 @@ def test_windows_beyond_the_models_context_are_refused():
     check_windows(2, 128, context_tokens=128)
     with pytest.raises(InvalidWorkload, match="windows of 1,129 tokens are beyond the model's context of 128"):
         check_windows(2, 1129, context_tokens=128)
+
+
+def test_of_a_corpus_with_kinds_as_many_windows_of_each_are_drawn_kind_after_kind():
+    texts = (count_to(40), count_to(120, start=100), count_to(60, start=40), count_to(150, start=120))
+    corpus = Corpus("numbers", texts, ("low", "high", "low", "high"))
+    windows = random_windows(corpus, TOKENIZER, n_samples=6, tokens_per_sample=8, seed=3)
+    assert [("low", "high")[int(window[0] >= 100)] for window in windows] == list(window_kinds(corpus, 6))
+    alone = random_windows(Corpus("low", texts[0::2]), TOKENIZER, n_samples=3, tokens_per_sample=8, seed=3)
+    assert torch.equal(windows[:3], alone)
+    assert window_kinds(CORPUS, 3) == ("", "", "")
+    assert corpus.digest != Corpus("numbers", texts).digest
+    with pytest.raises(InvalidWorkload, match="as many windows of each of 2 kinds of text; got 5"):
+        random_windows(corpus, TOKENIZER, n_samples=5, tokens_per_sample=8)
+    with pytest.raises(CorpusUnavailable, match="expected a kind for each of 4 documents; got 1"):
+        Corpus("numbers", texts, ("low",))
+    with pytest.raises(CorpusUnavailable, match="expected text without kinds to cluster; that of 'numbers' has them"):
+        clustered_windows(corpus, TOKENIZER, n_samples=2, tokens_per_sample=8)

@@ -54,3 +54,39 @@ def test_a_part_that_another_one_reports_is_refused(tiny_llm, paths):  # noqa: F
     config |= {"parts": {"text": text, "swapped": swapped}, "weights": {"text": 1.0, "swapped": 1.0}}
     with pytest.raises(ContaminationFound, match=r"valid\.txt"):
         build_halves(OmegaConf.create(config), tiny_llm)
+
+
+def kinds_of(paths: dict, tmp_path, *overrides: str):  # noqa: F811
+    """Prose and dialogue alone, of few tokens."""
+    rows = [{"question": f"What is {n} and {n}?", "choices": [f"It is {2 * n}.", "No."], "gold": 0} for n in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = {"context_tokens": 16, "target_tokens": 8, "longest_tokens": 16, "search_windows": 2, "report_windows": 3}
+    given = {f"prose.{key}": value for key, value in sizes.items()} | {f"dialogue.{key}": v for key, v in sizes.items()}
+    given |= {f"prose.corpora.{name}": files for name, files in paths.items()}
+    given["dialogue.corpora.path"] = tmp_path / "rows.jsonl"
+    options = [f"evaluation.kinds.{key}={value}" for key, value in given.items()]
+    return composed("evaluation=kinds", *options, "~evaluation.kinds.code", "~evaluation.kinds.questions", *overrides)
+
+
+def test_kinds_are_searched_and_reported_together_and_their_text_knows_its_kind(tiny_llm, paths, tmp_path):  # noqa: F811
+    halves = build_halves(kinds_of(paths, tmp_path).evaluation, tiny_llm)
+    assert halves.search.kinds == halves.report.kinds == ("dialogue", "prose")
+    found = halves.report.evaluate(tiny_llm)
+    assert found.of("prose").tasks["test.txt"]["items"] == 3
+    assert found.score == pytest.approx((found.of("prose").score + found.of("dialogue").score) / 2, abs=1e-12)
+    text = halves.search_text
+    assert set(text.kinds) == {"dialogue", "prose"} and len(text.kinds) == len(text.documents)
+    assert {
+        "User:" in document for document, kind in zip(text.documents, text.kinds, strict=True) if kind == "prose"
+    } == {False}
+    assert set(halves.reported) == {"prose: test.txt", "dialogue: dialogue of rows.jsonl, odd"}
+
+
+def test_a_kind_that_another_one_reports_is_refused(tiny_llm, paths, tmp_path):  # noqa: F811
+    config = OmegaConf.to_container(kinds_of(paths, tmp_path).evaluation, resolve=True)
+    prose = config["kinds"]["prose"]
+    swapped = {name: prose["corpora"][other] for name, other in zip(paths, reversed(paths), strict=True)}
+    longer = {"context_tokens": 180, "longest_tokens": 180, "search_windows": 1, "report_windows": 1}
+    config["kinds"]["swapped"] = prose | longer | {"corpora": prose["corpora"] | swapped}
+    with pytest.raises(ContaminationFound):
+        build_halves(OmegaConf.create(config), tiny_llm)

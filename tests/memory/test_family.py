@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from rap_env.errors import InvalidConfig
+from rap_env.errors import InvalidConfig, InvalidWorkload
 from rap_env.memory.family import family_contexts
 from rap_env.memory.footprint import dense_bytes, smallest_bytes
 from rap_env.memory.scenario import Scenario, ScenarioSampler
+from rap_env.memory.workload import Workload
 
 RANGES = {"batch_size": (1, 16), "prompt_tokens": (128, 2048), "budget_ratio": (0.6, 0.95)}
 WIDER = {"batch_size": (1, 32), "prompt_tokens": (64, 4096), "budget_ratio": (0.2, 0.95)}
@@ -82,3 +83,17 @@ def test_scenarios_are_drawn_log_uniformly_from_the_generators_next_three_number
     batch, prompt, ratio = coordinates(tiny_llm.shape, scenario)
     assert (batch, prompt) == (round(16**of_batch), round(128 * 16**of_prompt))
     assert ratio == pytest.approx(0.6 + 0.35 * of_budget, abs=1e-5)
+
+
+def test_contexts_of_kinds_of_text_have_each_kind_equally_often(tiny_llm):
+    kinds = ("code", "prose", "questions", "chats")
+    sampler = ScenarioSampler(**RANGES, kinds=kinds)
+    contexts = family_contexts(tiny_llm.shape, sampler, 64)
+    assert [sum(each.workload.kind == kind for each in contexts) for kind in kinds] == [16] * 4
+    scenario = sampler.sample(tiny_llm.shape, np.random.default_rng(3))
+    assert scenario.workload.kind == kinds[int(4 * np.random.default_rng(3).random(4)[3])]
+    assert str(scenario.workload).endswith(f" tokens of {scenario.workload.kind}")
+    with pytest.raises(InvalidWorkload, match="kinds: expected each once; got code, code"):
+        ScenarioSampler(kinds=["code", "code"])
+    with pytest.raises(InvalidWorkload, match="kind must be the name of a kind of text; got 3"):
+        Workload(1, 1, kind=3)
