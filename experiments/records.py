@@ -31,8 +31,11 @@ _DISTRIBUTIONS = (
 
 def dense_scores(results: Mapping[str, Any], evaluator: str) -> list[float]:
     """The dense model's score for each reported scenario of a run; where kinds of text are told apart they differ."""
-    rows, known = results["references"]["dense"], results["dense"][evaluator]
-    return [row["reports"].get(evaluator, {"score": known})["score"] for row in rows]
+    references, known = results["references"]["dense"], results["dense"][evaluator]
+    return [
+        references[place]["reports"][evaluator]["score"] if row.get("kind") else known
+        for place, row in enumerate(results["rows"])
+    ]
 
 
 def provenance() -> dict[str, Any]:

@@ -35,20 +35,21 @@ def measure(result: SearchResult, task: Task, parts: Parts, decisions: int) -> d
     Returns:
         The results of a record.
     """
-    policy, problem, main = result.policy, task.problem, next(iter(parts.reports))
+    policy, problem, told = result.policy, task.problem, parts.reports
+    main = next(iter(told))
     evaluated = dict(evaluated_masks(task))
     best = best_so_far(list(evaluated), problem, parts.reported)
-    dense, problems = PruningMask.all_kept(problem.shape), {"search": parts.search, **parts.reports}
+    dense, problems = PruningMask.all_kept(problem.shape), {"search": parts.search, **told}
     return {
         "objective": statistics.mean(map(parts.search.reward, _outcomes(policy, parts.search, parts.searched))),
         "components": [component.name for component in problem.shape.components],
-        "evaluators": list(parts.reports),
+        "evaluators": list(told),
         "dense": {name: each.meter.evaluate([dense])[0].score for name, each in problems.items()},
         "search": _cost(result, task),
         "anytime": anytime(best, list(evaluated.values())),
-        "rows": rows(policy, parts.search, parts.reports, parts.reported, best[-1] if len(best) else None),
+        "rows": rows(policy, parts.search, told, parts.reported, best[-1] if len(best) else None),
         "references": {
-            name: rows(other, parts.search, {main: parts.reports[main]}, parts.reported)
+            name: rows(other, parts.search, told if name == "dense" else {main: told[main]}, parts.reported)
             for name, other in _references(task).items()
         },
         "held_out": {"decisions": decisions, "violations": count_violations(policy, parts.sampler, decisions)},

@@ -115,19 +115,21 @@ def _check(records: Sequence[dict[str, Any]]) -> None:
 
 def draws_own_text(record: Mapping[str, Any]) -> bool:
     """Whether a run's search text is drawn by its own seed."""
-    evaluation = record["config"].get("evaluation", {})
-    return record["results"]["seed"] in [part.get("seed") for part in (evaluation, *_parts(evaluation).values())]
+    return record["results"]["seed"] in _seeds(record["config"].get("evaluation", {}))
 
 
 def without_draws(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation's config without the seeds that draw its text."""
-    parts = {name: without_draws(part) for name, part in _parts(evaluation).items()}
-    own = {key: value for key, value in evaluation.items() if key != "seed"}
-    return own | {"parts": parts} if parts else own
+    """An evaluation's config without the seeds that draw its text, and that of its parts."""
+    return {
+        key: without_draws(value) if isinstance(value, Mapping) else value
+        for key, value in evaluation.items()
+        if key != "seed"
+    }
 
 
-def _parts(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
-    return evaluation.get("parts", {})
+def _seeds(evaluation: Mapping[str, Any]) -> list[int]:
+    of_parts = [seed for part in evaluation.values() if isinstance(part, Mapping) for seed in _seeds(part)]
+    return [evaluation["seed"], *of_parts] if "seed" in evaluation else of_parts
 
 
 def distinct(runs: list, outcome: Callable) -> tuple[list, str]:

@@ -10,6 +10,7 @@ import numpy as np
 from experiments.report.amortisation import family_table
 from experiments.report.comparison import SEARCH, Comparison, decided, distinct, has_loss
 from experiments.report.frontier import frontier_table
+from experiments.report.kinds import family_kinds_table
 from experiments.report.leaderboard import leaderboard_table
 from experiments.report.metrics import SPREAD, interquartile_mean, loss_over_dense, plain_mean, regret, with_spread
 from experiments.report.pairs import family_pairs_table, further_reports_table
@@ -213,6 +214,7 @@ KINDS = {
     "frontier": lambda named: frontier_table(_all(named)),
     "family": lambda named: family_table(_all(named)),
     "family_pairs": lambda named: family_pairs_table(_all(named)),
+    "family_kinds": lambda named: family_kinds_table(_all(named)),
     "further_reports": lambda named: further_reports_table(_all(named)),
     "carry_over_rewards": lambda named: carry_over_rewards_table(_all(named)),
     "leaderboard": lambda named: leaderboard_table(_all(named)),
