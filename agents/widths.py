@@ -11,9 +11,9 @@ from rap_env.errors import InvalidMask, check_known
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.importance.gsi import CALIBRATION
-from rap_env.importance.site_curves import measure_site_curves
+from rap_env.importance.site_curves import SiteCurves, measure_site_curves
 from rap_env.mask import PruningMask
-from rap_env.policies import MilpPolicy, PricedPolicy
+from rap_env.policies import KindsPolicy, MilpPolicy, Policy, PricedPolicy
 
 
 class _PricesAgent(OrderAgent):
@@ -139,13 +139,24 @@ class CurvesAgent(Agent):
         meter = task.calibration if self._measured_on == "calibration" else task.problem.meter
         curves = measure_site_curves(meter, self._levels)
         self.details |= {"increases": curves.costs, "levels": curves.levels}
+        kinds = task.sampler.kinds if self._measured_on == "search" else ()
+        if kinds:
+            known = {kind: {mask: task.problem.known(mask, kind).score for mask in curves.known} for kind in kinds}
+            self.details["of_kinds"] = {kind: SiteCurves(known[kind], curves.levels).costs for kind in kinds}
 
 
 class SingleSiteGreedyAgent(CurvesAgent):
-    """Greedy by loss for each byte that is freed at the workload, along the curves' lower convex hulls."""
+    """Greedy by loss for each byte that is freed at the workload, along the curves' lower convex hulls.
 
-    def policy(self) -> PricedPolicy:
-        return PricedPolicy(self.task.problem.shape, self.details["increases"])
+    Where workloads tell their kind of text, along that kind's own curves, which the same evaluations have measured.
+    """
+
+    def policy(self) -> Policy:
+        shape = self.task.problem.shape
+        blind = PricedPolicy(shape, self.details["increases"])
+        if not (of_kinds := self.details.get("of_kinds")):
+            return blind
+        return KindsPolicy(shape, {"": blind} | {kind: PricedPolicy(shape, costs) for kind, costs in of_kinds.items()})
 
 
 class MilpAgent(CurvesAgent):

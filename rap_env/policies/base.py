@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save
 
-from rap_env.errors import PolicyUnreadable, UnknownName
+from rap_env.errors import PolicyUnreadable, UnknownName, check_known
 from rap_env.files import write_over
 from rap_env.llm.shape import ModelShape
 from rap_env.mask import PruningMask
@@ -107,5 +107,14 @@ def load_policy(folder: str | Path) -> Policy:
         if odd := sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all()):
             raise ValueError(f"expected finite weights; those of {odd[0]} are not")
         if kind in _KINDS:
-            return _KINDS[kind].restore(shape, description["parameters"], tensors)
+            return restored(kind, shape, description["parameters"], tensors)
     raise UnknownName("policy kind", kind, _KINDS)
+
+
+def restored(kind: str, shape: ModelShape, parameters: Mapping, tensors: Mapping[str, torch.Tensor]) -> Policy:
+    """A policy of a kind from what was saved of it.
+
+    Raises:
+        UnknownName: This version does not know the kind.
+    """
+    return _KINDS[check_known("policy kind", kind, _KINDS)].restore(shape, parameters, tensors)

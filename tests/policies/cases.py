@@ -6,6 +6,7 @@ from rap_env.memory.projection import Projection
 from rap_env.policies import (
     ArchivePolicy,
     DensePolicy,
+    KindsPolicy,
     MilpPolicy,
     NearestOrderPolicy,
     OneStepPolicy,
@@ -50,6 +51,7 @@ MAKERS = {
     "archive": lambda shape: ArchivePolicy(shape, evaluated_masks(shape), ORDER),
     "milp": lambda shape: MilpPolicy(shape, COSTS),
     "priced": lambda shape: PricedPolicy(shape, COSTS),
+    "by_kind": lambda shape: KindsPolicy(shape, {"": PricedPolicy(shape, COSTS), "code": OrderPolicy(shape, ORDER)}),
     "nearest_order": lambda shape: NearestOrderPolicy(shape, {64: ORDER, 4096: ORDER[::-1]}),
     "width": lambda shape: WidthPolicy(shape, random_width_network(shape), Projection()),
     "width_nested": lambda shape: WidthPolicy(shape, random_width_network(shape), Projection("nested")),
