@@ -34,7 +34,8 @@ class ModelGradientAgent(Learner):
     A pass costs what three evaluations of as many tokens do.
 
     The policy is a linear function of the observation, squashed by a tanh. It is trained in coordinates in which the
-    family's observations have unit variance and do not correlate: they are few, four for widths of attentions and MLPs.
+    family's observations have unit variance and do not correlate: they are few, four for widths of attentions and MLPs,
+    and kinds of text beside them.
     It begins with equal widths, or as another model's policy. Windows are the calibration text's, each read once before
     any is read again. Some may end with an item of the tasks that masks are searched on, whose right answer alone is
     scored. No step depends on the token budget: a larger one repeats the passes of a smaller one.
@@ -75,7 +76,7 @@ class ModelGradientAgent(Learner):
         points = qmc.Sobol(task.sampler.n_dimensions, rng=task.seed)
         known = points.random(_CONTEXTS)
         features = self._seen([task.sampler.at(shape, point) for point in known])[0]
-        self._whitening = _Whitening(features)
+        self._whitening = _Whitening(features, len(task.sampler.kinds))
         self._linear = nn.Linear(self._whitening.rank, len(shape.components.sites), dtype=torch.float64)
         nn.init.zeros_(self._linear.weight)  # equal widths at first
         nn.init.zeros_(self._linear.bias)
@@ -128,17 +129,23 @@ def _fit(linear: nn.Linear, seen: torch.Tensor, fractions: np.ndarray) -> None:
 class _Whitening:
     """Takes features of observations to coordinates of unit variance that do not correlate, over a family's contexts.
 
-    Shapes: N contexts, F features, R directions in which they differ.
+    Kinds of text stay as they are, 0 or 1: each moves its own weights by its own windows.
+
+    Shapes: N contexts, F features, R directions in which they differ, kinds among them.
 
     Args:
         features: Of the contexts' observations [N, F], in float64.
+        n_kinds: How many of the last features are kinds of text.
     """
 
-    def __init__(self, features: torch.Tensor) -> None:
-        self._mean = features.mean(0)
-        _left, singular, right = torch.linalg.svd(features - self._mean, full_matrices=False)
+    def __init__(self, features: torch.Tensor, n_kinds: int = 0) -> None:
+        n_others = features.shape[1] - n_kinds
+        others = features[:, :n_others]
+        self._mean = torch.cat([others.mean(0), features.new_zeros(n_kinds)])
+        _left, singular, right = torch.linalg.svd(others - others.mean(0), full_matrices=False)
         differ = singular > _LEAST_DEVIATION * singular[0]
-        self._directions = right[differ] / singular[differ, None] * np.sqrt(len(features))  # [R, F]
+        directions = right[differ] / singular[differ, None] * np.sqrt(len(features))
+        self._directions = torch.block_diag(directions, torch.eye(n_kinds, dtype=features.dtype))  # [R, F]
 
     @property
     def rank(self) -> int:

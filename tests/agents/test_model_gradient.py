@@ -148,15 +148,20 @@ def test_answers_need_items(grouped):  # noqa: F811
         run_search(ModelGradientAgent(answers=1), task_of(grouped, EACH))
 
 
-def test_whitened_observations_have_unit_variance_and_a_way_back(grouped):  # noqa: F811
-    sampler, generator = ScenarioSampler((1, 16), (128, 2048), (0.5, 0.95)), torch.Generator().manual_seed(0)
-    points = torch.rand(300, 3, generator=generator).tolist()
+@pytest.mark.parametrize("kinds", [(), ("code", "prose", "chats")])
+def test_whitened_observations_have_unit_variance_and_a_way_back_and_kinds_stay(grouped, kinds):  # noqa: F811
+    sampler = ScenarioSampler((1, 16), (128, 2048), (0.5, 0.95), kinds=kinds)
+    points = torch.rand(300, sampler.n_dimensions, generator=torch.Generator().manual_seed(0)).tolist()
     contexts = [sampler.at(grouped.shape, point) for point in points]
-    features = width_features(family_inputs(grouped.shape, contexts)[0])
-    whitening = _Whitening(features.double())
+    features = width_features(family_inputs(grouped.shape, contexts, kinds)[0])
+    whitening = _Whitening(features.double(), len(kinds))
     seen = whitening(features)
-    assert 2 <= whitening.rank <= 4
-    assert torch.allclose(seen.T @ seen / len(seen), torch.eye(whitening.rank, dtype=torch.float64), atol=1e-6)
+    n_others = whitening.rank - len(kinds)
+    others = seen[:, :n_others]
+    assert 2 <= n_others <= 4
+    assert torch.allclose(others.T @ others / len(seen), torch.eye(n_others, dtype=torch.float64), atol=1e-6)
+    for place, kind in enumerate(kinds, n_others):
+        assert seen[:, place].tolist() == [float(each.workload.kind == kind) for each in contexts]
     linear = torch.nn.Linear(whitening.rank, 5, dtype=torch.float64)
     weight, bias = whitening.undone(linear)
     assert torch.allclose(linear(seen), features.double() @ weight.T + bias, atol=1e-6)
