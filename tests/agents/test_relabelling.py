@@ -21,9 +21,9 @@ def test_every_added_example_is_what_the_environment_would_have_answered(grouped
     task, projection = make_task(grouped, 10**6, Rivals()), Projection(kind, 1e-12, "affine")
     sampler, contexts = ScenarioSampler((1, 16), (128, 2048), (0.4, 0.95)), []
 
-    def observe(shape, scenario, mask):
+    def observe(shape, scenario, mask, kinds):
         contexts.append(scenario)
-        return observe_widths(shape, scenario, mask)
+        return observe_widths(shape, scenario, mask, kinds)
 
     monkeypatch.setattr("agents.relabelling.observe_widths", observe)
     env = WidthEnv(problem=task.problem, sampler=sampler, projection=kind, p_min=1e-12, reading="affine")

@@ -193,5 +193,5 @@ def test_browser_loads_nothing_but_the_page(opened):
     messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in messages if event["method"] == "Network.requestWillBeSent"]
     assert [url for url in asked if url.startswith("file:")], "the log is kept"
-    assert [url for url in asked if not re.match("file:|data:|blob:|chrome:", url)] == []
+    assert [url for url in asked if not re.match("file:|data:|blob:|chrome(-untrusted)?:", url)] == []
     assert opened.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)") == []
