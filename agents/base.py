@@ -1,7 +1,7 @@
 """What every agent is: it asks for masks to be evaluated, takes the outcomes, and ends as a policy."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,6 +75,11 @@ class Task:
         preparation, budget = self.problem.llm.preparation, self.problem.budget
         if preparation.tokens and budget.spend("preparation", ["order of parts"], preparation.tokens):
             budget.measured_seconds += preparation.seconds
+
+    def remember(self, masks: Iterable[PruningMask]) -> None:
+        """Puts evaluated masks into the archive, with what they are worth in any context that they fit."""
+        known = self.problem.known
+        self.archive.update((mask, self.problem.reward_within_budget(known(mask))) for mask in masks)
 
     @functools.cached_property
     def calibration(self) -> Meter:

@@ -106,7 +106,7 @@ class CurriculumProblem:
     """
 
     def __init__(self, task: Task, curriculum: Curriculum) -> None:
-        self._whole, self._archive, self._curriculum = task.problem, task.archive, curriculum
+        self._whole, self._remember, self._curriculum = task.problem, task.remember, curriculum
         self._parts: dict[float, PruningProblem] = {1.0: task.problem}
         self.shape, self.reward = task.problem.shape, task.problem.reward
         self.episodes, self.rewards = 0, []
@@ -128,8 +128,7 @@ class CurriculumProblem:
         outcomes = problem.evaluate_many(cases)
         rewards = list(map(self.reward, outcomes))
         if problem is self._whole:
-            fitting = [mask for (mask, *_scene), outcome in zip(cases, outcomes, strict=True) if outcome.fits]
-            self._archive.update((mask, problem.reward_within_budget(problem.known(mask))) for mask in fitting)
+            self._remember(mask for (mask, *_scene), outcome in zip(cases, outcomes, strict=True) if outcome.fits)
         self.episodes += len(cases)
         if rewards:
             self.rewards.append([self.episodes, sum(rewards) / len(rewards)])

@@ -111,8 +111,7 @@ class _Driver:
         outcomes = problem.evaluate_many([(c.mask, c.scenario.workload, c.scenario.budget_bytes) for c in cases])
         rewards = [problem.reward(outcome) for outcome in outcomes]
         evaluated = [Evaluated(*case, *of_case) for case, *of_case in zip(cases, outcomes, rewards, strict=True)]
-        fitting = [one.mask for one in evaluated if one.outcome.fits]
-        task.archive.update((mask, problem.reward_within_budget(problem.known(mask))) for mask in fitting)
+        task.remember(one.mask for one in evaluated if one.outcome.fits)
         if rewards:
             spent, metrics = problem.budget.spent, {"reward": sum(rewards) / len(rewards)}
             task.log(spent, metrics | self._best_reward())
