@@ -77,9 +77,8 @@ def observe_widths(shape, scenario: Scenario, mask: PruningMask, kinds: Sequence
     Raises:
         UnknownName: The workload is of another kind.
     """
-    fixed, smallest, of_sites = _width_entries(shape, scenario)
+    fixed, smallest, of_sites, dense, tokens = _width_entries(shape, scenario)
     _starts, n_parts, relative_parts = _site_parts(shape)
-    dense, tokens = dense_bytes(shape, scenario.workload), scenario.workload.cached_tokens(shape.attention_window)
     kept_bytes = mask.weight_bytes + mask.kv_bytes_per_token * tokens
     return {
         **{name: fixed[name].copy() for name in ("memory_budget", "batch_size", "sequence_length")},
@@ -135,11 +134,12 @@ def _scenario_entries(shape, scenario: Scenario) -> tuple[dict[str, np.ndarray],
 
 
 @functools.lru_cache(maxsize=256)
-def _width_entries(shape, scenario: Scenario) -> tuple[dict[str, np.ndarray], float, np.ndarray]:
-    """The same, and the relative bytes of each whole site."""
+def _width_entries(shape, scenario: Scenario) -> tuple[dict[str, np.ndarray], float, np.ndarray, int, int]:
+    """The same, the relative bytes of each whole site, the dense model's bytes, and the tokens in the KV cache."""
     entries, smallest = _scenario_entries(shape, scenario)
-    freed = entries["component_bytes"].astype(np.float64)
-    return entries, smallest, np.add.reduceat(freed, _site_parts(shape)[0]).astype(np.float32)
+    freed, workload = entries["component_bytes"].astype(np.float64), scenario.workload
+    of_sites = np.add.reduceat(freed, _site_parts(shape)[0]).astype(np.float32)
+    return entries, smallest, of_sites, dense_bytes(shape, workload), workload.cached_tokens(shape.attention_window)
 
 
 @functools.lru_cache(maxsize=32)
