@@ -1,6 +1,5 @@
 """What environments, searches and reports all stand on: what a mask is worth for a workload and a budget."""
 
-import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +49,7 @@ class Outcome:
     def fits(self) -> bool:
         return self.footprint.peak_bytes <= self.budget_bytes
 
-    @functools.cached_property
+    @property
     def reward_terms(self) -> dict[str, float]:
         """`accuracy` (the score), `smooth_accuracy`, `overshoot` (fraction of the budget) and `violation` (0 or 1).
 

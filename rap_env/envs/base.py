@@ -106,7 +106,7 @@ class MaskEnv(gymnasium.Env):
             info |= {
                 # copies: the outcome's own are shared by all steps that ask about this mask
                 "tasks": {name: dict(metrics) for name, metrics in self._outcome.evaluation.tasks.items()},
-                "reward_terms": dict(self._outcome.reward_terms),
+                "reward_terms": self._outcome.reward_terms,
                 "seconds": self._outcome.evaluation.seconds,
                 "outcome": self._outcome,
             }
