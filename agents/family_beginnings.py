@@ -7,6 +7,7 @@ import numpy as np
 
 from agents.base import Task
 from agents.model_gradient import ModelGradientAgent
+from rap_env.errors import SearchExhausted
 from rap_env.importance.site_curves import component_costs, measure_site_curves
 from rap_env.mask import PruningMask
 from rap_env.policies import Policy
@@ -78,6 +79,8 @@ class LearnedSlopes:
         problem, learner = task.problem, self._learner
         learner.begin(task)
         learner.learn()
+        if not learner.measured:
+            raise SearchExhausted(f"{problem.budget.left:,} tokens are left, which do not pay for a step of the policy")
         dense = PruningMask.all_kept(problem.shape)
         problem.meter.evaluate([dense])
         widths, slopes = (np.concatenate(found) for found in zip(*learner.measured, strict=True))
