@@ -8,7 +8,8 @@ from experiments.report.rewards import carry_over_rewards_table
 def made(name: str, agent: str, seed: int, home: float, public: float) -> dict:
     row = {"reports": {"home": {"tasks": {"a": {"acc": home - 0.1}, "b": {"acc": home + 0.1}}}}}
     row["reports"]["public"] = {"tasks": {"piqa": {"acc": public}}}
-    return {"config": {"name": name}, "results": {"agent": agent, "seed": seed, "rows": [row, row]}}
+    dense = {"home": 0.9, "public": 0.4 if name == "text" else 0.5}
+    return {"config": {"name": name}, "results": {"agent": agent, "seed": seed, "rows": [row, row], "dense": dense}}
 
 
 def test_gains_are_held_against_the_greedy_order_of_the_same_name():
@@ -17,10 +18,21 @@ def test_gains_are_held_against_the_greedy_order_of_the_same_name():
     records += [made("text", "surrogate", 0, 0.4, 0.5)]
     table = carry_over_rewards_table(records)
     assert table.rows == [
-        ["smooth", "greedy_gsi", "1", "0.600", "", "0.400", "", ""],
-        ["smooth", "surrogate", "2", "0.750", "0.150 [0.100, 0.200]", "0.440", "0.040 [0.020, 0.060]", "0.27"],
-        ["text", "greedy_gsi", "1", "0.500", "", "0.400", "", ""],
-        ["text", "surrogate", "1", "0.400", "-0.100", "0.500", "0.100", ""],
+        ["smooth", "greedy_gsi", "1", "0.600", "", "", "0.400", "", "", ""],
+        [
+            "smooth",
+            "surrogate",
+            "2",
+            "0.750",
+            "0.150 [0.100, 0.200]",
+            "50%",
+            "0.440",
+            "0.040 [0.020, 0.060]",
+            "40%",
+            "0.27",
+        ],
+        ["text", "greedy_gsi", "1", "0.500", "", "", "0.400", "", "", ""],
+        ["text", "surrogate", "1", "0.400", "-0.100", "-25%", "0.500", "0.100", "", ""],  # greedy loses nothing there
     ]
 
 
