@@ -1,16 +1,17 @@
 """A surrogate over a whole family of contexts: it asks where contexts lie, and ends as a table for all of them."""
 
+import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
 from agents.base import Agent, Case, Evaluated, Task
 from agents.family_answers import Answer, ClimbedTable
-from agents.family_beginnings import Beginning, MeasuredCurves
 from agents.family_critic import FamilyCritic, widths_of
 from agents.width_moves import WidthMoves
 from agents.widths import UniformAgent
 from rap_env.evaluation.width_predictor import WidthPredictor
+from rap_env.importance.site_curves import measure_site_curves
 from rap_env.mask import PruningMask
 from rap_env.memory.scenario import Scenario
 from rap_env.policies import OrderPolicy, Policy, PricedPolicy
@@ -23,17 +24,18 @@ _REFITTED = 1.2  # times as many masks as the kernel's sizes were fitted to, bef
 class FamilySurrogateAgent(Agent):
     """Evaluates masks along the budgets of a whole family, each of which tells about all others.
 
-    It begins with what each site costs, the prior of its predictor, with masks of the greedy walk along these costs and
-    of uniform widths, and with whatever else its `Beginning` knows. Then, batch by batch: for contexts drawn from the
-    sampler, climb by shifts of widths from the best known masks to what is predicted to be best, as far as one may
-    hope; evaluate those. In the end the predictor stands in for the model, with what one must fear, and an `Answer`
-    makes a policy of it: as a rule it climbs once more for many contexts, and serves these masks as a table.
+    It begins with curves of single sites, the prior of its predictor and its first data, and with masks of the greedy
+    walk along them and of uniform widths. Then, batch by batch: for contexts drawn from the sampler, climb by shifts of
+    widths from the best known masks to what is predicted to be best, as far as one may hope; evaluate those. In the end
+    the predictor stands in for the model, with what one must fear, and an `Answer` makes a policy of it: as a rule it
+    climbs once more for many contexts, and serves these masks as a table.
 
-    What it asks for does not depend on the token budget but through the levels of measured curves, so that a larger
-    budget repeats the evaluations of a smaller one.
+    What it asks for does not depend on the token budget but through the levels of the curves, so that a larger budget
+    repeats the evaluations of a smaller one.
 
     Args:
-        beginning: What it knows before it asks; `MeasuredCurves` by default.
+        levels: Measured widths of a site alone, at most; fewer where `curve_part` of the budget does not pay for them.
+        curve_part: Of the token budget, what the curves may take.
         batch: Masks that are evaluated between two fits.
         hope: Deviations below the predicted logarithm of a loss that a mask is given credit for when it is asked for.
         fear: Deviations above that it is charged with in the end.
@@ -42,30 +44,32 @@ class FamilySurrogateAgent(Agent):
 
     def __init__(
         self,
-        beginning: Beginning | None = None,
+        levels: int = 2,
+        curve_part: float = 0.5,
         batch: int = 8,
         hope: float = 1.0,
         fear: float = 1.0,
         answer: Answer | None = None,
     ) -> None:
-        self._beginning, self._batch = beginning or MeasuredCurves(), batch
+        self._levels, self._curve_part, self._batch = levels, curve_part, batch
         self._hope, self._fear, self._answer = hope, fear, answer or ClimbedTable()
 
     def begin(self, task: Task) -> None:
         super().begin(task)
         problem = task.problem
-        begun = self._beginning.known(task)
-        self._curves, self._dense_reward = begun.curves, begun.rewards[PruningMask.all_kept(problem.shape)]
-        self._greedy, uniform = PricedPolicy(problem.shape, begun.costs), UniformAgent()
+        curves = measure_site_curves(problem.meter, self._levels, self._curve_part)
+        rewards = {mask: problem.reward_within_budget(problem.meter.known[mask]) for mask in curves.known}
+        self._curves = dataclasses.replace(curves, known=rewards)
+        self._greedy, uniform = PricedPolicy(problem.shape, self._curves.costs), UniformAgent()
         uniform.task = task
-        self._walks: list[Policy] = [*begun.walks, self._greedy, OrderPolicy(problem.shape, uniform.rank())]
-        self._known = dict(begun.rewards)
-        task.archive.update(begun.rewards)
-        self._taken = {mask.widths for mask in begun.rewards}  # evaluated, or proposed
+        self._walks: list[Policy] = [self._greedy, OrderPolicy(problem.shape, uniform.rank())]
+        self._known = dict(rewards)
+        task.archive.update(rewards)
+        self._taken = {mask.widths for mask in rewards}  # evaluated, or proposed
         self._begun = False
         self._predictor: WidthPredictor | None = None
         self._fitted_to = self._sized_by = 0
-        self.details |= begun.details | {"prediction_errors": []}
+        self.details |= {"levels": curves.levels, "prediction_errors": []}
 
     def ask(self, n: int) -> list[Case]:
         cases = []
@@ -93,7 +97,7 @@ class FamilySurrogateAgent(Agent):
             task=self.task,
             predictor=self._fit(),
             fear=self._fear,
-            dense_reward=self._dense_reward,
+            dense_reward=self._known[self._curves.dense],
             climb=self._answered,
             greedy=self._greedy,
         )
@@ -106,7 +110,7 @@ class FamilySurrogateAgent(Agent):
         return self.task.sampler.sample(self.task.problem.shape, generator)
 
     def _excess(self, rewards: Iterable[float]) -> np.ndarray:
-        return self._dense_reward - np.array(list(rewards))
+        return self._known[self._curves.dense] - np.array(list(rewards))
 
     def _fit(self) -> WidthPredictor:
         if self._fitted_to < len(self._known):
@@ -114,7 +118,7 @@ class FamilySurrogateAgent(Agent):
             self._sized_by = self._sized_by if settled else len(self._known)
             self._fitted_to, self._all_widths = len(self._known), widths_of(self._known)
             excess = self._excess(self._known.values())
-            self._predictor = WidthPredictor(self._curves, self._all_widths, excess, settled)
+            self._predictor = WidthPredictor(self._curves.increases, self._all_widths, excess, settled)
             self._by_excess = excess.argsort(kind="stable")
         return self._predictor
 

@@ -47,10 +47,6 @@ class ModelGradientAgent(Learner):
         start: Folder of a policy of widths, of another model as a rule, that it begins as (`agents/transfer.py`);
             None for equal widths.
         blind_to: Entries of the observation that the policy does not see, as those of `WidthNetwork`.
-        steps: At most; None for as many as the token budget pays for.
-
-    Attributes:
-        measured: Widths of each step's contexts and what the loss changes by with one part more of each site [B, S].
 
     Raises:
         InvalidConfig: There are to be more answers than windows, or fewer than none.
@@ -66,13 +62,11 @@ class ModelGradientAgent(Learner):
         answers: int = 0,
         start: str | None = None,
         blind_to: Sequence[str] = (),
-        steps: int | None = None,
     ) -> None:
         if not 0 <= answers <= batch:
             raise InvalidConfig(f"answers: expected 0 to {batch}, the windows of a step; got {answers}")
         self._batch, self._learning_rate, self._answers = batch, learning_rate, answers
-        self._blind_to, self._steps = tuple(blind_to), steps
-        self.measured: list[tuple[np.ndarray, np.ndarray]] = []
+        self._blind_to = tuple(blind_to)
         self._start = None if start is None else load_policy(os.path.expanduser(start))
 
     def learn(self) -> None:
@@ -93,7 +87,7 @@ class ModelGradientAgent(Learner):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1.0 + step / _SLOWER) ** -0.5)
         losses = self.details["losses"] = []
         batches = WindowBatches(task, self.generator, self._answers)
-        while self._steps is None or len(losses) < self._steps:
+        while True:
             contexts = [task.sampler.at(shape, point) for point in points.random(self._batch)]
             windows, n_scored = batches.draw([context.workload.kind for context in contexts])
             if gradients.tokens(windows) > budget.left:
@@ -107,7 +101,6 @@ class ModelGradientAgent(Learner):
             optimizer.step()
             schedule.step()
             losses.append(of_windows.mean().item())
-            self.measured.append((widths.detach().numpy(), slopes.numpy()))
             task.progress(budget.spent, budget.limit or budget.spent)
             task.log(budget.spent, {"loss": losses[-1]})
 

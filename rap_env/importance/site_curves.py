@@ -1,13 +1,12 @@
 """What each site is worth alone: a curve of loss over its width, with all other sites whole."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from rap_env.components import Components
 from rap_env.evaluation.meter import Meter
 from rap_env.mask import PruningMask
 
@@ -44,18 +43,8 @@ class SiteCurves:
     @property
     def costs(self) -> dict[str, float]:
         """What each component adds on its site's curve when it goes after those behind it, by name."""
-        return component_costs(self.dense.components, self.increases)
-
-
-def component_costs(components: Components, curves: Sequence[Sequence[float]]) -> dict[str, float]:
-    """What each component adds on its site's curve when it goes after those behind it, by name.
-
-    Args:
-        components: The model's.
-        curves: For each site what it costs at a width of 0, 1 ... all parts.
-    """
-    steps = (narrow - wide for curve in curves for narrow, wide in pairwise(curve))
-    return dict(zip((component.name for component in components), steps, strict=True))
+        steps = (narrow - wide for curve in self.increases for narrow, wide in pairwise(curve))
+        return dict(zip((component.name for component in self.dense.components), steps, strict=True))
 
 
 def measure_site_curves(meter: Meter, levels: int, budget_part: float = 1.0) -> SiteCurves:

@@ -145,7 +145,6 @@ def make_task(
 SMALLER = {
     "family_surrogate": {"answer.contexts": 12},
     "family_surrogate_short": {"answer.contexts": 12},
-    "family_surrogate_from_slopes": {"beginning.learner.steps": 2, "beginning.learner.batch": 2, "answer.contexts": 12},
     "family_gradient": {"answer.steps": 40, "answer.contexts": 64},
     "family_noise": {"answer.contexts": 6, "answer.draws": 4},
     **{f"family_{name}": {"answer.learner.total_episodes": 30} for name in ("ppo", "sac", "td3")},

@@ -33,9 +33,14 @@ from tests.agents.cases import (
 )
 from tests.conftest import TOY_WINDOWS
 
-ANSWERS = ("surrogate_short", "gradient", "noise", "ppo", "sac", "td3", "dqn", "maskable_ppo")  # test_family_answers.py
-VARIANTS = {f"family_{name}" for name in (*ANSWERS, "surrogate_from_slopes")}  # and test_family_beginnings.py
-AGENTS = [name for name in own_agents() if name not in {"flap", *VARIANTS}]  # flap needs parts: test_widths.py
+ANSWERS = {
+    f"family_{name}" for name in ("surrogate_short", "gradient", "noise", "ppo", "sac", "td3", "dqn", "maskable_ppo")
+}
+AGENTS = [  # what is made of the same search in other ways: tests/agents/test_family_answers.py
+    name
+    for name in own_agents()
+    if name != "flap" and name not in ANSWERS  # it needs parts: test_widths.py
+]
 UNRANKED = {"dense", "random", "random_search", "evop_from_random", "evop_layers", "evopress_paper"}
 UNRANKED |= {"uniform", "uniform_mlp", "evopress_uniform", "evopress_uniform_filled", "cma"}
 SEARCHES = [
