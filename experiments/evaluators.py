@@ -22,7 +22,7 @@ from rap_env.errors import ContaminationFound, UnknownName
 from rap_env.evaluation.divergence import DivergenceEvaluator
 from rap_env.evaluation.evaluator import Evaluator
 from rap_env.evaluation.harness import HarnessEvaluator
-from rap_env.evaluation.perplexity import PerplexityEvaluator, TextEvaluator, cut_contexts
+from rap_env.evaluation.perplexity import PerplexityEvaluator, cut_contexts
 from rap_env.evaluation.table import TableModel
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
@@ -137,20 +137,21 @@ def text_halves(  # noqa: PLR0913 - its arguments are the keys of a YAML
         CorpusUnavailable: A file can't be read, or is too short.
         InvalidWorkload: No window, or windows of one token, or beyond the model's context.
     """
-    if fitness not in _FITNESSES:
-        raise UnknownName("fitness", fitness, _FITNESSES)
     report_text = Corpus(local_corpus(report_paths).name, (local_text(report_paths),))
-    windows, evaluator = (search_windows, report_windows), _FITNESSES[fitness]
-    return _text_halves(llm, local_corpus(search_paths), report_text, windows, seed, evaluator)
+    return _text_halves(llm, local_corpus(search_paths), report_text, (search_windows, report_windows), seed, fitness)
 
 
 def packaged_text_halves(
-    llm: SwitchableLLM, search_windows: tuple[int, int], report_windows: tuple[int, int], seed: int = 0
+    llm: SwitchableLLM,
+    search_windows: tuple[int, int],
+    report_windows: tuple[int, int],
+    seed: int = 0,
+    fitness: str = "loss",
 ) -> Halves:
-    """The same by loss on text that ships with this package: even documents for the search, odd ones for the report."""
+    """The same on text that ships with this package: even documents for the search, odd ones for the report."""
     corpus = packaged_corpus("evaluation")
     even, odd = (Corpus(f"{corpus.name}, {half}", corpus.documents[i::2]) for i, half in enumerate(("even", "odd")))
-    return _text_halves(llm, even, odd, (search_windows, report_windows), seed)
+    return _text_halves(llm, even, odd, (search_windows, report_windows), seed, fitness)
 
 
 def _text_halves(
@@ -159,8 +160,10 @@ def _text_halves(
     report_text: Corpus,
     windows: tuple[tuple[int, int], tuple[int, int]],
     seed: int,
-    evaluator: type[TextEvaluator] = PerplexityEvaluator,
+    fitness: str,
 ) -> Halves:
+    if fitness not in _FITNESSES:
+        raise UnknownName("fitness", fitness, _FITNESSES)
     for each in windows:
         check_windows(*each, llm.shape.context_tokens)
     search_windows, (n_windows, tokens) = windows
@@ -168,7 +171,8 @@ def _text_halves(
     first = consecutive_windows("".join(report_text.documents), llm.tokenizer, tokens, n_windows)
     reported = {report_text.name: llm.tokenizer.batch_decode(first)}
     refuse_contamination(search_text, reported)
-    search, report = evaluator(drawn, search_text.name), PerplexityEvaluator(first, report_text.name)
+    search = _FITNESSES[fitness](drawn, search_text.name)
+    report = PerplexityEvaluator(first, report_text.name)
     return Halves(search, report, search_text, reported, reported)
 
 

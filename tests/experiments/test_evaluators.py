@@ -122,6 +122,8 @@ def test_packaged_halves_are_the_even_and_the_odd_documents(tiny_llm):
     (reported,) = halves.reported.values()
     assert documents[1].startswith(reported[0]) and reported[0] and "".join(reported) in "".join(documents[1::2])
     assert halves.search.evaluate(tiny_llm).score != halves.report.evaluate(tiny_llm).score
+    by_divergence = packaged_text_halves(tiny_llm, (2, 32), (2, 32), seed=1, fitness="divergence").search
+    assert isinstance(by_divergence, DivergenceEvaluator) and (by_divergence.windows == halves.search.windows).all()
 
 
 def test_tasks_hold_out_what_is_searched_on_too():
