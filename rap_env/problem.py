@@ -16,8 +16,8 @@ from rap_env.memory.footprint import Footprint, check_feasible, footprint
 from rap_env.memory.workload import Workload
 from rap_env.reward import overshoot_ratio, perplexity_ratio, weighted_reward
 
-PERPLEXITY_RATIO = "perplexity_ratio"
-REWARD_TERMS = ("accuracy", "smooth_accuracy", "overshoot", "violation", PERPLEXITY_RATIO)
+PERPLEXITY_RATIO, SMOOTH_ACCURACY = "perplexity_ratio", "smooth_accuracy"
+REWARD_TERMS = ("accuracy", SMOOTH_ACCURACY, "overshoot", "violation", PERPLEXITY_RATIO)
 ACCURACY_REWARD = {"accuracy": 1.0, "overshoot": -5.0}
 
 
@@ -59,7 +59,7 @@ class Outcome:
         smooth = self.evaluation.mean("smooth_acc")
         terms = {
             "accuracy": self.score,
-            **({} if math.isnan(smooth) else {"smooth_accuracy": smooth}),
+            **({} if math.isnan(smooth) else {SMOOTH_ACCURACY: smooth}),
             "overshoot": overshoot_ratio(self.footprint.peak_bytes, self.budget_bytes),
             "violation": float(not self.fits),
         }

@@ -15,14 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.evaluators import Halves
 from experiments.tracking import Tracker
 from rap_env.calibration import Corpus, refuse_contamination, window_kinds
-from rap_env.errors import InvalidConfig
+from rap_env.errors import InvalidConfig, InvalidReward
 from rap_env.evaluation.evaluator import Evaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.llm.embedded import cache_folder
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.windows import check_windows
 from rap_env.memory.scenario import Scenario, ScenarioSampler
-from rap_env.problem import PruningProblem
+from rap_env.problem import SMOOTH_ACCURACY, PruningProblem
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
 
 _SMALLEST = {"seed": 0, "token_budget": 0, "in_flight": 1, "decisions": 0}
@@ -104,6 +104,11 @@ def build(config: DictConfig, main: str) -> Parts:
     reports = {name: PruningProblem(llm, remote(each.report), store, weights) for name, each in halves.items()}
     for problem in (search, *reports.values()):
         _ = problem.meter.tokens_each  # encodes the items: what can't be scored is refused now
+    if SMOOTH_ACCURACY in weights and not search.evaluator.right_answers(llm):
+        raise InvalidReward(
+            f"reward: {SMOOTH_ACCURACY} is the mean probability of right choices, and {search.evaluator.name} has none;"
+            " expected reward=loss for a text, or reward=accuracy"
+        )
     kinds = window_kinds(corpus, len(windows)) if corpus.kinds else ()
     return Parts(search, reports, sampler, searched, reported, corpus, windows, kinds, halves[main].counts)
 

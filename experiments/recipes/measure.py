@@ -156,10 +156,11 @@ def rows(
 
 
 def _report(problem: PruningProblem, outcome: Outcome) -> dict[str, Any]:
+    terms = outcome.reward_terms
     return {
         "score": outcome.score,
-        "reward": problem.reward(outcome),
-        "reward_terms": outcome.reward_terms,
+        "reward": problem.reward(outcome) if problem.reward_weights.keys() <= terms.keys() else None,  # of other data
+        "reward_terms": terms,
         "tasks": outcome.evaluation.tasks,
     }
 

@@ -137,8 +137,10 @@ def run_table(*records: Mapping[str, Any]) -> Table:
     for record in records:
         for name in sorted(record["results"]["references"].keys() - agents):
             policies.setdefault(name, []).append(record["results"]["references"][name])
-    columns = ["policy", "seeds", "budget GB", "footprint GB", *scores, "reward", "violations"]
-    rows = [_run_cells(name, policies[name], main, [*scores.values(), "reward"]) for name in policies]
+    if all(row["reports"][main]["reward"] is not None for row in first["rows"]):
+        scores["reward"] = "reward"
+    columns = ["policy", "seeds", "budget GB", "footprint GB", *scores, "violations"]
+    rows = [_run_cells(name, policies[name], main, list(scores.values())) for name in policies]
     return Table(columns, rows) if len(records) > 1 else Table(columns[:1] + columns[2:], [r[:1] + r[2:] for r in rows])
 
 

@@ -101,6 +101,13 @@ def test_closing_table_of_tasks_has_both_accuracies():
     assert (dense["accuracy"], dense["smooth accuracy"]) == ("0.800", "0.400")
 
 
+def test_closing_table_has_no_reward_where_the_report_half_lacks_its_terms():
+    made = copy.deepcopy(records()[2])
+    for of_scenario in made["results"]["rows"]:
+        of_scenario["reports"]["text"]["reward"] = None
+    assert run_table(made).columns == ["policy", "budget GB", "footprint GB", "minus the loss", "violations"]
+
+
 def test_closing_table_over_seeds_has_their_range_and_each_reference_once():
     lines = table_lines("run", {"toys": [made for made in records() if made["results"]["agent"] == "learned"]})
     assert lines[0].startswith("| policy | seeds | budget GB |")
