@@ -13,7 +13,7 @@ from agents.driver import run_search
 from agents.evopress import mutate
 from agents.granularity import Granularity
 from agents.widths import FlapAgent, TwoSspAgent, UniformAgent
-from rap_env.components import MLP
+from rap_env.components import MLP, Site
 from rap_env.errors import InvalidMask, SearchExhausted
 from rap_env.llm import parts
 from rap_env.llm.loading import build_tiny_llm
@@ -143,9 +143,14 @@ def test_two_ssp_drops_as_many_attentions_as_the_paper(sparsity, n_attentions, m
     assert np.ptp(widths[:, 1]) <= 1
 
 
-def test_milp_keeps_first_parts_at_the_least_cost(grouped):
-    shape, generator = grouped.shape, np.random.default_rng(3)
-    costs = {row.name: float(cost) for row, cost in zip(shape.components, generator.random(24), strict=True)}
+@pytest.mark.parametrize("group_channels", [16, 24])  # 4 parts of an MLP, or 3, the first one smaller
+@pytest.mark.parametrize("drawn", [lambda rng, n: rng.random(n), lambda rng, n: rng.integers(0, 4, n)])
+def test_milp_keeps_first_parts_at_the_least_cost(monkeypatch, group_channels, drawn):
+    monkeypatch.setattr(parts, "GROUP_CHANNELS", group_channels)
+    tiny = build_tiny_llm()
+    shape = SwitchableLLM(tiny.model, tiny.tokenizer, tiny.name, "group").shape
+    values = drawn(np.random.default_rng(3), len(shape.components)).tolist()
+    costs = {row.name: float(cost) for row, cost in zip(shape.components, values, strict=True)}
     policy, scenario = MilpPolicy(shape, costs), scenario_of(shape, 0.9)
     mask = policy.decide(scenario.workload, scenario.budget_bytes)
     total = sum(costs[row.name] for row in mask.dropped)
@@ -156,4 +161,14 @@ def test_milp_keeps_first_parts_at_the_least_cost(grouped):
         cost = sum(costs[row.name] for row in other.dropped)
         if cost < best and fits(other, shape, scenario):
             best = cost
-    assert mask.widths and total <= best * 1.001
+    assert mask.widths and total <= best + 1e-9
+
+
+def test_milp_does_not_reach_a_cheap_part_but_through_those_behind_it(grouped):
+    costs = {row.name: 100.0 for row in grouped.shape.components}
+    first, second = ([row.name for row in grouped.shape.components if row.site == Site(n, MLP)] for n in (0, 1))
+    costs |= dict(zip(first, (9.0, 1.0, 4.0, 3.0), strict=True)) | dict(zip(second, (9.0, 9.0, 1.0, 5.0), strict=True))
+    dense = PruningMask.all_kept(grouped.shape)
+    cheapest = dense.drop(*second[2:])  # 6, where the first site's two last ones cost 7, those in front of its last 5
+    budget_bytes = footprint(grouped.shape, cheapest, Workload(1, 16)).peak_bytes
+    assert MilpPolicy(grouped.shape, costs).decide(Workload(1, 16), budget_bytes) == cheapest
