@@ -58,13 +58,14 @@ class Halves:
         return {"repeated_items": self.repeated_items, "unchecked_items": count_unchecked(self.held_out)}
 
 
-def task_halves(
+def task_halves(  # noqa: PLR0913 - its arguments are the keys of a YAML
     tasks: Sequence[str],
     report_tasks: Sequence[str] | None = None,
     include_path: str | None = None,
     limit: int | None = None,
     metric: str = "acc",
     batch_tokens: int = 4096,
+    fitness: str | None = None,
 ) -> Halves:
     """Accuracy on lm-eval tasks.
 
@@ -77,16 +78,17 @@ def task_halves(
         limit: Items of each half of each task, repeated ones among them; None for all.
         metric: What the score is the mean of.
         batch_tokens: Tokens that are forwarded at once.
+        fitness: The metric that masks are searched by; None for the same.
 
     Raises:
         ContaminationFound: All items of a search task would be reported on as well.
         RapError: Whatever `HarnessEvaluator` raises.
     """
     folder = None if include_path is None else os.path.expanduser(include_path)
-    options = {"include_path": folder, "limit": limit, "metric": metric, "batch_tokens": batch_tokens}
+    options = {"include_path": folder, "limit": limit, "batch_tokens": batch_tokens}
     search_half, report_half = (None, None) if report_tasks else ("search", "report")
-    search = HarnessEvaluator(tasks, half=search_half, **options)
-    report = HarnessEvaluator(report_tasks or tasks, half=report_half, **options)
+    search = HarnessEvaluator(tasks, half=search_half, metric=fitness or metric, **options)
+    report = HarnessEvaluator(report_tasks or tasks, half=report_half, metric=metric, **options)
     repeated = _repeated_items(search.item_texts, report.item_texts)
     if repeated:
         search = search.without(repeated)

@@ -126,6 +126,13 @@ def test_packaged_halves_are_the_even_and_the_odd_documents(tiny_llm):
     assert isinstance(by_divergence, DivergenceEvaluator) and (by_divergence.windows == halves.search.windows).all()
 
 
+def test_tasks_may_be_searched_by_another_metric_than_they_are_reported_by(tiny_llm):
+    halves = task_halves(["rap_search"], ["rap_report"], limit=2, fitness="smooth_acc")
+    for half, metric in ((halves.search, "smooth_acc"), (halves.report, "acc")):
+        evaluation = half.evaluate(tiny_llm)
+        assert evaluation.score == evaluation.mean(metric)
+
+
 def test_tasks_hold_out_what_is_searched_on_too():
     halves = task_halves(["rap_search"], ["rap_report"], limit=2)
     assert len(halves.held_out) == len(halves.search.item_texts) + len(halves.report.item_texts) == 12

@@ -83,14 +83,14 @@ def test_record_holds_a_row_for_every_scenario_and_reference(first):
 
 
 def test_objective_is_the_mean_reward_on_the_search_half(first):
-    # no mask exceeds its budget, so that the default reward is the mean probability of right choices
-    smooth = [[task["smooth_acc"] for task in row["search"]["tasks"].values()] for row in first["results"]["rows"]]
-    assert first["results"]["objective"] == pytest.approx(np.mean(smooth))
+    # no mask exceeds its budget, so that rewards are accuracies
+    scores = [row["search"]["score"] for row in first["results"]["rows"]]
+    assert first["results"]["objective"] == pytest.approx(sum(scores) / 2)
 
 
 def test_report_half_without_choices_has_no_reward_by_them(run_here, folder):
     text = ("+evaluation@report.text=packaged_text", "report.text.report_windows=[1,32]")
-    for row in run_here(folder / "text", "agent=random", *text)["results"]["rows"]:
+    for row in run_here(folder / "text", "agent=random", "reward=smooth", *text)["results"]["rows"]:
         reports = row["reports"]
         assert reports["text"]["reward"] is None and reports["text"]["score"] < 0 < reports["embedded"]["reward"]
 
@@ -198,10 +198,10 @@ def test_jobs_of_a_sweep_share_what_neither_agent_nor_seed_changes():
         with initialize_config_dir(str(PROJECT / "conf"), version_base="1.3"):
             return build(compose("config", ["experiment=smoke", *overrides]), "embedded")
 
-    one, same = parts(), parts("seed=1", "agent=random", "reward=accuracy", "workload.search.budget_ratios=[0.7]")
+    one, same = parts(), parts("seed=1", "agent=random", "reward=smooth", "workload.search.budget_ratios=[0.7]")
     assert same.search.llm is one.search.llm and same.search.evaluator is one.search.evaluator
     assert same.windows is one.windows
-    assert (same.search.reward_weights, len(same.searched)) == ({"accuracy": 1.0, "overshoot": -5.0}, 2)
+    assert (same.search.reward_weights, len(same.searched)) == ({"smooth_accuracy": 1.0, "overshoot": -5.0}, 2)
     other = parts("evaluation.limit=3")
     assert other.search.llm is one.search.llm and other.search.evaluator is not one.search.evaluator
     assert parts("model.dtype=bfloat16").search.llm is not one.search.llm
@@ -276,7 +276,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(override, message, ref
 
 
 def test_reward_by_choices_is_refused_for_a_text_before_any_work(refusal, tmp_path):
-    said = refusal("agent=greedy_gsi", "evaluation=packaged_text", "~evaluation.limit")
+    said = refusal("agent=greedy_gsi", "reward=smooth", "evaluation=packaged_text", "~evaluation.limit")
     assert said.startswith("error: reward: smooth_accuracy is the mean probability of right choices, and ")
     assert said.endswith(" has none; expected reward=loss for a text, or reward=accuracy")
     assert not files_in(tmp_path).keys() - {"cache/results.db"}
