@@ -24,7 +24,7 @@ class MixtureEvaluator(Evaluator):
     def __init__(self, parts: Sequence[tuple[Evaluator, float]]) -> None:
         if len(parts) < 2 or not all(weight > 0.0 for _evaluator, weight in parts):
             raise InvalidReward(f"expected two evaluators or more, with weights above 0; got {[w for _, w in parts]}")
-        self._parts = tuple(parts)
+        self._parts = tuple((evaluator, float(weight)) for evaluator, weight in parts)  # 1 and 1.0 are one identity
         self.name = " + ".join(f"{weight:g} x {evaluator.name}" for evaluator, weight in parts)
 
     @property

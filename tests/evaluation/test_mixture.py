@@ -1,5 +1,7 @@
 """A mixture scores by the weighted sum of its parts, and tells the tasks of all of them."""
 
+import json
+
 import pytest
 import torch
 
@@ -37,6 +39,7 @@ def test_its_first_part_is_that_of_its_parts_and_another_evaluator(tiny_llm, par
     assert half.tokens(tiny_llm) == sum(part.first(0.5).tokens(tiny_llm) for part in parts)
     weighted = MixtureEvaluator([(parts[0], 1.0), (parts[1], 2.0)])
     assert len({str(each.identity) for each in (mixture, half, weighted)}) == 3
+    assert json.dumps(MixtureEvaluator([(part, 1) for part in parts]).identity) == json.dumps(mixture.identity)
 
 
 def test_right_answers_are_those_of_the_items(tiny_llm, parts):
