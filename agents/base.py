@@ -50,7 +50,7 @@ class Task:
         removals: Rounds of the importance ranking; None for a full one.
         exact: Whether the ranking tries every component in every round.
         archive: Rewards of all evaluated masks that fit their scenarios; the driver fills it, and `ranking`.
-        progress: Called with (tokens spent, token budget), by learners with (steps, all steps).
+        progress: Called with (tokens spent, token budget), by learners also with (steps, all steps).
         log: Called with (tokens spent, metrics), by learners with (steps, metrics).
     """
 
@@ -75,6 +75,14 @@ class Task:
         preparation, budget = self.problem.llm.preparation, self.problem.budget
         if preparation.tokens and budget.spend("preparation", ["order of parts"], preparation.tokens):
             budget.measured_seconds += preparation.seconds
+
+    def progress_of_steps(self, done: int, total: int) -> None:
+        """Reports the steps of a training, or the tokens while they are nearer to their end: later steps are cheap."""
+        budget = self.problem.budget
+        pays = budget.limit is not None and budget.left >= self.problem.meter.tokens_each
+        if pays and budget.spent * total > budget.limit * done:
+            done, total = budget.spent, budget.limit
+        self.progress(done, total)
 
     def remember(self, masks: Iterable[PruningMask]) -> None:
         """Puts evaluated masks into the archive, with what they are worth in any context that they fit."""

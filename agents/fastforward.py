@@ -58,7 +58,7 @@ class _Watch(BaseCallback):
     def _on_step(self) -> bool:
         task, (episodes, reward) = self._search_task, self._problem.rewards[-1]
         task.log(episodes, {"reward": reward, "tokens": task.problem.budget.spent})
-        task.progress(episodes, self._total_episodes)
+        task.progress_of_steps(episodes, self._total_episodes)
         return True
 
 

@@ -67,7 +67,7 @@ class _Watch(BaseCallback):
             means = {name: sum(column) / len(column) for name, column in columns.items()}
             self._gains.append((self.num_timesteps, means["gain_over_greedy"]))
             task.log(self.num_timesteps, means | {"tokens": task.problem.budget.spent})
-        task.progress(min(self.num_timesteps, self._total_steps), self._total_steps)
+        task.progress_of_steps(min(self.num_timesteps, self._total_steps), self._total_steps)
         return True
 
 

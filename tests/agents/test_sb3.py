@@ -124,6 +124,7 @@ def test_training_goes_on_when_the_token_budget_is_used_up(name, make_task, grid
     assert task.problem.budget.left == 0 and result.tokens == task.problem.budget.limit
     assert result.evaluations == task.problem.evaluator.calls == len(evaluated_masks(task)) == 20
     assert result.details["steps"] >= 1500 and progress[-1] == (1500, 1500)
+    assert {total for _done, total in progress} == {task.problem.budget.limit, 1500}, "tokens while they are spent"
     assert result.details["evaluated_steps"] >= 10 and result.details["approximated_steps"] > 20
     assert task.archive and set(task.archive) <= set(task.problem.meter.known)
     assert type(result.policy) is KINDS[name]
