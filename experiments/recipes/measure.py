@@ -159,7 +159,7 @@ def _report(problem: PruningProblem, outcome: Outcome) -> dict[str, Any]:
     terms = outcome.reward_terms
     return {
         "score": outcome.score,
-        "reward": problem.reward(outcome) if problem.reward_weights.keys() <= terms.keys() else None,  # of other data
+        "reward": problem.reward(outcome) if problem.reward_weights.keys() <= terms.keys() else None,  # texts lack some
         "reward_terms": terms,
         "tasks": outcome.evaluation.tasks,
     }
