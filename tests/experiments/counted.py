@@ -17,7 +17,8 @@ class CountedEvaluator(PerplexityEvaluator):
             yield mask, evaluation
 
 
-def counted_halves(llm, search_windows, report_windows, seed=0) -> Halves:
+def counted_halves(llm, search_windows, report_windows, seed=0, fitness="loss") -> Halves:
+    assert fitness == "loss", "only the loss is counted"
     halves = packaged_text_halves(llm, search_windows, report_windows, seed)
     search, report = (CountedEvaluator(half.windows, half.name) for half in (halves.search, halves.report))
     return Halves(search, report, halves.search_text, halves.reported, halves.held_out)
