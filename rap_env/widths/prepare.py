@@ -62,6 +62,8 @@ class WidthRecipe:
             raise CompensationFailed(
                 f"expected a ridge of at least 0 with compensation 'ridge'; got {self.ridge} with {self.compensation!r}"
             )
+        if self.ridge is not None:
+            object.__setattr__(self, "ridge", float(self.ridge))  # 1 and 1.0 are one recipe, which is measured once
 
     @property
     def chooses_ridge(self) -> bool:

@@ -191,6 +191,7 @@ def test_what_was_measured_is_kept_and_the_same_model_is_not_measured_again(monk
     monkeypatch.setattr(prepare, "input_statistics", None)
     prepare_widths(second, WINDOWS, WidthRecipe("flap", "ridge"))
     assert first.digest == second.digest and first.preparation == second.preparation
+    assert repr(WidthRecipe("flap", "ridge", 1)) == repr(WidthRecipe("flap", "ridge", 1.0))
     mask = some_widths(first)[1]
     with torch.inference_mode(), first.pruned(mask), second.pruned(mask):
         assert torch.equal(first.model(TOKENS).logits, second.model(TOKENS).logits)
