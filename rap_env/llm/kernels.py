@@ -55,21 +55,26 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 def added(linear: nn.Module, inputs: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """`residual + linear(inputs)`, [..., C] -> [..., H]."""
     if _fuses(linear, inputs):
-        return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, linear.weight, linear.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, _dense(linear.weight), linear.bias, "add")
     return residual + linear(inputs)
 
 
 def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """`activation(gate(inputs)) * up(inputs)`, [..., H] -> [..., C]."""
     if _fuses(gate, inputs) and _fuses(up, inputs) and isinstance(activation, nn.SiLU | SiLUActivation):
-        opened = torch.ops.mkldnn._linear_pointwise(inputs, gate.weight, gate.bias, "swish", [1.0], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(inputs, opened, up.weight, up.bias, "mul")
+        opened = torch.ops.mkldnn._linear_pointwise(inputs, _dense(gate.weight), gate.bias, "swish", [1.0], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(inputs, opened, _dense(up.weight), up.bias, "mul")
     return activation(gate(inputs)) * up(inputs)
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody wants to see a module's calls, so that it has to be called."""
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _dense(weight: torch.Tensor) -> torch.Tensor:
+    """Without gaps between its rows or columns [N, K]: oneDNN takes others by a loop, a thousand times slower."""
+    return weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
 
 
 def _learns(*tensors: torch.Tensor) -> bool:
