@@ -34,8 +34,7 @@ class FamilySurrogateAgent(Agent):
     repeats the evaluations of a smaller one.
 
     Args:
-        levels: Measured widths of a site alone, at most; fewer where `curve_part` of the budget does not pay for them.
-        curve_part: Of the token budget, what the curves may take.
+        levels: Measured widths of a site alone, at most; fewer where the budget does not pay for them.
         batch: Masks that are evaluated between two fits.
         hope: Deviations below the predicted logarithm of a loss that a mask is given credit for when it is asked for.
         fear: Deviations above that it is charged with in the end.
@@ -45,19 +44,18 @@ class FamilySurrogateAgent(Agent):
     def __init__(
         self,
         levels: int = 2,
-        curve_part: float = 0.5,
         batch: int = 8,
         hope: float = 1.0,
         fear: float = 1.0,
         answer: Answer | None = None,
     ) -> None:
-        self._levels, self._curve_part, self._batch = levels, curve_part, batch
+        self._levels, self._batch = levels, batch
         self._hope, self._fear, self._answer = hope, fear, answer or ClimbedTable()
 
     def begin(self, task: Task) -> None:
         super().begin(task)
         problem = task.problem
-        curves = measure_site_curves(problem.meter, self._levels, self._curve_part)
+        curves = measure_site_curves(problem.meter, self._levels)
         rewards = {mask: problem.reward_within_budget(problem.meter.known[mask]) for mask in curves.known}
         self._curves = dataclasses.replace(curves, known=rewards)
         self._greedy, uniform = PricedPolicy(problem.shape, self._curves.costs), UniformAgent()

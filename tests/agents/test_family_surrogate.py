@@ -98,6 +98,15 @@ def test_a_larger_budget_repeats_the_evaluations_of_a_smaller_one(grouped):
     assert evaluated_masks(long)[:80] == evaluated_masks(short)
 
 
+@pytest.mark.parametrize("limit", [13, 14, 24, 25])
+def test_a_budget_that_pays_for_little_more_than_curves_ends_as_a_policy_too(limit, grouped):
+    task = make_task(grouped, limit, Rivals())
+    result = run_search(FamilySurrogateAgent(**SMALL), task)
+    assert 13 <= result.evaluations <= limit
+    grid = scenario_grid(grouped.shape, *BETWEEN)
+    assert all(fits(mask, grouped.shape, each) for mask, each in zip(decided(result.policy, grid), grid, strict=True))
+
+
 def test_a_search_ends_when_a_model_has_no_new_masks(tiny_llm):
     task = make_task(tiny_llm, evaluator=LastIsLeast())
     result = run_search(FamilySurrogateAgent(**SMALL), task)
