@@ -48,10 +48,12 @@ def test_between_measured_widths_a_curve_is_straight(grouped):
     assert [curves.costs[name] for name in mlp] == pytest.approx([3 / 8, 3 / 8, 1 / 8, 1 / 8])
 
 
-@pytest.mark.parametrize(("tokens", "levels"), [(25, 4), (24, 3), (9, 1)])
-def test_there_are_as_many_levels_as_the_budget_pays_for(tokens, levels, grouped):
+@pytest.mark.parametrize(
+    ("tokens", "part", "levels"), [(25, 1.0, 4), (24, 1.0, 3), (50, 0.5, 4), (9, 1.0, 1), (9, 0.1, 1)]
+)
+def test_there_are_as_many_levels_as_the_budget_pays_for(tokens, part, levels, grouped):
     meter = meter_of(grouped, tokens)
-    curves = measure_site_curves(meter, 4)
+    curves = measure_site_curves(meter, 4, part)
     assert curves.levels == levels and meter.budget.spent <= tokens
 
 
