@@ -13,7 +13,7 @@ from rap_env.mask import PruningMask
 from rap_env.policies import PricedPolicy
 
 STARTS = ("random", "greedy", "uniform", "single_sites")
-_LEVELS, _CURVE_PART = 4, 0.5  # of the curves of single sites, and of the token budget what these may take
+_LEVELS = 4  # of the curves of single sites
 Evolution = Generator[list[PruningMask], list[float], None]
 
 
@@ -28,7 +28,7 @@ class ScenarioAgent(ArchiveAgent):
             takes) or `"equal_counts"` (as many attentions as MLPs).
         start: `"random"` masks, which need no ranking, `"greedy"`, the ranking's, or `"uniform"`, the same part of each
             site, which needs none either, or `"single_sites"`: the greedy walk along curves of single sites, which are
-            measured on the search half.
+            measured on the search half and leave at least one evaluation for each scenario.
         fill: See `ArchivePolicy`.
 
     Raises:
@@ -44,7 +44,8 @@ class ScenarioAgent(ArchiveAgent):
         if self._start != "single_sites":
             return super().first_order()
         shape, scenarios = self.task.problem.shape, self.task.scenarios
-        self._priced = PricedPolicy(shape, measure_site_curves(self.task.problem.meter, _LEVELS, _CURVE_PART).costs)
+        curves = measure_site_curves(self.task.problem.meter, _LEVELS, reserve=len(scenarios))
+        self._priced = PricedPolicy(shape, curves.costs)
         return self._priced.order(scenarios[len(scenarios) // 2].workload) if scenarios else self.random_order()
 
     def started(self, space: Granularity) -> list[np.ndarray]:

@@ -47,7 +47,7 @@ class SiteCurves:
         return dict(zip((component.name for component in self.dense.components), steps, strict=True))
 
 
-def measure_site_curves(meter: Meter, levels: int, budget_part: float = 1.0) -> SiteCurves:
+def measure_site_curves(meter: Meter, levels: int, reserve: int = 0) -> SiteCurves:
     """Measures every site alone at up to so many widths, spread evenly; sites of fewer parts at each width.
 
     With 4 levels that are 210 masks for 30 layers with 3 KV heads and 24 groups of channels each, and the dense model.
@@ -56,7 +56,7 @@ def measure_site_curves(meter: Meter, levels: int, budget_part: float = 1.0) -> 
     Args:
         meter: Evaluates, and pays.
         levels: Widths of a site, all its parts not counted.
-        budget_part: Of the tokens that are left, what the measurements may take.
+        reserve: Evaluations that the token budget is still to pay for afterwards, with fewer levels if need be.
 
     Raises:
         SearchExhausted: What is left does not cover one level.
@@ -65,8 +65,8 @@ def measure_site_curves(meter: Meter, levels: int, budget_part: float = 1.0) -> 
     if levels < 1:
         raise ValueError(f"expected at least one level; got {levels}")
     dense = PruningMask.all_kept(meter.llm.shape)
-    masks, paid_for = _masks(dense, levels), budget_part * meter.budget.left
-    while levels > 1 and len(masks) * meter.tokens_each > paid_for:
+    masks = _masks(dense, levels)
+    while levels > 1 and (len(masks) + reserve) * meter.tokens_each > meter.budget.left:
         levels -= 1
         masks = _masks(dense, levels)
     scores = (each.score for each in meter.evaluate(masks))

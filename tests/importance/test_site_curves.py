@@ -49,11 +49,11 @@ def test_between_measured_widths_a_curve_is_straight(grouped):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "part", "levels"), [(25, 1.0, 4), (24, 1.0, 3), (50, 0.5, 4), (9, 1.0, 1), (9, 0.1, 1)]
+    ("tokens", "reserve", "levels"), [(25, 0, 4), (24, 0, 3), (27, 2, 4), (26, 2, 3), (9, 0, 1), (9, 8, 1)]
 )
-def test_there_are_as_many_levels_as_the_budget_pays_for(tokens, part, levels, grouped):
+def test_there_are_as_many_levels_as_the_budget_pays_for(tokens, reserve, levels, grouped):
     meter = meter_of(grouped, tokens)
-    curves = measure_site_curves(meter, 4, part)
+    curves = measure_site_curves(meter, 4, reserve)
     assert curves.levels == levels and meter.budget.spent <= tokens
 
 
