@@ -7,17 +7,14 @@ from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.generation import generated, read_together
 from experiments.benchmarks.timing import alternate, counted, speedup
 from rap_env.llm.live import LiveModel
-from rap_env.llm.weights import WeightStore
 
 
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Greedy tokens behind a prompt, batch size 1; the time that reading the prompt takes is taken off both."""
     options, llm = bench.options["decoding"], bench.llm
     prompt = bench.windows()[0, : options["prompt_tokens"]].tolist()
-    WeightStore(llm)  # as a service has
     live, step = LiveModel(llm), counted(progress, 4 * options["repeats"])
 
-    live.settle()
     new = options["new_tokens"]
     generated(llm, [prompt], 2), read_together(live, [prompt], 2)
     ways = {

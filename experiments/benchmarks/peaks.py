@@ -118,7 +118,6 @@ def _timed_steps(
 ) -> float:
     """Mean seconds of a step; one beforehand is not counted."""
     live.switch(mask)
-    live.settle()
     prompt = range(1, 1 + options["prompt_tokens"])
     if not batch_size:
         live.read([(live.new_cache(len(prompt)), prompt)])

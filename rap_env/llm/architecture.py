@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 from rap_env.components import ATTENTION
 from rap_env.errors import UnknownName
 from rap_env.llm.attention import attention as attend
-from rap_env.llm.kernels import LaidOutLinear, added, can_lay_out, gated, hooked, rms_norm, rotated
+from rap_env.llm.kernels import added, gated, hooked, rms_norm, rotated
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
-from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_modules, with_tensors
+from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_tensors
 from rap_env.llm.placement import moved
 from rap_env.llm.supported import Window, check_member
 
@@ -216,13 +216,6 @@ class DecoderLayer:
         """The layer with other tensors in some places; see `rap_env.llm.parts.with_tensors`."""
         module = with_tensors(self.module, tensors)
         return DecoderLayer(module, self._architecture, self._packed_attention.config)
-
-    def laid_out(self, kind: str) -> "DecoderLayer":
-        """The layer with laid-out matrices in one site, as far as they are plain ones; see `LaidOutLinear`."""
-        paths = next(iter(self.cuts(kind).values()))
-        linears = {path: submodule(self.module, path) for path in paths}
-        made = {path: LaidOutLinear(linear) for path, linear in linears.items() if can_lay_out(linear)}
-        return DecoderLayer(with_modules(self.module, made), self._architecture, self._packed_attention.config)
 
     def modules_of(self, kind: str) -> list[nn.Module]:
         """The modules that hold a site's weights, without the norm in front."""

@@ -58,9 +58,6 @@ class HostCopies:
             for one, _span in pieces:
                 one.parameter.data = one.parameter.new_empty(0)
 
-    def set_aside(self, pieces: Sequence[Piece]) -> None:
-        """Does nothing: what is not on the device can't be computed with."""
-
     def freed_bytes(self, piece: Piece) -> int:
         """All of a piece's bytes."""
         return piece[1][1] - piece[1][0]

@@ -8,33 +8,12 @@ bit and lie nearer to those in float32. All other types, devices and modules (qu
 upstream's do, bit by bit.
 """
 
-import functools
-
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
 _FEW_ROWS = 4  # with fewer, as in decoding, fused products take longer than those of separate operations
 _TILE_ELEMENTS = 2**17  # of float32: what a tile needs stays in a core's cache
-
-
-class LaidOutLinear(nn.Module):
-    """A bfloat16 linear layer, [..., K] -> [..., N], whose matrix lies as oneDNN's kernels want it.
-
-    torch's own has its matrix laid out anew for each product, which for few rows takes longer than the product itself.
-
-    Args:
-        linear: On a CPU; is not needed afterwards.
-    """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.bias = linear.bias
-        rows = 1  # that it is meant for; others take the same layout
-        self.matrix = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), rows)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.matrix, self.bias, "none", [], "")
 
 
 def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -76,15 +55,15 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 def added(linear: nn.Module, inputs: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """`residual + linear(inputs)`, [..., C] -> [..., H]."""
     if _fuses(linear, inputs):
-        return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, _matrix(linear), linear.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, _dense(linear.weight), linear.bias, "add")
     return residual + linear(inputs)
 
 
 def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """`activation(gate(inputs)) * up(inputs)`, [..., H] -> [..., C]."""
     if _fuses(gate, inputs) and _fuses(up, inputs) and isinstance(activation, nn.SiLU | SiLUActivation):
-        opened = torch.ops.mkldnn._linear_pointwise(inputs, _matrix(gate), gate.bias, "swish", [1.0], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(inputs, opened, _matrix(up), up.bias, "mul")
+        opened = torch.ops.mkldnn._linear_pointwise(inputs, _dense(gate.weight), gate.bias, "swish", [1.0], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(inputs, opened, _dense(up.weight), up.bias, "mul")
     return activation(gate(inputs)) * up(inputs)
 
 
@@ -93,22 +72,8 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
-def can_lay_out(linear: nn.Module) -> bool:
-    """Whether a `LaidOutLinear` does what this module does, if it is a bfloat16 one on a CPU."""
-    return type(linear) is nn.Linear and not hooked(linear)
-
-
-@functools.cache
-def computes_bfloat16() -> bool:
-    """Whether oneDNN has kernels for bfloat16 on this processor."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _matrix(linear: nn.Linear | LaidOutLinear) -> torch.Tensor:
+def _dense(weight: torch.Tensor) -> torch.Tensor:
     """Without gaps between its rows or columns [N, K]: oneDNN takes others by a loop, a thousand times slower."""
-    if type(linear) is LaidOutLinear:
-        return linear.matrix
-    weight = linear.weight
     return weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
 
 
@@ -121,7 +86,9 @@ def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
         inputs.dtype == torch.bfloat16
         and inputs.numel() >= _FEW_ROWS * inputs.shape[-1]
         and inputs.device.type == "cpu"
+        and type(linear) is nn.Linear
         and not hooked(linear)
-        and (type(linear) is LaidOutLinear or (type(linear) is nn.Linear and not _learns(inputs, linear.weight)))
-        and computes_bfloat16()
+        and not _learns(inputs, linear.weight)
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

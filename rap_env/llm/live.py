@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional
 
 from rap_env.components import ATTENTION
-from rap_env.llm.laid_out import LaidOut
 from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, attend_together, filled
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
@@ -90,7 +89,6 @@ class LiveModel:
         self.llm, self.form = llm, CacheFormat.of(llm)
         quantised = any(isinstance(module, Quantised) for module in llm.model.modules())
         self._few_rows = range(1, 1 + KERNEL_ROWS) if quantised else _FEW_ROWS
-        self._laid_out = LaidOut(llm)
         self._prepare()
 
     def switch(self, mask: PruningMask) -> None:
@@ -107,19 +105,7 @@ class LiveModel:
     def _prepare(self) -> None:
         self.heads = self.form.heads_of(self.llm.mask)
         self._recorded = RecordedSteps(self._step)
-        self._layers = self._laid_out.follow(kept_sites(self.llm.mask))
-
-    def settle(self) -> bool:
-        """Lays out at once what the steps after a switch would lay out one by one; whether there was anything."""
-        changed = False
-        while self._lay_out():
-            changed = True
-        return changed
-
-    def _lay_out(self) -> bool:
-        if one := self._laid_out.next():
-            self._layers |= [one]
-        return one is not None
+        self._steps = [(site, self.llm.layer_of(site)) for site in kept_sites(self.llm.mask)]
 
     def new_cache(self, capacity_tokens: int) -> SequenceCache:
         """A cache for a sequence that is read with the present mask."""
@@ -140,7 +126,6 @@ class LiveModel:
         """
         for cache, tokens in readings:
             cache.check_room(len(tokens))
-        self._lay_out()
         flat = [token for _cache, tokens in readings for token in tokens]
         positions = [cache.length + place for cache, tokens in readings for place in range(len(tokens))]
         padding = [0] * (padded(len(flat), self._few_rows) - len(flat))
@@ -149,7 +134,7 @@ class LiveModel:
         if stream.step is None:
             last = [end - 1 for end in accumulate(len(tokens) for _cache, tokens in readings)]
             rows = [*last, *last[-1:] * (padded(len(last), self._few_rows) - len(last))]
-            logits = self._logits(self._forward(inputs, stream)[0, rows])
+            logits = self.llm.logits(self._forward(inputs, stream)[0, rows])
         else:
             logits = self._recorded.run(inputs, stream)
         for cache, tokens in readings:
@@ -159,11 +144,9 @@ class LiveModel:
     def _forward(self, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
         """Tokens and positions [2, N] -> the residual stream behind the last site [1, N, H]."""
         unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.llm.device)  # upstream would build a mask
-        hidden, context = self.llm.open_stream(
-            **self._laid_out.inputs(inputs[:1]), position_ids=inputs[1:], attention_mask=unmasked
-        )
+        hidden, context = self.llm.open_stream(inputs[:1], position_ids=inputs[1:], attention_mask=unmasked)
         context = context | {"attention_mask": stream}
-        for site, layer in self._layers.items():
+        for site, layer in self._steps:
             if site.kind == ATTENTION:
                 stream.layer, stream.heads = site.layer, self.heads[site.layer]
             hidden = layer.run(site.kind, hidden, context)
@@ -171,10 +154,7 @@ class LiveModel:
 
     def _step(self, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
         """Logits [N, V] of one token of each sequence."""
-        return self._logits(self._forward(inputs, stream)[0])
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._laid_out.head(self.llm.final_norm(hidden))
+        return self.llm.logits(self._forward(inputs, stream)[0])
 
     def warm_up(self, read_tokens: int, masks: Sequence[PruningMask], longest_tokens: int) -> None:
         """Reads once in every number of rows that will come, so that libraries have made their programs.
@@ -198,11 +178,6 @@ class LiveModel:
 
     def _read_all_rows(self, mask: PruningMask, read_tokens: int, longest_tokens: int) -> None:
         self.switch(mask)
-        self._read_rows(read_tokens, longest_tokens)
-        if self.settle():
-            self._read_rows(read_tokens, longest_tokens)
-
-    def _read_rows(self, read_tokens: int, longest_tokens: int) -> None:
         for n_tokens in sorted({padded(n, self._few_rows) for n in range(1, read_tokens + 1)}):
             self.read([(self.new_cache(n_tokens), [0] * n_tokens)])
         cache, n_tokens = self.new_cache(longest_tokens), min(read_tokens, longest_tokens)

@@ -49,14 +49,13 @@ class MappedWeights:
         folder: For the file.
 
     Attributes:
-        folder: That.
         path: Of the file, once there is one.
     """
 
     by_parts = True
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self._folder = folder
 
     def take(self, stored: Sequence[Stored], digest: str) -> None:
         """Makes tensors views of the mapping.
@@ -70,7 +69,7 @@ class MappedWeights:
         """
         self._header, self._starts, self._size = _layout(stored)
         self._sums = {one: zlib.crc32(_bytes_of(one)) for one in stored}
-        path = self.path = self.folder / f"{digest}.{zlib.crc32(self._header):08x}.safetensors"
+        path = self.path = self._folder / f"{digest}.{zlib.crc32(self._header):08x}.safetensors"
         try:
             if not path.exists() or not self._is_open():
                 write_pieces(path, self._pieces(stored))
@@ -111,25 +110,6 @@ class MappedWeights:
             if first < end:
                 self._map.madvise(mmap.MADV_RANDOM, first, end - first)
                 self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
-
-    def set_aside(self, pieces: Sequence[Piece]) -> None:
-        """Gives back the whole pages of pieces that may be read at any time, which brings them in again."""
-        for piece in pieces:
-            first, end = self._pages(piece)
-            if first < end:
-                self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
-
-    def rows(self, one: Stored, rows: Sequence[int]) -> torch.Tensor:
-        """Copies of rows of a matrix [N, K] -> [rows, K], from the file: no page of it comes into memory.
-
-        Raises:
-            WeightsUnavailable: The file has not so many bytes any more.
-        """
-        n_bytes = one.n_bytes // one.shape[0]
-        read = b"".join(os.pread(self._file, n_bytes, self._starts[one] + row * n_bytes) for row in rows)
-        if len(read) < len(rows) * n_bytes:
-            raise WeightsUnavailable(f"{self.path} was cut: a row of {one.name} is missing")
-        return torch.frombuffer(bytearray(read), dtype=one.parameter.dtype).view(-1, one.shape[1])
 
     def freed_bytes(self, piece: Piece) -> int:
         """The bytes of a piece that are whole pages; a tensor's last page has nothing else in it."""

@@ -94,21 +94,6 @@ def with_tensors(layer: nn.Module, tensors: Mapping[tuple[str, str], torch.Tenso
     return copies[""]
 
 
-def with_modules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of a layer that has other modules in some places.
-
-    Args:
-        layer: A decoder layer; stays as it is.
-        modules: By path.
-    """
-    copies = {"": _shallow(layer)}
-    copies[""].__dict__.pop("forward", None)
-    for path, module in modules.items():
-        parent, _, name = path.rpartition(".")
-        _copied_on_the_way(copies, parent)._modules[name] = module
-    return copies[""]
-
-
 def _copied_on_the_way(copies: dict[str, nn.Module], path: str) -> nn.Module:
     """The copy of a module, made with those of the modules that hold it; no closure: it would keep all from going."""
     if path not in copies:

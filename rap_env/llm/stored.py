@@ -97,9 +97,6 @@ class Memory(Protocol):
     def release(self, pieces: Sequence[Piece]) -> None:
         """Lets go of pieces; those that are not there are no error."""
 
-    def set_aside(self, pieces: Sequence[Piece]) -> None:
-        """Lets pieces leave as far as they come back by themselves when they are computed with."""
-
     def freed_bytes(self, piece: Piece) -> int:
         """How many of a piece's bytes `release` frees."""
 
@@ -130,19 +127,10 @@ def stored_tensors(llm, by_parts: bool) -> dict[Site, list[Stored]]:
 
 def _of_whole_sites(llm, site: Site, names: Mapping[int, str], _by_parts: bool) -> Iterator[Stored]:
     for parameter in llm.parameters_of(site):
-        yield stored_whole(names[id(parameter)], parameter)
-
-
-def stored_whole(name: str, parameter: nn.Parameter) -> Stored:
-    """A tensor that is one piece.
-
-    Args:
-        name: In the model.
-        parameter: Where the model finds it.
-    """
-    by_columns = parameter.ndim == 2 and not parameter.is_contiguous()
-    shape, n_bytes = tuple(parameter.T.shape if by_columns else parameter.shape), parameter.nbytes
-    return Stored(name, "", parameter, by_columns, ((0, n_bytes),), (n_bytes,), False, shape, n_bytes)
+        by_columns = parameter.ndim == 2 and not parameter.is_contiguous()
+        shape, n_bytes = tuple(parameter.T.shape if by_columns else parameter.shape), parameter.nbytes
+        spans = ((0, n_bytes),)
+        yield Stored(names[id(parameter)], "", parameter, by_columns, spans, (n_bytes,), False, shape, n_bytes)
 
 
 def _of_parts(llm, site: Site, names: Mapping[int, str], by_parts: bool) -> Iterator[Stored]:

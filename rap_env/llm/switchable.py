@@ -180,11 +180,11 @@ class SwitchableLLM:
         finally:
             self.apply(previous)
 
-    def open_stream(self, input_ids: torch.Tensor | None, **inputs) -> tuple[torch.Tensor, dict]:
+    def open_stream(self, input_ids: torch.Tensor, **inputs) -> tuple[torch.Tensor, dict]:
         """Embeds tokens and stops in front of layer 0.
 
         Args:
-            input_ids: Tokens [B, T]; None where `inputs` have `inputs_embeds`.
+            input_ids: Tokens [B, T].
             **inputs: Upstream's further arguments, such as `attention_mask` or `position_ids`.
 
         Returns:

@@ -169,17 +169,6 @@ class WeightStore:
                 raise
             self.resident = self._with(mask)
 
-    def set_aside(self, site: Site) -> None:
-        """Lets the weights of a site leave that something else stands in for; they come back when they are read.
-
-        They are still resident, and counted as if they were in memory. On a GPU they stay.
-
-        Args:
-            site: Of which some parts are in memory.
-        """
-        with self._lock:
-            self.memory.set_aside(self._pieces(self.resident, needed=True, of=[Site(site.layer, site.kind)]))
-
     def prefetch(self, mask: PruningMask) -> Future:
         """Begins to read what a mask keeps, in a thread of the store; a later `restore` finds it there.
 

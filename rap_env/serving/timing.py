@@ -96,7 +96,6 @@ def measure_table(
     for repeat in range(repeats):
         for level in places:
             model.switch(ladder.masks[level])
-            model.settle()
             caches = _filled(model, max_batch, max(case.cached_tokens for case in cases), read_tokens)
             for case in cases:
                 steps.setdefault((level, case), []).append(_timed_step(model, caches, case))
