@@ -28,7 +28,7 @@ class ScenarioAgent(ArchiveAgent):
             takes) or `"equal_counts"` (as many attentions as MLPs).
         start: `"random"` masks, which need no ranking, `"greedy"`, the ranking's, or `"uniform"`, the same part of each
             site, which needs none either, or `"single_sites"`: the greedy walk along curves of single sites, which are
-            measured on the search half and leave at least one evaluation for each scenario.
+            measured on the search half, with more than two widths only if one evaluation for each scenario is left.
         fill: See `ArchivePolicy`.
 
     Raises:

@@ -10,6 +10,8 @@ import numpy as np
 from rap_env.evaluation.meter import Meter
 from rap_env.mask import PruningMask
 
+_COARSEST = 2  # levels
+
 
 @dataclass(frozen=True)
 class SiteCurves:
@@ -56,7 +58,8 @@ def measure_site_curves(meter: Meter, levels: int, reserve: int = 0) -> SiteCurv
     Args:
         meter: Evaluates, and pays.
         levels: Widths of a site, all its parts not counted.
-        reserve: Evaluations that the token budget is still to pay for afterwards, with fewer levels if need be.
+        reserve: Evaluations that the token budget is still to pay for afterwards, as long as it pays for two levels:
+            with a single one curves are too coarse for anything that begins with them.
 
     Raises:
         SearchExhausted: What is left does not cover one level.
@@ -66,7 +69,7 @@ def measure_site_curves(meter: Meter, levels: int, reserve: int = 0) -> SiteCurv
         raise ValueError(f"expected at least one level; got {levels}")
     dense = PruningMask.all_kept(meter.llm.shape)
     masks = _masks(dense, levels)
-    while levels > 1 and (len(masks) + reserve) * meter.tokens_each > meter.budget.left:
+    while levels > 1 and (len(masks) + reserve * (levels > _COARSEST)) * meter.tokens_each > meter.budget.left:
         levels -= 1
         masks = _masks(dense, levels)
     scores = (each.score for each in meter.evaluate(masks))

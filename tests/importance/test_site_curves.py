@@ -49,7 +49,8 @@ def test_between_measured_widths_a_curve_is_straight(grouped):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "reserve", "levels"), [(25, 0, 4), (24, 0, 3), (27, 2, 4), (26, 2, 3), (9, 0, 1), (9, 8, 1)]
+    ("tokens", "reserve", "levels"),
+    [(25, 0, 4), (24, 0, 3), (27, 2, 4), (26, 2, 3), (17, 8, 2), (16, 8, 1), (9, 0, 1), (9, 8, 1)],
 )
 def test_there_are_as_many_levels_as_the_budget_pays_for(tokens, reserve, levels, grouped):
     meter = meter_of(grouped, tokens)
