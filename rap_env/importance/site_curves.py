@@ -10,7 +10,7 @@ import numpy as np
 from rap_env.evaluation.meter import Meter
 from rap_env.mask import PruningMask
 
-_COARSEST = 2  # levels
+_COARSEST = 2  # levels, that a reserve leads to
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def measure_site_curves(meter: Meter, levels: int, reserve: int = 0) -> SiteCurv
     Args:
         meter: Evaluates, and pays.
         levels: Widths of a site, all its parts not counted.
-        reserve: Evaluations that the token budget is still to pay for afterwards, as long as it pays for two levels:
-            with a single one curves are too coarse for anything that begins with them.
+        reserve: Evaluations that the token budget is still to pay for afterwards, down to two levels: a single one is
+            too coarse for what begins with the curves.
 
     Raises:
         SearchExhausted: What is left does not cover one level.

@@ -69,6 +69,13 @@ def test_a_search_pays_for_the_order_of_parts(grouped):
     assert run_search(build_agent("uniform"), task).tokens == 7
 
 
+@pytest.mark.parametrize(("limit", "curves"), [(25 + 12, 25), (25 + 11, 21), (21 + 11, 17), (17, 17)])
+def test_evolution_from_curves_leaves_an_evaluation_for_each_scenario_but_keeps_two_levels(limit, curves, grouped):
+    task = make_task(grouped, limit)
+    build_agent("evopress_single_sites").begin(task)
+    assert len(task.scenarios) == 12 and task.problem.budget.spent == curves
+
+
 def scenario_of(shape, ratio: float) -> Scenario:
     dense = footprint(shape, PruningMask.all_kept(shape), Workload(1, 64)).peak_bytes
     return Scenario(Workload(1, 64), int(ratio * dense))
