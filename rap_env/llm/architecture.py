@@ -14,7 +14,7 @@ from rap_env.errors import UnknownName
 from rap_env.llm.attention import attention as attend
 from rap_env.llm.kernels import added, gated, hooked, rms_norm, rotated
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
-from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_tensors
+from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_modules, with_tensors
 from rap_env.llm.placement import moved
 from rap_env.llm.supported import Window, check_member
 
@@ -215,6 +215,17 @@ class DecoderLayer:
     def with_tensors(self, tensors: Mapping[tuple[str, str], torch.Tensor]) -> "DecoderLayer":
         """The layer with other tensors in some places; see `rap_env.llm.parts.with_tensors`."""
         module = with_tensors(self.module, tensors)
+        return DecoderLayer(module, self._architecture, self._packed_attention.config)
+
+    def with_matrices(self, kind: str, made: Callable[[nn.Module], nn.Module]) -> "DecoderLayer":
+        """The layer with other modules for the matrices of one site, but for those whose calls somebody wants to see.
+
+        Args:
+            kind: Of the site.
+            made: Gives the module that stands in for one that holds a matrix.
+        """
+        matrices = {path: submodule(self.module, path) for path in next(iter(self.cuts(kind).values()))}
+        module = with_modules(self.module, {path: made(one) for path, one in matrices.items() if not hooked(one)})
         return DecoderLayer(module, self._architecture, self._packed_attention.config)
 
     def modules_of(self, kind: str) -> list[nn.Module]:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.components import ATTENTION
+from rap_env.llm.few_rows import MOST_ROWS, FewRows, has_kernels
 from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, attend_together, filled
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
@@ -16,6 +17,7 @@ from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.measured import trim_freed_memory
 
 _FEW_ROWS, _ROWS = (1, 4, 16), 64  # see `padded`
+_KERNEL_ROWS = (*range(1, 1 + MOST_ROWS), 16)  # where few rows have a kernel of their own
 
 Reading = tuple[SequenceCache, Sequence[int]]  # a sequence's cache, and its tokens that are to be read next
 
@@ -88,7 +90,8 @@ class LiveModel:
     def __init__(self, llm: SwitchableLLM) -> None:
         self.llm, self.form = llm, CacheFormat.of(llm)
         quantised = any(isinstance(module, Quantised) for module in llm.model.modules())
-        self._few_rows = range(1, 1 + KERNEL_ROWS) if quantised else _FEW_ROWS
+        self._kernels = has_kernels(llm.device, llm.dtype)
+        self._few_rows = range(1, 1 + KERNEL_ROWS) if quantised else _KERNEL_ROWS if self._kernels else _FEW_ROWS
         self._prepare()
 
     def switch(self, mask: PruningMask) -> None:
@@ -106,6 +109,10 @@ class LiveModel:
         self.heads = self.form.heads_of(self.llm.mask)
         self._recorded = RecordedSteps(self._step)
         self._steps = [(site, self.llm.layer_of(site)) for site in kept_sites(self.llm.mask)]
+        self._few_steps, self._head = self._steps, self.llm.model.lm_head
+        if self._kernels:
+            self._head = FewRows.of(self._head)
+            self._few_steps = [(site, layer.with_matrices(site.kind, FewRows.of)) for site, layer in self._steps]
 
     def new_cache(self, capacity_tokens: int) -> SequenceCache:
         """A cache for a sequence that is read with the present mask."""
@@ -134,7 +141,7 @@ class LiveModel:
         if stream.step is None:
             last = [end - 1 for end in accumulate(len(tokens) for _cache, tokens in readings)]
             rows = [*last, *last[-1:] * (padded(len(last), self._few_rows) - len(last))]
-            logits = self.llm.logits(self._forward(inputs, stream)[0, rows])
+            logits = self._logits(self._forward(inputs, stream)[0, rows])
         else:
             logits = self._recorded.run(inputs, stream)
         for cache, tokens in readings:
@@ -146,7 +153,7 @@ class LiveModel:
         unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.llm.device)  # upstream would build a mask
         hidden, context = self.llm.open_stream(inputs[:1], position_ids=inputs[1:], attention_mask=unmasked)
         context = context | {"attention_mask": stream}
-        for site, layer in self._steps:
+        for site, layer in self._few_steps if inputs.shape[1] <= MOST_ROWS else self._steps:
             if site.kind == ATTENTION:
                 stream.layer, stream.heads = site.layer, self.heads[site.layer]
             hidden = layer.run(site.kind, hidden, context)
@@ -154,7 +161,10 @@ class LiveModel:
 
     def _step(self, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
         """Logits [N, V] of one token of each sequence."""
-        return self.llm.logits(self._forward(inputs, stream)[0])
+        return self._logits(self._forward(inputs, stream)[0])
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._head(self.llm.final_norm(hidden))
 
     def warm_up(self, read_tokens: int, masks: Sequence[PruningMask], longest_tokens: int) -> None:
         """Reads once in every number of rows that will come, so that libraries have made their programs.

@@ -13,6 +13,7 @@ from rap_env.components import ATTENTION
 from rap_env.errors import InvalidWorkload, UnsupportedArchitecture
 from rap_env.llm.architecture import decoder_layers
 from rap_env.llm.attention import attention
+from rap_env.llm.few_rows import attend, has_kernels
 from rap_env.llm.int8_cache import decoded, encoded, in_int8
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -193,7 +194,7 @@ class SequenceCache:
             What each query head read [n, hq, D].
         """
         query, key, value = states
-        own, n_new, end = self._layers.get(index), query.shape[1], self.length + query.shape[1]
+        own, end = self._layers.get(index), self.length + query.shape[1]
         if own is None:
             return query.new_zeros(query.shape).transpose(0, 1)
         places = [heads.index(head) for head in own.heads]
@@ -204,23 +205,30 @@ class SequenceCache:
             chosen, key, value = grouped[places], key[places], value[places]
         own.states[0, :, self.length : end] = self._form.encoded(key)
         own.states[1, :, self.length : end] = self._form.encoded(value)
-        # As with the rows of matrix products, few shapes mean few programs; keys behind the end are nobody's to see.
-        n_rows, n_keys = (1, end) if n_new == 1 else (filled(n_new), min(filled(end), self.capacity_tokens))
-        keys, values = self._form.decoded(own.states[:, :, :n_keys])
-        attended = functional.scaled_dot_product_attention(
-            functional.pad(chosen.flatten(0, 1), (0, 0, 0, n_rows - n_new))[None],
-            keys[None],
-            values[None],
-            attn_mask=self._visible(own.starts, n_rows, n_keys, chosen.shape[1]),
-            is_causal=n_new > 1 and self.length == 0,
-            scale=scale,
-            enable_gqa=True,
-        )[0, :, :n_new]
+        attended = self._read(own, chosen.flatten(0, 1), end, scale)
         if not whole:
             everything = torch.zeros_like(grouped)
             everything[places] = attended.unflatten(0, (len(places), -1))
             attended = everything.flatten(0, 1)
         return attended.transpose(0, 1)
+
+    def _read(self, own: _Layer, query: torch.Tensor, end: int, scale: float | None) -> torch.Tensor:
+        """What n new tokens [hq, n, D] read of all keys and values so far; the same shape."""
+        n_new = query.shape[1]
+        # As with the rows of matrix products, few shapes mean few programs; keys behind the end are nobody's to see.
+        n_rows, n_keys = (1, end) if n_new == 1 else (filled(n_new), min(filled(end), self.capacity_tokens))
+        keys, values = self._form.decoded(own.states[:, :, :n_keys])
+        if n_new == 1 and not any(own.starts) and has_kernels(query.device, query.dtype):
+            return attend(query[:, 0], keys, values, scale)[:, None]
+        return functional.scaled_dot_product_attention(
+            functional.pad(query, (0, 0, 0, n_rows - n_new))[None],
+            keys[None],
+            values[None],
+            attn_mask=self._visible(own.starts, n_rows, n_keys, len(query) // len(own.heads)),
+            is_causal=n_new > 1 and self.length == 0,
+            scale=scale,
+            enable_gqa=True,
+        )[0, :, :n_new]
 
     def _visible(self, starts: tuple[int, ...], n_rows: int, n_keys: int, group: int) -> torch.Tensor | None:
         """Which tokens each query head of new tokens may see [1, hq or 1, rows, T]; None where causality is all."""

@@ -87,11 +87,31 @@ def with_tensors(layer: nn.Module, tensors: Mapping[tuple[str, str], torch.Tenso
         layer: A decoder layer; stays as it is.
         tensors: By path of the module that has them, and name in it.
     """
-    copies = {"": _shallow(layer)}
-    copies[""].__dict__.pop("forward", None)  # what a model runs instead holds the layers of the mask before
+    copies = _copy(layer)
     for (path, name), tensor in tensors.items():
         _copied_on_the_way(copies, path)._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     return copies[""]
+
+
+def with_modules(layer: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of a layer that has other modules at some paths.
+
+    Args:
+        layer: A decoder layer; stays as it is.
+        modules: By path.
+    """
+    copies = _copy(layer)
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        _copied_on_the_way(copies, parent)._modules[name] = module
+    return copies[""]
+
+
+def _copy(layer: nn.Module) -> dict[str, nn.Module]:
+    """A copy of a layer, under the empty path."""
+    copied = _shallow(layer)
+    copied.__dict__.pop("forward", None)  # what a model runs instead holds the layers of the mask before
+    return {"": copied}
 
 
 def _copied_on_the_way(copies: dict[str, nn.Module], path: str) -> nn.Module:

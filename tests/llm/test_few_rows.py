@@ -1,0 +1,158 @@
+"""Kernels for decoding: products of a few rows, and attention of one token."""
+
+import copy
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rap_env.llm import few_rows, parts
+from rap_env.llm.few_rows import MOST_ROWS, FewRows, attend, has_kernels
+from rap_env.llm.live import LiveModel
+from rap_env.llm.loading import build_random_llm
+from rap_env.llm.switchable import SwitchableLLM
+from rap_env.llm.weights import WeightStore
+from rap_env.mask import PruningMask
+from tests.llm.test_live_cache import FULL
+from tests.llm.test_parts import GROUP, MEMBERS
+
+pytest.importorskip("rap_env.llm._few_rows", reason="built without a C compiler")
+ROUNDOFF = 2.0**-8  # of bfloat16, relative
+
+
+def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    made = nn.Linear(1, 1, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return made
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """Each value lies within a rounding to bfloat16 of the exact one, and of a sum in float32."""
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= exact.abs() * ROUNDOFF + 1e-5).all()
+
+
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 64), (64, 5), (130, 200), (576, 192)])
+@pytest.mark.parametrize("layout", ["rows", "columns", "first rows", "first columns", "columns of rows"])
+def test_products_are_those_of_upstream_but_for_rounding(rows, n, k, layout):
+    whole = randn(n + 64, k + 64)
+    by_columns = whole.t().contiguous().t()
+    weight = {
+        "rows": whole[:n, :k].contiguous(),
+        "columns": whole[:n, :k].t().contiguous().t(),
+        "first rows": whole[:n, : k + 64],
+        "first columns": by_columns[:, :k],
+        "columns of rows": whole[:n, 64:],
+    }[layout]
+    inputs = randn(1, rows, weight.shape[1], seed=1)
+    found = FewRows.of(linear(weight))(inputs)
+    assert found.shape == (1, rows, len(weight))
+    assert_rounded(found, inputs.double() @ weight.double().T)
+
+
+def test_a_bias_is_added_before_rounding():
+    weight, bias, inputs = randn(96, 64), randn(96, seed=2), randn(2, 64, seed=1)
+    exact = inputs.double() @ weight.double().T + bias.double()
+    assert_rounded(FewRows.of(linear(weight, bias))(inputs), exact)
+
+
+def test_more_rows_and_matrices_with_gaps_both_ways_are_upstreams():
+    many, gaps = randn(MOST_ROWS + 1, 64, seed=1), randn(128, 128)[::2, ::2]
+    weight = randn(96, 64)
+    assert torch.equal(FewRows.of(linear(weight))(many), functional.linear(many, weight))
+    assert torch.equal(FewRows.of(linear(gaps))(many[:1]), functional.linear(many[:1], gaps))
+
+
+def test_what_is_not_finite_stays_so():
+    weight, inputs = randn(4, 64), randn(1, 64, seed=1)
+    weight[1, 3], weight[2, 5], inputs[0, 3:6] = torch.inf, torch.nan, 1.0
+    found = FewRows.of(linear(weight))(inputs)[0]
+    assert found.isfinite().tolist() == [True, False, False, True]
+    assert found[1] == torch.inf
+    assert found[2].isnan()
+
+
+def test_the_layer_has_the_weights_of_the_other_and_follows_them():
+    plain = linear(randn(96, 64))
+    made, inputs = FewRows.of(plain), randn(1, 64, seed=1)
+    before = made(inputs)
+    plain.weight.mul_(2)
+    assert torch.equal(made(inputs), 2 * before)
+    assert type(plain) is nn.Linear
+
+
+def test_what_is_no_plain_layer_of_bfloat16_stays_as_it_is():
+    for module in (nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float16), nn.ReLU(), FewRows(4, 4).bfloat16()):
+        assert FewRows.of(module) is module
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (3, 3), (2, 7)])
+@pytest.mark.parametrize("tokens", [1, 2, 65, 300])
+@pytest.mark.parametrize("channels", [64, 80])
+def test_attention_of_one_token_is_that_in_float64_but_for_rounding(heads, group, tokens, channels):
+    query = 3 * randn(heads * group, channels)
+    states = randn(2, heads, tokens + 7, channels, seed=1)[:, :, :tokens]
+    for scale in (None, 0.3):
+        exact = functional.scaled_dot_product_attention(
+            query.double()[:, None], *states.double().repeat_interleave(group, 1), scale=scale
+        )[:, 0]
+        assert_rounded(attend(query, *states, scale), exact)
+
+
+def test_they_are_for_bfloat16_on_a_cpu_with_few_threads(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert has_kernels(cpu, torch.bfloat16)
+    assert not has_kernels(cpu, torch.float32)
+    assert not has_kernels(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert not has_kernels(cpu, torch.bfloat16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(few_rows, "_few_rows", None)
+    assert not has_kernels(cpu, torch.bfloat16)
+
+
+def logits_of_steps(live: LiveModel) -> torch.Tensor:
+    """Of two sequences: a prompt of each, two tokens more, and with a narrower mask one of the second."""
+    caches = [live.new_cache(16), live.new_cache(16)]
+    steps = [live.read([(caches[0], range(3, 12)), (caches[1], [7])])]
+    for token in (5, 6):
+        steps.append(live.read([(cache, [token]) for cache in caches]))
+    live.switch(PruningMask.from_widths(live.llm.shape, [1] * len(live.llm.shape.sites)))
+    caches[1].switch(live.heads)
+    steps.append(live.read([(caches[1], [9])]))
+    return torch.cat(steps).double()
+
+
+@pytest.mark.parametrize("member", FULL)
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, stored, monkeypatch, tmp_path):
+    monkeypatch.setattr(parts, "GROUP_CHANNELS", GROUP)
+    monkeypatch.setenv("RAP_CACHE", str(tmp_path))
+    plain, found = build_random_llm(*MEMBERS[member], dtype="bfloat16"), {}
+    models = {"float32": copy.deepcopy(plain.model).float(), "torch": plain.model, "kernels": plain.model}
+    calls, kernels = Counter(), few_rows._few_rows
+    for name, model in models.items():
+        counted = SimpleNamespace(
+            product=lambda *given: (calls.update(["product"]), kernels.product(*given)),
+            attend=lambda *given: (calls.update(["attend"]), kernels.attend(*given)),
+        )
+        monkeypatch.setattr(few_rows, "_few_rows", counted if name == "kernels" else None)
+        llm = SwitchableLLM(model, plain.tokenizer, "few", "group")
+        if stored:
+            WeightStore(llm)
+        found[name] = logits_of_steps(LiveModel(llm))
+        llm.weights_changed()
+    errors = {name: (found[name] - found["float32"]).abs().mean() for name in ("torch", "kernels")}
+    assert 0 < errors["kernels"] < 1.5 * errors["torch"]
+    n_matrices = sum(isinstance(module, nn.Linear) for module in plain.model.modules())
+    assert calls == {"product": 1 + 3 * n_matrices, "attend": 6 * plain.model.config.num_hidden_layers}
