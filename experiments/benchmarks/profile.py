@@ -1,25 +1,29 @@
 """Part `profile`: where the time of an evaluation and of decoding goes, and how far each share is from its limit."""
 
+import contextlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments.benchmarks.bench import Bench
-from experiments.benchmarks.generation import read_together
-from experiments.benchmarks.timing import counted, gemm_flops_per_second
+from experiments.benchmarks.timing import counted, gemm_flops_per_second, timed
 from rap_env.evaluation.perplexity import PerplexityEvaluator
+from rap_env.llm import few_rows
 from rap_env.llm.live import LiveModel
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
 _FUSED = "mkldnn::_linear_pointwise"
 _PRODUCTS = ("aten::mm", "aten::addmm", _FUSED)
+_OF_FEW_ROWS, _OF_ONE_TOKEN = "few_rows::product", "few_rows::attend"
 _ATTENTION = ("aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_softmax")
+_ATTENTION += (_OF_ONE_TOKEN,)
 _LOSSES = ("aten::_log_softmax", "aten::logsumexp", "aten::gather")
 _COPIES = ("aten::copy_", "aten::cat", "aten::index", "aten::fill_", "aten::zero_", "aten::embedding")
 
@@ -34,7 +38,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
         "text": lambda: list(text.evaluate_many(llm, [dense])),
         "tasks": lambda: list(bench.evaluator.evaluate_many(llm, [dense])),
         "population": lambda: list(text.evaluate_many(llm, population)),
-        "decoding": lambda: read_together(LiveModel(llm), [windows[0, :64].tolist()], options["decoded_tokens"]),
+        "decoding": _decoding(llm, windows[0, :64].tolist(), options["decoded_tokens"]),
     }
     step, shares = counted(progress, len(works)), {}
     for name, work in works.items():
@@ -42,78 +46,131 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
         started = time.perf_counter()
         work()
         plain_seconds = time.perf_counter() - started
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        with _kernels_seen(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
             work()
         shares[name] = step(_shares(llm, recorded.events(), plain_seconds))
     return {"shares": shares, "limits": _limits(llm), "threads": torch.get_num_threads()}
 
 
+def _decoding(llm: SwitchableLLM, prompt: Sequence[int], n_tokens: int) -> Callable[[], None]:
+    """Reads tokens one by one behind a prompt, the same whenever it is called."""
+    live = LiveModel(llm)
+    cache = live.new_cache(len(prompt) + n_tokens)
+    live.read([(cache, prompt)])
+
+    def decode() -> None:
+        cache.length = len(prompt)
+        for _ in range(n_tokens):
+            live.read([(cache, prompt[-1:])])
+
+    return decode
+
+
+@contextlib.contextmanager
+def _kernels_seen() -> Iterator[None]:
+    """Lets the profiler, which sees torch's operations only, see the kernels of few rows as well."""
+    kernels = few_rows._few_rows
+    if kernels is None:
+        yield
+        return
+
+    def product(*given: Any) -> None:
+        with record_function(" ".join(map(str, (_OF_FEW_ROWS, *given[-3:])))):
+            kernels.product(*given)
+
+    def attend(*given: Any) -> None:
+        with record_function(_OF_ONE_TOKEN):
+            kernels.attend(*given)
+
+    few_rows._few_rows = SimpleNamespace(product=product, attend=attend)
+    try:
+        yield
+    finally:
+        few_rows._few_rows = kernels
+
+
 def _shares(llm: SwitchableLLM, events: Iterable[Any], plain_seconds: float) -> dict[str, Any]:
-    """Seconds of an operation's own by kind, operations of products, and the call's seconds without a profiler."""
-    seconds: dict[str, float] = defaultdict(float)
-    operations: dict[str, float] = defaultdict(float)
+    """By kind: seconds of an operation's own, and of products the operations and bytes of weights.
+
+    Besides, the call's seconds without a profiler.
+    """
+    seconds, operations, weight_bytes = (defaultdict(float) for _ in range(3))
     sizes = {one.shape[0] for site in llm.shape.sites for one in llm.parameters_of(site)}
     for event in events:
-        kind = _kind(event.name, event.input_shapes, sizes)
+        product = _product(event.name, event.input_shapes)
+        kind = _kind(event.name, product, sizes)
         seconds[kind] += event.self_cpu_time_total / 1e6
-        operations[kind] += _operations(event.name, event.input_shapes)
-    return {"seconds": plain_seconds, "profiled_seconds": dict(seconds), "operations": dict(operations)}
+        if product is not None:
+            operations[kind] += 2.0 * math.prod(product)
+            weight_bytes[kind] += 0 if kind == "attention" else math.prod(product[1:]) * llm.dtype.itemsize
+    return {
+        "seconds": plain_seconds,
+        "profiled_seconds": dict(seconds),
+        "operations": dict(operations),
+        "weight_bytes": dict(weight_bytes),
+    }
 
 
-def _kind(name: str, shapes: Sequence[Sequence[int]], sizes: Set[int]) -> str:
+def _kind(name: str, product: tuple[int, int, int] | None, sizes: Set[int]) -> str:
     """Of an operation; `sizes` are the numbers of outputs of the sites' matrices."""
-    if name in _PRODUCTS:
-        return "matrix products" if _outputs(name, shapes) in sizes else "head"
+    if product is not None and name not in _ATTENTION:
+        return "matrix products" if product[1] in sizes else "head"
     for kind, names in {"attention": _ATTENTION, "log-softmax": _LOSSES, "copies": _COPIES}.items():
         if name in names:
             return kind
     return "element-wise and the rest"
 
 
-def _outputs(name: str, shapes: Sequence[Sequence[int]]) -> int:
-    """Of a product: the last matrix is the one with the weights, by rows for oneDNN's operation."""
-    weight = [shape for shape in shapes if len(shape) >= 2][-1]
-    return weight[0] if name == _FUSED else weight[-1]
-
-
-def _operations(name: str, shapes: Sequence[Sequence[int]]) -> float:
-    """Floating point operations of a product."""
+def _product(name: str, shapes: Sequence[Sequence[int]]) -> tuple[int, int, int] | None:
+    """Rows, outputs and inputs of a matrix product; None of another operation."""
+    if name.startswith(_OF_FEW_ROWS):
+        rows, n_outputs, n_inputs = map(int, name.split()[1:])
+        return rows, n_outputs, n_inputs
     if name not in (*_PRODUCTS, "aten::bmm"):
-        return 0.0
-    inputs = next(shape for shape in shapes if len(shape) >= 2)
-    return 2.0 * math.prod(inputs) * _outputs(name, shapes)
+        return None
+    matrices = [shape for shape in shapes if len(shape) >= 2]
+    inputs, weight = matrices[0], matrices[-1]  # the last one has the weights, by rows for oneDNN's operation
+    return math.prod(inputs[:-1]), weight[0] if name == _FUSED else weight[-1], inputs[-1]
 
 
 def _limits(llm: SwitchableLLM) -> dict[str, float]:
-    """The machine's own rates: of a large product, and of a copy that no cache holds."""
-    source = torch.empty(2**27, dtype=torch.uint8)
+    """The machine's own rates: of a large product, and of a copy and of reading what no cache holds."""
+    source = torch.zeros(2**25)
     target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - started)
     return {
         "gemm_flops_per_second": gemm_flops_per_second(llm),
-        "copy_bytes_per_second": 2 * source.numel() / best,
+        "copy_bytes_per_second": 2 * source.nbytes / _best_seconds(lambda: target.copy_(source)),
+        "read_bytes_per_second": 2 * source.nbytes / _best_seconds(lambda: torch.dot(source, target)),
     }
+
+
+def _best_seconds(work: Callable[[], Any]) -> float:
+    return min(timed(work)[0] for _ in range(5))
 
 
 def lines(results: dict[str, Any]) -> list[str]:
     """What is printed."""
-    gemm = results["limits"]["gemm_flops_per_second"]
+    limits = results["limits"]
     printed = [
-        f"large products run at {gemm / 1e9:,.0f} GFLOP/s, copies at"
-        f" {results['limits']['copy_bytes_per_second'] / 1e9:.1f} GB/s, threads: {results['threads']}"
+        f"large products run at {limits['gemm_flops_per_second'] / 1e9:,.0f} GFLOP/s, copies at"
+        f" {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, reading at"
+        f" {limits['read_bytes_per_second'] / 1e9:.1f} GB/s, threads: {results['threads']}"
     ]
     for name, entry in sorted(results["shares"].items()):
-        printed.append(f"{name}: {_told(entry, gemm)}")
+        printed.append(f"{name}: {_told(entry, limits)}")
     return printed
 
 
-def _told(entry: Mapping[str, Any], gemm: float) -> str:
+def _told(entry: Mapping[str, Any], limits: Mapping[str, float]) -> str:
+    """The share of each kind of operation, and how near products are to the limit that they are nearer to."""
     total, parts = sum(entry["profiled_seconds"].values()), []
     for kind, seconds in sorted(entry["profiled_seconds"].items(), key=lambda item: -item[1]):
-        rate = entry["operations"].get(kind, 0.0) / seconds / gemm if seconds else 0.0
-        parts.append(f"{kind} {seconds / total:.0%}" + (f" (at {rate:.0%} of the GEMM rate)" if rate else ""))
+        near = ""
+        if seconds and (operations := entry["operations"].get(kind)):
+            of_gemm = operations / seconds / limits["gemm_flops_per_second"]
+            of_reading = entry["weight_bytes"][kind] / seconds / limits["read_bytes_per_second"]
+            near = f" (at {of_gemm:.0%} of the GEMM rate)"
+            if of_reading > of_gemm:
+                near = f" (at {of_reading:.0%} of the rate of reading)"
+        parts.append(f"{kind} {seconds / total:.0%}{near}")
     return ", ".join(parts)
