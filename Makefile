@@ -73,7 +73,7 @@ kills: $(VENV)/installed services
 model: $(VENV)/installed
 	$(BIN)/python -m scripts.fetch_model
 
-$(VENV)/installed: pyproject.toml constraints.txt $(wildcard rap_env/llm/*.c)
+$(VENV)/installed: pyproject.toml constraints.txt $(wildcard rap_env/llm/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps hydra-ray-launcher

@@ -27,7 +27,8 @@ def encoded(states: torch.Tensor) -> torch.Tensor:
 def decoded(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What `encoded` made of keys or values of a type, rounded: [B, h, T, D + S] -> [B, h, T, D]."""
     size = codes.shape[-1] - dtype.itemsize
-    return codes[..., :size] * codes[..., size:].contiguous().view(dtype)
+    scales = codes[..., size:].clone(memory_format=torch.contiguous_format)  # a view may begin anywhere
+    return codes[..., :size] * scales.view(dtype)
 
 
 def cached_bytes(attention: nn.Module, dtype: torch.dtype) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from rap_env.components import ATTENTION
-from rap_env.llm.few_rows import MOST_ROWS, FewRows, has_kernels
+from rap_env.llm.few_rows import MOST_ROWS, for_few_rows, has_kernels
 from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, attend_together, filled
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
@@ -17,7 +17,7 @@ from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.measured import trim_freed_memory
 
 _FEW_ROWS, _ROWS = (1, 4, 16), 64  # see `padded`
-_KERNEL_ROWS = (*range(1, 1 + MOST_ROWS), 16)  # where few rows have a kernel of their own
+_KERNEL_ROWS = (*range(1, 1 + MOST_ROWS), 16, 32)  # where few rows have a kernel, which needs no program
 
 Reading = tuple[SequenceCache, Sequence[int]]  # a sequence's cache, and its tokens that are to be read next
 
@@ -111,8 +111,8 @@ class LiveModel:
         self._steps = [(site, self.llm.layer_of(site)) for site in kept_sites(self.llm.mask)]
         self._few_steps, self._head = self._steps, self.llm.model.lm_head
         if self._kernels:
-            self._head = FewRows.of(self._head)
-            self._few_steps = [(site, layer.with_matrices(site.kind, FewRows.of)) for site, layer in self._steps]
+            self._head = for_few_rows(self._head)
+            self._few_steps = [(site, layer.with_matrices(site.kind, for_few_rows)) for site, layer in self._steps]
 
     def new_cache(self, capacity_tokens: int) -> SequenceCache:
         """A cache for a sequence that is read with the present mask."""

@@ -215,11 +215,11 @@ class SequenceCache:
     def _read(self, own: _Layer, query: torch.Tensor, end: int, scale: float | None) -> torch.Tensor:
         """What n new tokens [hq, n, D] read of all keys and values so far; the same shape."""
         n_new = query.shape[1]
+        if n_new == 1 and not any(own.starts) and has_kernels(query.device, query.dtype):
+            return attend(query[:, 0], *own.states[:, :, :end], scale)[:, None]
         # As with the rows of matrix products, few shapes mean few programs; keys behind the end are nobody's to see.
         n_rows, n_keys = (1, end) if n_new == 1 else (filled(n_new), min(filled(end), self.capacity_tokens))
         keys, values = self._form.decoded(own.states[:, :, :n_keys])
-        if n_new == 1 and not any(own.starts) and has_kernels(query.device, query.dtype):
-            return attend(query[:, 0], keys, values, scale)[:, None]
         return functional.scaled_dot_product_attention(
             functional.pad(query, (0, 0, 0, n_rows - n_new))[None],
             keys[None],

@@ -10,9 +10,12 @@ from torch import nn
 from torch.nn import functional
 
 from rap_env.llm import few_rows, parts
-from rap_env.llm.few_rows import MOST_ROWS, FewRows, attend, has_kernels
+from rap_env.llm.few_rows import MOST_ROWS, FewRows, attend, for_few_rows, has_kernels
+from rap_env.llm.formats import quantise
+from rap_env.llm.int8_cache import encoded
 from rap_env.llm.live import LiveModel
 from rap_env.llm.loading import build_random_llm
+from rap_env.llm.quantised import Int8Linear
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import PruningMask
@@ -54,28 +57,42 @@ def test_products_are_those_of_upstream_but_for_rounding(rows, n, k, layout):
         "columns of rows": whole[:n, 64:],
     }[layout]
     inputs = randn(1, rows, weight.shape[1], seed=1)
-    found = FewRows.of(linear(weight))(inputs)
+    found = for_few_rows(linear(weight))(inputs)
     assert found.shape == (1, rows, len(weight))
     assert_rounded(found, inputs.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 64), (64, 5), (130, 200), (576, 192)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_with_int8_are_summed_before_they_are_rounded(rows, n, k, biased):
+    layer = Int8Linear(randn(n, k + 64), randn(n, seed=2) if biased else None)
+    inputs, parts = randn(rows, k, seed=1), layer.cut(1, slice(64, k + 64))["weight"]
+    exact = inputs.double() @ (parts.double() * layer.scales.double()[:, None]).T
+    few = for_few_rows(Int8Linear(parts, layer.bias, layer.scales))
+    assert_rounded(few(inputs), exact + layer.bias.double() if biased else exact)
+    assert few.weight.data_ptr() == parts.data_ptr()  # read as it lies, with gaps between its rows
 
 
 def test_a_bias_is_added_before_rounding():
     weight, bias, inputs = randn(96, 64), randn(96, seed=2), randn(2, 64, seed=1)
     exact = inputs.double() @ weight.double().T + bias.double()
-    assert_rounded(FewRows.of(linear(weight, bias))(inputs), exact)
+    assert_rounded(for_few_rows(linear(weight, bias))(inputs), exact)
 
 
 def test_more_rows_and_matrices_with_gaps_both_ways_are_upstreams():
     many, gaps = randn(MOST_ROWS + 1, 64, seed=1), randn(128, 128)[::2, ::2]
     weight = randn(96, 64)
-    assert torch.equal(FewRows.of(linear(weight))(many), functional.linear(many, weight))
-    assert torch.equal(FewRows.of(linear(gaps))(many[:1]), functional.linear(many[:1], gaps))
+    assert torch.equal(for_few_rows(linear(weight))(many), functional.linear(many, weight))
+    assert torch.equal(for_few_rows(linear(gaps))(many[:1]), functional.linear(many[:1], gaps))
+    int8 = Int8Linear(weight)
+    assert torch.equal(for_few_rows(int8)(many), int8(many))
 
 
 def test_what_is_not_finite_stays_so():
     weight, inputs = randn(4, 64), randn(1, 64, seed=1)
     weight[1, 3], weight[2, 5], inputs[0, 3:6] = torch.inf, torch.nan, 1.0
-    found = FewRows.of(linear(weight))(inputs)[0]
+    found = for_few_rows(linear(weight))(inputs)[0]
     assert found.isfinite().tolist() == [True, False, False, True]
     assert found[1] == torch.inf
     assert found[2].isnan()
@@ -83,7 +100,7 @@ def test_what_is_not_finite_stays_so():
 
 def test_the_layer_has_the_weights_of_the_other_and_follows_them():
     plain = linear(randn(96, 64))
-    made, inputs = FewRows.of(plain), randn(1, 64, seed=1)
+    made, inputs = for_few_rows(plain), randn(1, 64, seed=1)
     before = made(inputs)
     plain.weight.mul_(2)
     assert torch.equal(made(inputs), 2 * before)
@@ -91,8 +108,9 @@ def test_the_layer_has_the_weights_of_the_other_and_follows_them():
 
 
 def test_what_is_no_plain_layer_of_bfloat16_stays_as_it_is():
-    for module in (nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float16), nn.ReLU(), FewRows(4, 4).bfloat16()):
-        assert FewRows.of(module) is module
+    others = (nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float16), nn.ReLU(), Int8Linear(torch.ones(4, 4)))
+    for module in (*others, FewRows(4, 4).bfloat16()):
+        assert for_few_rows(module) is module
 
 
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (3, 3), (2, 7)])
@@ -106,6 +124,16 @@ def test_attention_of_one_token_is_that_in_float64_but_for_rounding(heads, group
             query.double()[:, None], *states.double().repeat_interleave(group, 1), scale=scale
         )[:, 0]
         assert_rounded(attend(query, *states, scale), exact)
+
+
+@pytest.mark.parametrize("tokens", [1, 65])
+@pytest.mark.parametrize("channels", [6, 64, 80])
+def test_attention_to_an_int8_cache_reads_its_codes(tokens, channels):
+    query, codes = 3 * randn(6, channels), encoded(randn(2, 2, tokens + 7, channels, seed=1))[:, :, :tokens]
+    scales = codes[..., channels:].contiguous().view(torch.bfloat16)
+    states = (codes[..., :channels].double() * scales.double()).repeat_interleave(3, 1)
+    exact = functional.scaled_dot_product_attention(query.double()[:, None], *states)[:, 0]
+    assert_rounded(attend(query, *codes, None), exact)
 
 
 def test_they_are_for_bfloat16_on_a_cpu_with_few_threads(monkeypatch):
@@ -134,19 +162,21 @@ def logits_of_steps(live: LiveModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("member", FULL)
-@pytest.mark.parametrize("stored", [False, True])
-def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, stored, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("stored", "numbers"), [(False, "full"), (True, "full"), (False, "int8"), (True, "int8")])
+def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, stored, numbers, monkeypatch, tmp_path):
     monkeypatch.setattr(parts, "GROUP_CHANNELS", GROUP)
     monkeypatch.setenv("RAP_CACHE", str(tmp_path))
     plain, found = build_random_llm(*MEMBERS[member], dtype="bfloat16"), {}
-    models = {"float32": copy.deepcopy(plain.model).float(), "torch": plain.model, "kernels": plain.model}
+    n_matrices = sum(isinstance(module, nn.Linear) for module in plain.model.modules())
+    exact = quantise(copy.deepcopy(plain.model).float(), numbers, numbers)
+    rounded = quantise(plain.model, numbers, numbers)
     calls, kernels = Counter(), few_rows._few_rows
-    for name, model in models.items():
-        counted = SimpleNamespace(
-            product=lambda *given: (calls.update(["product"]), kernels.product(*given)),
-            attend=lambda *given: (calls.update(["attend"]), kernels.attend(*given)),
-        )
-        monkeypatch.setattr(few_rows, "_few_rows", counted if name == "kernels" else None)
+    counted = SimpleNamespace(
+        product=lambda *given: (calls.update(["product"]), kernels.product(*given)),
+        attend=lambda *given: (calls.update(["attend"]), kernels.attend(*given)),
+    )
+    for name, model, ours in (("float32", exact, None), ("torch", rounded, None), ("kernels", rounded, counted)):
+        monkeypatch.setattr(few_rows, "_few_rows", ours)
         llm = SwitchableLLM(model, plain.tokenizer, "few", "group")
         if stored:
             WeightStore(llm)
@@ -154,5 +184,4 @@ def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, s
         llm.weights_changed()
     errors = {name: (found[name] - found["float32"]).abs().mean() for name in ("torch", "kernels")}
     assert 0 < errors["kernels"] < 1.5 * errors["torch"]
-    n_matrices = sum(isinstance(module, nn.Linear) for module in plain.model.modules())
     assert calls == {"product": 1 + 3 * n_matrices, "attend": 6 * plain.model.config.num_hidden_layers}
