@@ -203,8 +203,7 @@ class SequenceCache:
             chosen = grouped
         else:
             chosen, key, value = grouped[places], key[places], value[places]
-        own.states[0, :, self.length : end] = self._form.encoded(key)
-        own.states[1, :, self.length : end] = self._form.encoded(value)
+        own.states[:, :, self.length : end] = self._form.encoded(torch.stack((key, value)))
         attended = self._read(own, chosen.flatten(0, 1), end, scale)
         if not whole:
             everything = torch.zeros_like(grouped)
@@ -279,7 +278,7 @@ def attend_together(
     """
     query, key, value = states
     form, kept = caches[0]._form, [cache._layers[index].states for cache in caches]
-    new = torch.stack([form.encoded(key), form.encoded(value)])  # [2, h, n, ...]
+    new = form.encoded(torch.stack((key, value)))  # [2, h, n, ...]
     for row, own in enumerate(kept):
         own.index_copy_(2, positions[row : row + 1], new[:, :, row : row + 1])
     read = [functional.pad(own[:, :, :n_keys], (0, 0, 0, max(0, n_keys - own.shape[2]))) for own in kept]
