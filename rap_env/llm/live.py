@@ -17,7 +17,8 @@ from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.measured import trim_freed_memory
 
 _FEW_ROWS, _ROWS = (1, 4, 16), 64  # see `padded`
-_KERNEL_ROWS = (*range(1, 1 + MOST_ROWS), 16, 32)  # where few rows have a kernel, which needs no program
+_WITH_KERNELS = (*range(1, 1 + MOST_ROWS), 16, 32)  # where few rows have a kernel, which needs no program
+_QUANTISED = (*range(1, 1 + KERNEL_ROWS), 32)
 
 Reading = tuple[SequenceCache, Sequence[int]]  # a sequence's cache, and its tokens that are to be read next
 
@@ -91,7 +92,7 @@ class LiveModel:
         self.llm, self.form = llm, CacheFormat.of(llm)
         quantised = any(isinstance(module, Quantised) for module in llm.model.modules())
         self._kernels = has_kernels(llm.device, llm.dtype)
-        self._few_rows = range(1, 1 + KERNEL_ROWS) if quantised else _KERNEL_ROWS if self._kernels else _FEW_ROWS
+        self._few_rows = _QUANTISED if quantised else _WITH_KERNELS if self._kernels else _FEW_ROWS
         self._prepare()
 
     def switch(self, mask: PruningMask) -> None:

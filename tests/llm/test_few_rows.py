@@ -20,7 +20,7 @@ from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import PruningMask
 from tests.llm.test_live_cache import FULL
-from tests.llm.test_parts import GROUP, MEMBERS
+from tests.llm.test_parts import GROUP, MEMBERS, SIZES
 
 pytest.importorskip("rap_env.llm._few_rows", reason="built without a C compiler")
 ROUNDOFF = 2.0**-8  # of bfloat16, relative
@@ -185,3 +185,14 @@ def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, s
     errors = {name: (found[name] - found["float32"]).abs().mean() for name in ("torch", "kernels")}
     assert 0 < errors["kernels"] < 1.5 * errors["torch"]
     assert calls == {"product": 1 + 3 * n_matrices, "attend": 6 * plain.model.config.num_hidden_layers}
+
+
+def test_no_rows_are_filled_up_where_they_have_a_kernel(monkeypatch):
+    live, rows = LiveModel(build_random_llm("llama", SIZES, dtype="bfloat16")), []
+    forward = live._forward
+    monkeypatch.setattr(
+        live, "_forward", lambda inputs, stream: rows.append(inputs.shape[1]) or forward(inputs, stream)
+    )
+    for n_tokens in (1, 2, 3, 4, 5, 16, 17, 32, 33):
+        live.read([(live.new_cache(n_tokens), [3] * n_tokens)])
+    assert rows == [1, 2, 3, 4, 16, 16, 32, 32, 64]
