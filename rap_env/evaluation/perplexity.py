@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 
@@ -124,6 +125,7 @@ class TextEvaluator(Evaluator):
     """
 
     kind: str  # in the identity
+    together = 1  # masks that are measured at once; the first of them is known with the last
 
     def __init__(self, windows: torch.Tensor, name: str, target_tokens: int | None = None) -> None:
         check_windows(*windows.shape)
@@ -137,12 +139,12 @@ class TextEvaluator(Evaluator):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_held": None}  # of this process's model
 
-    def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
-        """A number for every scored token [B, S], lower is better.
+    def measure(self, llm: SwitchableLLM, streams: Sequence[torch.Tensor], batch: slice) -> Sequence[torch.Tensor]:
+        """For each mask a number for every scored token [B, S], lower is better.
 
         Args:
             llm: The model whose head is used.
-            hidden: The residual stream behind the last site, at the last S + 1 tokens [B, S + 1, H].
+            streams: At most `together` residual streams behind the last site, at the last S + 1 tokens [B, S + 1, H].
             batch: Which windows these are.
         """
         raise NotImplementedError
@@ -193,14 +195,19 @@ class TextEvaluator(Evaluator):
         for number, batch in enumerate(batches):
             held = None if near is None else self._held_streams(llm, near)[number]
             hidden, context = self.open_streams(llm, batch) if held is None else (held.first, held.context)
-            for mask, stream in llm.run_masks(masks, hidden, context, held):
-                sums[mask] += self.measure(llm, stream[:, self.scored], batch).sum().item()
-                if number == len(batches) - 1:
+            running = llm.run_masks(masks, hidden, context, held)
+            while group := dict(islice(running, self.together)):
+                measured = self.measure(llm, [stream[:, self.scored] for stream in group.values()], batch)
+                for mask, values in zip(group, measured, strict=True):
+                    sums[mask] += values.sum().item()
+                if number < len(batches) - 1:
+                    continue
+                finished = time.perf_counter()
+                seconds, started = (finished - started) / len(group), finished
+                for mask in group:
                     mean = sums[mask] / n_scored
                     metrics = self.metrics(mean) | {"items": len(self.windows)}
-                    finished = time.perf_counter()
-                    yield mask, Evaluation(-mean, {self.name: metrics}, self.windows.numel(), finished - started)
-                    started = finished
+                    yield mask, Evaluation(-mean, {self.name: metrics}, self.windows.numel(), seconds)
 
     def _held_streams(self, llm: SwitchableLLM, near: PruningMask) -> list[HeldStreams]:
         if self._held is None or self._held[0] is not llm:
@@ -219,8 +226,9 @@ class PerplexityEvaluator(TextEvaluator):
 
     kind = "perplexity"
 
-    def measure(self, llm: SwitchableLLM, hidden: torch.Tensor, batch: slice) -> torch.Tensor:
-        return token_losses(llm, hidden, self.windows[batch, self.scored].to(llm.device))
+    def measure(self, llm: SwitchableLLM, streams: Sequence[torch.Tensor], batch: slice) -> Sequence[torch.Tensor]:
+        tokens = self.windows[batch, self.scored].to(llm.device)
+        return [token_losses(llm, hidden, tokens) for hidden in streams]
 
     def metrics(self, mean: float) -> dict[str, float]:
         """The loss, and the perplexity unless that is beyond a float's range."""
