@@ -19,12 +19,14 @@ except ImportError:
 
 MOST_ROWS = 4  # with more, oneDNN is as quick
 _MOST_THREADS = 2  # a kernel runs on one; more of torch's threads read memory faster than one does
+_QUICK = torch.backends.cpu.get_cpu_capability() == "AVX512"  # with shorter vectors torch is as quick, or quicker
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels are there, and quicker than torch in this process as it is now."""
     return (
         _few_rows is not None
+        and _QUICK
         and dtype == torch.bfloat16
         and device.type == "cpu"
         and torch.get_num_threads() <= _MOST_THREADS

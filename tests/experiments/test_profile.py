@@ -11,7 +11,8 @@ from tests.llm.test_parts import SIZES
 pytest.importorskip("rap_env.llm._few_rows", reason="built without a C compiler")
 
 
-def test_products_of_few_rows_are_told_from_the_head_with_their_operations_and_bytes():
+def test_products_of_few_rows_are_told_from_the_head_with_their_operations_and_bytes(monkeypatch):
+    monkeypatch.setattr(few_rows, "_QUICK", True)
     llm, kernels = build_random_llm("llama", SIZES, dtype="bfloat16"), few_rows._few_rows
     decode = _decoding(llm, [3, 4, 5], n_tokens=2)
     with _kernels_seen(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:

@@ -136,8 +136,9 @@ def test_attention_to_an_int8_cache_reads_its_codes(tokens, channels):
     assert_rounded(attend(query, *codes, None), exact)
 
 
-def test_they_are_for_bfloat16_on_a_cpu_with_few_threads(monkeypatch):
+def test_they_are_for_bfloat16_on_a_cpu_with_long_vectors_and_few_threads(monkeypatch):
     cpu = torch.device("cpu")
+    monkeypatch.setattr(few_rows, "_QUICK", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert has_kernels(cpu, torch.bfloat16)
     assert not has_kernels(cpu, torch.float32)
@@ -145,8 +146,10 @@ def test_they_are_for_bfloat16_on_a_cpu_with_few_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert not has_kernels(cpu, torch.bfloat16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(few_rows, "_few_rows", None)
-    assert not has_kernels(cpu, torch.bfloat16)
+    for name, value in (("_QUICK", False), ("_few_rows", None)):
+        with monkeypatch.context() as without:
+            without.setattr(few_rows, name, value)
+            assert not has_kernels(cpu, torch.bfloat16)
 
 
 def logits_of_steps(live: LiveModel) -> torch.Tensor:
@@ -164,6 +167,7 @@ def logits_of_steps(live: LiveModel) -> torch.Tensor:
 @pytest.mark.parametrize("member", FULL)
 @pytest.mark.parametrize(("stored", "numbers"), [(False, "full"), (True, "full"), (False, "int8"), (True, "int8")])
 def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, stored, numbers, monkeypatch, tmp_path):
+    monkeypatch.setattr(few_rows, "_QUICK", True)
     monkeypatch.setattr(parts, "GROUP_CHANNELS", GROUP)
     monkeypatch.setenv("RAP_CACHE", str(tmp_path))
     plain, found = build_random_llm(*MEMBERS[member], dtype="bfloat16"), {}
@@ -188,6 +192,7 @@ def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, s
 
 
 def test_no_rows_are_filled_up_where_they_have_a_kernel(monkeypatch):
+    monkeypatch.setattr(few_rows, "_QUICK", True)
     live, rows = LiveModel(build_random_llm("llama", SIZES, dtype="bfloat16")), []
     forward = live._forward
     monkeypatch.setattr(
