@@ -10,6 +10,7 @@ import numpy as np
 from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.timing import alternate, counted, forward_flops, gemm_flops_per_second, speedup
 from rap_env.evaluation.evaluator import Evaluator
+from rap_env.evaluation.perplexity import TextEvaluator
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask, kept_sites
 
@@ -80,6 +81,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
 def _together(
     llm: SwitchableLLM, evaluator: Evaluator, populations: list[list[PruningMask]], step: Callable
 ) -> dict[str, Any]:
+    tokens, head_rows, batches = _forwarded(evaluator, llm)
     executions: list[int] = []
 
     def together(repeat: int) -> dict:
@@ -93,17 +95,24 @@ def _together(
 
     seconds, scores = alternate({"plain": one_by_one, "ours": together}, len(populations))
     separate = [sum(len(list(kept_sites(mask))) for mask in population) for population in populations]
-    plan = evaluator.plan(llm)
-    flops = [sum(forward_flops(llm, mask, plan.tokens, plan.head_rows) for mask in masks) for masks in populations]
+    flops = [sum(forward_flops(llm, mask, tokens, head_rows) for mask in masks) for masks in populations]
     return {
         "speedup": speedup(seconds["plain"], seconds["ours"]),
         "identical": scores["plain"] == scores["ours"],
         "masks": len(populations[0]),
         "shared_executions_ratios": [
-            apart * plan.batches / shared for apart, shared in zip(separate, executions, strict=True)
+            apart * batches / shared for apart, shared in zip(separate, executions, strict=True)
         ],
         "one_by_one_flops_per_second": [count / taken for count, taken in zip(flops, seconds["plain"], strict=True)],
     }
+
+
+def _forwarded(evaluator: Evaluator, llm: SwitchableLLM) -> tuple[int, int, int]:
+    """Of an evaluation: tokens, positions at which the masked model's logits are computed, and batches."""
+    if isinstance(evaluator, TextEvaluator):
+        return evaluator.tokens(llm), len(evaluator.windows) * evaluator.target_tokens, len(evaluator.batches())
+    plan = evaluator.plan(llm)
+    return plan.tokens, plan.head_rows, plan.batches
 
 
 def lines(results: dict[str, Any]) -> list[str]:
