@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments.benchmarks.bench import Bench
-from experiments.benchmarks.timing import counted, gemm_flops_per_second, timed
+from experiments.benchmarks.timing import best_seconds, counted, gemm_flops_per_second, timed
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.llm import few_rows
 from rap_env.llm.live import LiveModel
@@ -43,9 +42,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     step, shares = counted(progress, len(works)), {}
     for name, work in works.items():
         work()
-        started = time.perf_counter()
-        work()
-        plain_seconds = time.perf_counter() - started
+        plain_seconds, _ = timed(work)
         with _kernels_seen(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
             work()
         shares[name] = step(_shares(llm, recorded.events(), plain_seconds))
@@ -139,13 +136,9 @@ def _limits(llm: SwitchableLLM) -> dict[str, float]:
     target = torch.empty_like(source)
     return {
         "gemm_flops_per_second": gemm_flops_per_second(llm),
-        "copy_bytes_per_second": 2 * source.nbytes / _best_seconds(lambda: target.copy_(source)),
-        "read_bytes_per_second": 2 * source.nbytes / _best_seconds(lambda: torch.dot(source, target)),
+        "copy_bytes_per_second": 2 * source.nbytes / best_seconds(lambda: target.copy_(source)),
+        "read_bytes_per_second": 2 * source.nbytes / best_seconds(lambda: torch.dot(source, target)),
     }
-
-
-def _best_seconds(work: Callable[[], Any]) -> float:
-    return min(timed(work)[0] for _ in range(5))
 
 
 def lines(results: dict[str, Any]) -> list[str]:

@@ -30,6 +30,11 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
+def best_seconds(function: Callable[[], Any]) -> float:
+    """The shortest of five calls: what the machine can do."""
+    return min(timed(function)[0] for _ in range(5))
+
+
 def counted(progress: Callable[[int, int], None], n_steps: int) -> Callable[..., Any]:
     """A function that reports one more step and returns what it is given, so that calls can stand within it."""
     done = iter(range(1, n_steps + 1))
@@ -89,8 +94,7 @@ def gemm_flops_per_second(llm: SwitchableLLM) -> float:
     size = _GEMM_SIZES[llm.device.type]
     left = torch.randn(size, size).to(llm.device, llm.dtype)
     torch.nn.functional.linear(left, left)
-    best_seconds = min(timed(lambda: torch.nn.functional.linear(left, left))[0] for _ in range(5))
-    return 2 * size**3 / best_seconds
+    return 2 * size**3 / best_seconds(lambda: torch.nn.functional.linear(left, left))
 
 
 def forward_flops(llm: SwitchableLLM, mask: PruningMask, tokens: int, head_rows: int) -> int:

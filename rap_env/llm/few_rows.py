@@ -19,7 +19,7 @@ except ImportError:
 
 MOST_ROWS = 4  # with more, oneDNN is as quick
 _MOST_THREADS = 2  # a kernel runs on one; more of torch's threads read memory faster than one does
-_QUICK = torch.backends.cpu.get_cpu_capability() == "AVX512"  # with shorter vectors torch is as quick, or quicker
+_QUICK = torch.backends.cpu.get_cpu_capability() == "AVX512"  # compiled for AVX2 they were no quicker
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
