@@ -72,7 +72,7 @@ def _kernels_seen() -> Iterator[None]:
         return
 
     def product(*given: Any) -> None:
-        with record_function(" ".join(map(str, (_OF_FEW_ROWS, *given[-3:])))):
+        with record_function(" ".join(map(str, (_OF_FEW_ROWS, *given[-4:-1])))):
             kernels.product(*given)
 
     def attend(*given: Any) -> None:

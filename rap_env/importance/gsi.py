@@ -30,7 +30,7 @@ class ImportanceRanking:
         losses: Calibration loss after each removal; of parts that were removed together the loss without all of them.
         dense_loss: Calibration loss of the dense model.
         increases: For each component, by how much the loss of the dense model rises without it. The lazy rule knows
-            the least important third of them from all windows and others from the sketch; the half of the greatest
+            the least important fifth of them from all windows and others from the sketch; the half of the greatest
             block influence it takes for proportional to that. Empty without any round.
         costs: For each component, what its removal cost when it was measured last; where all sites are whole the same
             as `increases`. It lets components be priced anew for what they free at a workload.

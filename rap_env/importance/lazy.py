@@ -11,17 +11,15 @@ from rap_env.importance.block_influence import block_influence
 from rap_env.importance.rounds import Removal, Rounds, price
 
 # Part of the windows that a component is looked at first.
-_SKETCH = 0.5
+_SKETCH = 0.25
 # Part of the components that the first round looks at; block influence, which one forward tells of all, screens out
 # the others, which turn the residual stream most.
 _SCREENED_IN = 0.5
 # Part of the components that the first round tries on all windows; the sketch rules the others out.
-_FIRST_ROUND = 0.33
+_FIRST_ROUND = 0.2
 # Kept components on each side of a removed one that are looked at again whatever they were: what a removal changes
 # lies beside it.
 _NEIGHBOURS = 1
-# By how much of a removal's rise in loss the increases of all others may have shrunk.
-_SLACK = 0.04
 # Looks whose error tells how far the next one may be off.
 _ERRORS = 16
 
@@ -29,10 +27,11 @@ _ERRORS = 16
 class LazyRounds(Rounds):
     """Rounds that try only what looks least important, until something that was tried in the round does.
 
-    As in Minoux's lazy greedy search, an increase that was measured in an earlier round stands for the present one,
-    lowered by what it may have shrunk since. A component whose turn comes is looked at on a sketch first, a part of
-    the windows; the change that the sketch shows since the last look is taken for that of all windows. Only if the
-    component still looks least important the other windows follow. The loss after a removal is that of all windows.
+    As in Minoux's lazy greedy search, an increase that was measured in an earlier round stands for the present one: on
+    a model that has lost more it is hardly ever smaller, but beside what was removed. A component whose turn comes is
+    looked at on a sketch first, a part of the windows; the change that the sketch shows since the last look is taken
+    for that of all windows. Only if the component still looks least important the other windows follow. The loss after
+    a removal is that of all windows.
 
     The first round does not look at the components of the greatest block influence. Until they are looked at, as
     neighbours of a removal or because all others cost more by now, their increases are taken for proportional to it.
@@ -63,7 +62,7 @@ class LazyRounds(Rounds):
                 self._look(name, sketched[name])
             else:
                 complete[name] = self._complete(name, sketched[name])
-        self._widen_slack(name, complete[name] - self.loss)
+        self._doubt_neighbours(name)
         self.mask, self.loss, self._sketch_loss = self.mask.drop(name), complete[name], sketched[name]
         del self.increases[name]
         return Removal(name, self.loss)
@@ -94,12 +93,11 @@ class LazyRounds(Rounds):
         n_parts = Counter(component.site for component in self.mask.components)
         return {c.name: of_sites[c.site] / n_parts[c.site] for c in self.mask.components}
 
-    def _widen_slack(self, removed: str, rise: float) -> None:
+    def _doubt_neighbours(self, removed: str) -> None:
         kept = [component.name for component in self.mask.kept]
         position = kept.index(removed)
-        neighbours = kept[max(0, position - _NEIGHBOURS) : position + _NEIGHBOURS + 1]
-        for name in kept:
-            self._slack[name] += math.inf if name in neighbours else _SLACK * max(0.0, rise)
+        for name in kept[max(0, position - _NEIGHBOURS) : position + _NEIGHBOURS + 1]:
+            self._slack[name] = math.inf
 
     def _look(self, name: str, sketch_loss: float) -> None:
         sketched = sketch_loss - self._sketch_loss

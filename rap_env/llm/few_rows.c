@@ -2,8 +2,10 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdlib.h>
 
 #include "few_rows.h"
+#include "pairs.h"
 
 /* Reads numbers: addresses, sizes, strides in bytes. */
 static int numbers(PyObject *const *arguments, Py_ssize_t n_arguments, Py_ssize_t *read, Py_ssize_t expected)
@@ -19,74 +21,159 @@ static int numbers(PyObject *const *arguments, Py_ssize_t n_arguments, Py_ssize_
 }
 
 PyDoc_STRVAR(product_doc,
-             "product(matrix, stride, scales, columns, bias, inputs, outputs, rows, n, k)\n\n"
+             "product(matrix, stride, scales, columns, bias, inputs, outputs, rows, n, k, pairs)\n\n"
              "outputs[rows][n] = inputs[rows][k] times a transposed matrix [n][k], plus bias[n].\n\n"
              "`stride` lies between rows of the matrix or, where `columns` is not 0, between its columns. `scales`\n"
-             "are those of the rows of a matrix in INT8; all else is bfloat16. What there is none of has address 0.");
+             "are those of the rows of a matrix in INT8; all else is bfloat16. What there is none of has address 0.\n"
+             "`pairs` is whether to use the instruction for pairs, which processors have where PAIRS is not 0.");
+
+typedef struct {
+    Matrix matrix;
+    int columns;
+    const uint16_t *bias, *inputs;
+    uint16_t *outputs;
+    ptrdiff_t rows, n, k;
+} Product;
+
+/* Whether there was memory for it. */
+static int multiplied(const Product *given)
+{
+    ptrdiff_t rows = given->rows, n = given->n, k = given->k;
+    float *inputs = malloc(rows * (k + n) * sizeof *inputs), *sums = inputs + rows * k;
+    if (inputs == NULL)
+        return 0;
+    widen(given->inputs, inputs, rows, k, given->matrix.scales == NULL ? BFLOAT16 : INT8);
+    for (ptrdiff_t i = 0; i < rows * n; i++)
+        sums[i] = given->bias == NULL ? 0 : wide_one(given->bias[i % n]);
+    (given->columns ? by_columns : by_rows)(&given->matrix, inputs, sums, rows, n, k);
+    for (ptrdiff_t i = 0; i < rows * n; i++)
+        given->outputs[i] = rounded(sums[i]);
+    free(inputs);
+    return 1;
+}
+
+static int multiplied_by_pairs(const Product *given)
+{
+#ifdef PAIRS
+    void *room = malloc(pairs_room(given->rows, given->k));
+    if (room != NULL)
+        (given->columns ? pairs_by_columns : pairs_by_rows)(&given->matrix, given->bias, given->inputs, given->outputs,
+                                                            room, given->rows, given->n, given->k);
+    free(room);
+    return room != NULL;
+#else
+    return multiplied(given);
+#endif
+}
 
 static PyObject *product(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t n_arguments)
 {
-    enum { MATRIX, STRIDE, SCALES, COLUMNS, BIAS, INPUTS, OUTPUTS, ROWS, N, K, ALL };
+    enum { MATRIX, STRIDE, SCALES, COLUMNS, BIAS, INPUTS, OUTPUTS, ROWS, N, K, BY_PAIRS, ALL };
     Py_ssize_t given[ALL];
     if (numbers(arguments, n_arguments, given, ALL) < 0)
         return NULL;
-    Matrix matrix = {(const char *)given[MATRIX], (const char *)given[SCALES], given[STRIDE], BFLOAT16};
-    const uint16_t *bias = (const uint16_t *)given[BIAS], *inputs = (const uint16_t *)given[INPUTS];
-    uint16_t *outputs = (uint16_t *)given[OUTPUTS];
-    Py_ssize_t rows = given[ROWS], n = given[N], k = given[K];
-
-    float *room = PyMem_RawMalloc(rows * (k + n) * sizeof(float)), *sums = room + rows * k;
-    if (room == NULL)
-        return PyErr_NoMemory();
+    Product asked = {{(const char *)given[MATRIX], (const char *)given[SCALES], given[STRIDE], BFLOAT16},
+                     given[COLUMNS] != 0,
+                     (const uint16_t *)given[BIAS],
+                     (const uint16_t *)given[INPUTS],
+                     (uint16_t *)given[OUTPUTS],
+                     given[ROWS],
+                     given[N],
+                     given[K]};
+    int done;
     Py_BEGIN_ALLOW_THREADS
-    widen(inputs, room, rows, k, matrix.scales == NULL ? BFLOAT16 : INT8);
-    for (Py_ssize_t i = 0; i < rows * n; i++)
-        sums[i] = bias == NULL ? 0 : wide_one(bias[i % n]);
-    (given[COLUMNS] ? by_columns : by_rows)(&matrix, room, sums, rows, n, k);
-    for (Py_ssize_t i = 0; i < rows * n; i++)
-        outputs[i] = rounded(sums[i]);
+    done = given[BY_PAIRS] ? multiplied_by_pairs(&asked) : multiplied(&asked);
     Py_END_ALLOW_THREADS
-    PyMem_RawFree(room);
+    if (!done)
+        return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(attend_doc,
-             "attend(queries, keys, values, head_stride, stride, int8, outputs, heads, group, channels, tokens,"
-             " scale)\n\n"
-             "outputs[heads][group][channels] = what the query heads of one token read of keys and values\n"
-             "[heads][tokens][channels], which have one `head_stride` and, between tokens, one `stride`. In INT8 a\n"
+             "attend(queries, states, outputs, caches, int8, pairs, heads, group, channels, scale)\n\n"
+             "outputs[sequences][heads][group][channels] = what the query heads of one new token of each sequence read\n"
+             "of its own keys and values, those of the new token included.\n\n"
+             "`caches` has three numbers for each sequence: where its keys and values [2][heads][capacity][channels]\n"
+             "lie, the capacity, and how many tokens are in front of the new one. `states` [2][heads][sequences]\n"
+             "[channels] are the new token's, which are written first; with address 0 they are there. In INT8 a\n"
              "token's scale lies behind its channels. `scale` is that of the scores.");
+
+typedef struct {
+    const uint16_t *queries;
+    const char *states;
+    uint16_t *outputs;
+    Py_ssize_t int8, by_pairs, heads, group, channels;
+    float scale;
+} Attention;
+
+/* One sequence's token, of `index`. Room for wide queries, outputs, scores and SIDE keys. */
+static void attend_one(const Attention *all, Py_ssize_t index, Py_ssize_t n_sequences, const Py_ssize_t cache[3],
+                       float *room)
+{
+    ptrdiff_t group = all->group, channels = all->channels, size = group * channels;
+    ptrdiff_t bytes = all->int8 ? channels + BFLOAT16 : channels * BFLOAT16;
+    ptrdiff_t capacity = cache[1], before = cache[2], tokens = before + 1;
+    float *sums = room + size, *scores = sums + size, *keys_room = scores + group * tokens;
+    for (Py_ssize_t head = 0; head < all->heads; head++) {
+        Matrix kept[2];
+        for (int which = 0; which < 2; which++) {
+            char *first = (char *)cache[0] + (which * all->heads + head) * capacity * bytes;
+            if (all->states != NULL)
+                memcpy(first + before * bytes,
+                       all->states + ((which * all->heads + head) * n_sequences + index) * bytes, bytes);
+            kept[which] = (Matrix){first, all->int8 ? first + channels : NULL, bytes, bytes};
+        }
+        const uint16_t *queries = all->queries + (index * all->heads + head) * size;
+        uint16_t *outputs = all->outputs + (index * all->heads + head) * size;
+#ifdef PAIRS
+        if (all->by_pairs)
+            pairs_of_keys(&kept[0], queries, scores, keys_room, group, tokens, channels);
+        else
+#endif
+        {
+            widen(queries, room, group, channels, all->int8 ? INT8 : BFLOAT16);
+            memset(scores, 0, group * tokens * sizeof *scores);
+            by_rows(&kept[0], room, scores, group, tokens, channels);
+        }
+        for (ptrdiff_t query = 0; query < group; query++)
+            softmax(scores + query * tokens, tokens, all->scale);
+        weighted(&kept[1], scores, sums, group, channels, tokens);
+        for (ptrdiff_t i = 0; i < size; i++)
+            outputs[i] = rounded(sums[i]);
+    }
+}
 
 static PyObject *attend(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t n_arguments)
 {
-    enum { QUERIES, KEYS, VALUES, HEAD_STRIDE, STRIDE, IN_INT8, OUTPUTS, HEADS, GROUP, CHANNELS, TOKENS, ALL };
-    Py_ssize_t given[ALL];
-    if (numbers(arguments, n_arguments - 1, given, ALL) < 0)
+    enum { QUERIES, STATES, OUTPUTS, CACHES, IN_INT8, BY_PAIRS, HEADS, GROUP_HEADS, CHANNELS, SCALE, ALL };
+    Py_ssize_t front[CACHES], back[SCALE - IN_INT8], *caches, most = 0;
+    if (n_arguments != ALL || !PyTuple_Check(arguments[CACHES]))
+        return PyErr_Format(PyExc_TypeError, "expected %d arguments, the fourth a tuple", ALL);
+    if (numbers(arguments, CACHES, front, CACHES) < 0 ||
+        numbers(arguments + IN_INT8, SCALE - IN_INT8, back, SCALE - IN_INT8) < 0)
         return NULL;
-    float scale = (float)PyFloat_AsDouble(arguments[ALL]);
+    float scale = (float)PyFloat_AsDouble(arguments[SCALE]);
     if (PyErr_Occurred())
         return NULL;
-    const uint16_t *queries = (const uint16_t *)given[QUERIES];
-    uint16_t *outputs = (uint16_t *)given[OUTPUTS];
-    Py_ssize_t group = given[GROUP], channels = given[CHANNELS], tokens = given[TOKENS], size = group * channels;
-
-    float *room = PyMem_RawMalloc((2 * size + group * tokens) * sizeof(float)), *sums = room + size;
-    if (room == NULL)
+    Attention all = {(const uint16_t *)front[QUERIES], (const char *)front[STATES], (uint16_t *)front[OUTPUTS],
+                     back[0], back[1], back[2], back[3], back[4], scale};
+    Py_ssize_t n_numbers = PyTuple_GET_SIZE(arguments[CACHES]), n_sequences = n_numbers / 3;
+    if ((caches = malloc((n_numbers + 1) * sizeof *caches)) == NULL)
         return PyErr_NoMemory();
+    if (numbers(PySequence_Fast_ITEMS(arguments[CACHES]), n_numbers, caches, 3 * n_sequences) < 0)
+        return free(caches), NULL;
+    for (Py_ssize_t index = 0; index < n_sequences; index++)
+        most = caches[3 * index + 2] >= most ? caches[3 * index + 2] + 1 : most;
+    size_t n_floats = all.group * (2 * all.channels + most) + SIDE * (all.channels + LANES);
+    float *room = malloc(n_floats * sizeof *room);
+    if (room == NULL)
+        return free(caches), PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t head = 0; head < given[HEADS]; head++, queries += size, outputs += size) {
-        Matrix states[2];
-        for (int which = 0; which < 2; which++) {
-            const char *first = (const char *)given[KEYS + which] + head * given[HEAD_STRIDE];
-            states[which] = (Matrix){first, given[IN_INT8] ? first + channels : NULL, given[STRIDE], given[STRIDE]};
-        }
-        widen(queries, room, group, channels, given[IN_INT8] ? INT8 : BFLOAT16);
-        attend_head(room, &states[0], &states[1], sums + size, sums, group, channels, tokens, scale);
-        for (Py_ssize_t i = 0; i < size; i++)
-            outputs[i] = rounded(sums[i]);
-    }
+    for (Py_ssize_t index = 0; index < n_sequences; index++)
+        attend_one(&all, index, n_sequences, caches + 3 * index, room);
     Py_END_ALLOW_THREADS
-    PyMem_RawFree(room);
+    free(room);
+    free(caches);
     Py_RETURN_NONE;
 }
 
@@ -96,5 +183,13 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_few_rows", NULL
 
 PyMODINIT_FUNC PyInit__few_rows(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+#ifdef PAIRS
+    int pairs = has_pairs();
+#else
+    int pairs = 0;
+#endif
+    if (module != NULL && PyModule_AddIntConstant(module, "PAIRS", pairs) < 0)
+        Py_CLEAR(module);
+    return module;
 }

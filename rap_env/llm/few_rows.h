@@ -10,6 +10,8 @@
 #include <string.h>
 
 typedef float Floats __attribute__((vector_size(64)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
@@ -83,12 +85,24 @@ INLINE float scale_of(const Matrix *matrix, ptrdiff_t row, const int element)
 
 INLINE float total(Floats vector)
 {
-    float lanes[WIDTH];
-    memcpy(lanes, &vector, sizeof lanes);
-    for (int half = WIDTH / 2; half > 0; half /= 2)
-        for (int lane = 0; lane < half; lane++)
-            lanes[lane] += lanes[lane + half];
-    return lanes[0];
+    Eight halves[2];
+    memcpy(halves, &vector, sizeof halves);
+    halves[0] += halves[1];
+    Four quarters[2];
+    memcpy(quarters, &halves[0], sizeof quarters);
+    quarters[0] += quarters[1];
+    return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
+}
+
+/* e to the power of numbers up to 0, to a relative 2e-7: of powers of 2, and a polynomial for what is left (Cephes). */
+INLINE Floats exponentials(Floats powers)
+{
+    const Integers tiny = powers < -87;
+    powers = (Floats)(((Integers)powers & ~tiny) | ((Integers)((Floats){0} - 87) & tiny));
+    Floats whole = powers * 1.44269504f + 0x1.8p23f - 0x1.8p23f, x = powers - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Floats value = ((((1.9875691500e-4f * x + 1.3981999507e-3f) * x + 8.3334519073e-3f) * x + 4.1665795894e-2f) * x +
+                    1.6666665459e-1f) * x + 5.0000001201e-1f;
+    return (value * x * x + x + 1) * (Floats)((__builtin_convertvector(whole, Integers) + 127) << 23);
 }
 
 /* Part of a step of a row. INT8 is read four numbers to a word, so that lane l of part p is element 4 l + p. */
@@ -169,6 +183,35 @@ INLINE void add_by_columns(const Matrix *matrix, const int element, const float 
     }
 }
 
+/* outputs[r] = the sum over j of weights[r][j] * values[j], of up to `MOST_ROWS` rows: sums stay in registers. */
+INLINE void weigh(const Matrix *values, const int element, const float *weights, float *outputs, const int rows,
+                  ptrdiff_t n, ptrdiff_t k)
+{
+    ptrdiff_t i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        Floats sums[MOST_ROWS][PARTS] = {0};
+        for (ptrdiff_t j = 0; j < k; j++) {
+            const char *row = values->rows + j * values->stride;
+            const float scale = scale_of(values, j, element);
+            prefetch(row, i, element);
+            for (int part = 0; part < PARTS; part++) {
+                Floats own = scale * wide(row, i + part * WIDTH, element);
+                for (int r = 0; r < rows; r++)
+                    sums[r][part] += own * weights[r * k + j];
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            memcpy(outputs + r * n + i, sums[r], sizeof sums[r]);
+    }
+    for (; i < n; i++)
+        for (int r = 0; r < rows; r++) {
+            float sum = 0;
+            for (ptrdiff_t j = 0; j < k; j++)
+                sum += weights[r * k + j] * wide_at(values->rows + j * values->stride, i, element) * scale_of(values, j, element);
+            outputs[r * n + i] = sum;
+        }
+}
+
 /* The compiler unrolls the loops over rows where it knows how many there are. */
 #define FOR_ROWS(add, element)                                                                                         \
     for (; rows > 0; rows -= MOST_ROWS, inputs += MOST_ROWS * k, sums += MOST_ROWS * n) {                              \
@@ -200,22 +243,30 @@ static void by_columns(const Matrix *matrix, const float *inputs, float *sums, p
         FOR_ROWS(add_by_columns, INT8)
 }
 
-/* What the `group` query heads of one KV head read of its keys and values, `tokens` rows with `channels` elements;
-   scores [group][tokens] and sums [group][channels] are room for it. */
-static void attend_head(const float *queries, const Matrix *keys, const Matrix *values, float *scores, float *sums,
-                        ptrdiff_t group, ptrdiff_t channels, ptrdiff_t tokens, float scale)
+FOR_EACH_PROCESSOR
+static void weighted(const Matrix *matrix, const float *inputs, float *sums, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t k)
 {
-    memset(scores, 0, group * tokens * sizeof(float));
-    memset(sums, 0, group * channels * sizeof(float));
-    by_rows(keys, queries, scores, group, tokens, channels);
-    for (ptrdiff_t query = 0; query < group; query++) {
-        float *own = scores + query * tokens, largest = own[0], sum = 0;
-        for (ptrdiff_t token = 1; token < tokens; token++)
-            largest = own[token] > largest ? own[token] : largest;
-        for (ptrdiff_t token = 0; token < tokens; token++)
-            sum += own[token] = expf(scale * (own[token] - largest));
-        for (ptrdiff_t token = 0; token < tokens; token++)
-            own[token] /= sum;
-    }
-    by_columns(values, scores, sums, group, channels, tokens);
+    if (matrix->scales == NULL)
+        FOR_ROWS(weigh, BFLOAT16)
+    else
+        FOR_ROWS(weigh, INT8)
 }
+
+FOR_EACH_PROCESSOR
+static void softmax(float *row, ptrdiff_t n, float scale)
+{
+    float largest = row[0], sum = 0;
+    for (ptrdiff_t i = 1; i < n; i++)
+        largest = row[i] > largest ? row[i] : largest;
+    for (ptrdiff_t i = 0; i < n; i += WIDTH) {
+        size_t bytes = sizeof(float) * (n - i < WIDTH ? n - i : WIDTH);
+        Floats numbers = (Floats){0} - INFINITY; /* whose exponentials are as good as 0 */
+        memcpy(&numbers, row + i, bytes);
+        numbers = exponentials(scale * (numbers - largest));
+        sum += total(numbers);
+        memcpy(row + i, &numbers, bytes);
+    }
+    for (ptrdiff_t i = 0; i < n; i++)
+        row[i] /= sum;
+}
+

@@ -6,6 +6,8 @@ here (`few_rows.c`) read matrices, keys and values as they lie. They are built w
 there is a C compiler; without them all is torch's.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -17,24 +19,22 @@ try:
 except ImportError:
     _few_rows = None
 
-MOST_ROWS = 4  # with more, oneDNN is as quick
-_MOST_THREADS = 2  # a kernel runs on one; more of torch's threads read memory faster than one does
+_PAIRS = _few_rows is not None and bool(_few_rows.PAIRS)  # the processor multiplies pairs of bfloat16 numbers
 _QUICK = torch.backends.cpu.get_cpu_capability() == "AVX512"  # compiled for AVX2 they were no quicker
+_MOST_THREADS = 2  # a kernel runs on one; more of torch's threads read memory faster than one does
+_MOST_ROWS, _MOST_ROWS_OF_PAIRS = 4, 32  # with more, oneDNN on one thread is as quick
 
 
-def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels are there, and quicker than torch in this process as it is now."""
-    return (
-        _few_rows is not None
-        and _QUICK
-        and dtype == torch.bfloat16
-        and device.type == "cpu"
-        and torch.get_num_threads() <= _MOST_THREADS
-    )
+def most_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """How many rows the kernels multiply quicker than torch in this process as it is now; 0 where they can't at all."""
+    n_threads = torch.get_num_threads()
+    if _few_rows is None or not _QUICK or dtype != torch.bfloat16 or device.type != "cpu" or n_threads > _MOST_THREADS:
+        return 0
+    return _MOST_ROWS_OF_PAIRS // n_threads if _PAIRS else _MOST_ROWS
 
 
 def for_few_rows(module: nn.Module) -> nn.Module:
-    """A layer with the same weights in the same place that multiplies a few rows by the kernel, for inference.
+    """A layer with the same weights in the same place that multiplies by the kernel, for inference.
 
     Args:
         module: What is neither a plain layer of bfloat16 nor one of INT8 with such scales is returned as it is.
@@ -48,7 +48,7 @@ def for_few_rows(module: nn.Module) -> nn.Module:
 
 
 class FewRows(nn.Linear):
-    """A linear layer that multiplies at most `MOST_ROWS` rows by the kernel, and sums in float32."""
+    """A linear layer that multiplies by the kernel, and sums in float32."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N], both bfloat16."""
@@ -68,10 +68,10 @@ class FewRowsInt8(Int8Linear):
 def _product(
     inputs: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """None where there are more rows, or gaps between a matrix' elements both ways."""
+    """None where there are gaps between a matrix' elements both ways."""
     (n, k), strides = weight.shape, weight.stride()
-    rows, by_columns = inputs.numel() // k, scales is None and strides[1] != 1
-    if rows > MOST_ROWS or strides[0 if by_columns else 1] != 1:
+    by_columns = scales is None and strides[1] != 1
+    if strides[0 if by_columns else 1] != 1:
         return None
     inputs, outputs = inputs.contiguous(), inputs.new_empty(*inputs.shape[:-1], n)
     _few_rows.product(
@@ -82,37 +82,41 @@ def _product(
         0 if bias is None else bias.data_ptr(),
         inputs.data_ptr(),
         outputs.data_ptr(),
-        rows,
+        (rows := inputs.numel() // k),
         n,
         k,
+        _PAIRS and rows > 1,
     )
     return outputs
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """What one token reads, [hq, D] -> [hq, D].
+def attend(
+    query: torch.Tensor, caches: Sequence[tuple[torch.Tensor, int]], new: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """What one new token of each of S sequences reads of its own sequence, [S, hq, D] -> [S, hq, D].
 
     Args:
-        query: [hq, D], bfloat16.
-        key: [h, T, D], bfloat16, or [h, T, D + 2] as `rap_env.llm.int8_cache.encoded` makes it; T is at least 1. Tokens
-            lie side by side. As many query heads read each.
-        value: As `key`, with the same strides.
+        query: [S, hq, D], bfloat16.
+        caches: For each sequence its keys and values [2, h, capacity, D], bfloat16, or [2, h, capacity, D + 2] as
+            `rap_env.llm.int8_cache.encoded` makes them, without gaps, and how many tokens are in front of the new one.
+            As many query heads read each KV head.
+        new: Keys and values of the new tokens [2, h, S, ...], which are written into the caches first; None where they
+            are there.
         scale: Of the scores; by default 1 / sqrt(D).
     """
-    query, (heads, tokens, _), channels = query.contiguous(), key.shape, query.shape[1]
-    read = torch.empty_like(query)
+    query, states = query.contiguous(), caches[0][0]
+    read, channels, heads = torch.empty_like(query), query.shape[2], states.shape[1]
+    new = None if new is None else new.contiguous()
     _few_rows.attend(
         query.data_ptr(),
-        key.data_ptr(),
-        value.data_ptr(),
-        key.stride(0) * key.itemsize,
-        key.stride(1) * key.itemsize,
-        key.dtype == torch.int8,
+        0 if new is None else new.data_ptr(),
         read.data_ptr(),
+        tuple(number for own, length in caches for number in (own.data_ptr(), own.shape[2], length)),
+        states.dtype == torch.int8,
+        _PAIRS,
         heads,
-        len(query) // heads,
+        query.shape[1] // heads,
         channels,
-        tokens,
         scale or channels**-0.5,
     )
     return read

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from rap_env.components import ATTENTION
-from rap_env.llm.few_rows import MOST_ROWS, for_few_rows, has_kernels
-from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, attend_together, filled
+from rap_env.llm.few_rows import for_few_rows, most_rows
+from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, filled
+from rap_env.llm.next_tokens import attend_together, attends_together
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
 from rap_env.llm.recorded_steps import RecordedSteps
@@ -17,8 +18,6 @@ from rap_env.mask import PruningMask, kept_sites
 from rap_env.memory.measured import trim_freed_memory
 
 _FEW_ROWS, _ROWS = (1, 4, 16), 64  # see `padded`
-_WITH_KERNELS = (*range(1, 1 + MOST_ROWS), 16, 32)  # where few rows have a kernel, which needs no program
-_QUANTISED = (*range(1, 1 + KERNEL_ROWS), 32)
 
 Reading = tuple[SequenceCache, Sequence[int]]  # a sequence's cache, and its tokens that are to be read next
 
@@ -42,7 +41,8 @@ class RaggedStream(PackedStream):
         self._readings, self.positions = readings, positions
         self.layer, self.heads, self.n_keys = 0, (), 0
         self.step: list[SequenceCache] | None = None
-        if one_kernel_attends(positions.device) and all(n == 1 and cache.has_just(heads) for cache, n in readings):
+        form = readings[0][0].form
+        if attends_together(form.device, form.dtype) and all(n == 1 and own.has_just(heads) for own, n in readings):
             self.step = [cache for cache, _ in readings]
             self.n_keys = filled(1 + max(cache.length for cache in self.step))
 
@@ -61,11 +61,6 @@ class RaggedStream(PackedStream):
             outputs.append(cache.attend(self.layer, self.heads, states, scale))
         outputs.append(query.new_zeros(n_rows - start, *outputs[0].shape[1:]))
         return torch.cat(outputs)[None]
-
-
-def one_kernel_attends(device: torch.device) -> bool:
-    """Whether one kernel attends for all sequences that read one token: not on a CPU, where copies cost more."""
-    return device.type == "cuda"
 
 
 def padded(n_rows: int, few_rows: Sequence[int]) -> int:
@@ -91,8 +86,9 @@ class LiveModel:
     def __init__(self, llm: SwitchableLLM) -> None:
         self.llm, self.form = llm, CacheFormat.of(llm)
         quantised = any(isinstance(module, Quantised) for module in llm.model.modules())
-        self._kernels = has_kernels(llm.device, llm.dtype)
-        self._few_rows = _QUANTISED if quantised else _WITH_KERNELS if self._kernels else _FEW_ROWS
+        self._kernel_rows = most_rows(llm.device, llm.dtype)
+        without_program = range(1, 1 + max(self._kernel_rows, KERNEL_ROWS if quantised else 0))
+        self._few_rows = sorted({*without_program, 16, 32}) if without_program else _FEW_ROWS
         self._prepare()
 
     def switch(self, mask: PruningMask) -> None:
@@ -108,12 +104,11 @@ class LiveModel:
 
     def _prepare(self) -> None:
         self.heads = self.form.heads_of(self.llm.mask)
-        self._recorded = RecordedSteps(self._step)
+        self._step = RecordedSteps(self._logits_of).run if self.llm.device.type == "cuda" else self._logits_of
         self._steps = [(site, self.llm.layer_of(site)) for site in kept_sites(self.llm.mask)]
-        self._few_steps, self._head = self._steps, self.llm.model.lm_head
-        if self._kernels:
-            self._head = for_few_rows(self._head)
+        if self._kernel_rows:
             self._few_steps = [(site, layer.with_matrices(site.kind, for_few_rows)) for site, layer in self._steps]
+            self._few_head = for_few_rows(self.llm.model.lm_head)
 
     def new_cache(self, capacity_tokens: int) -> SequenceCache:
         """A cache for a sequence that is read with the present mask."""
@@ -144,7 +139,7 @@ class LiveModel:
             rows = [*last, *last[-1:] * (padded(len(last), self._few_rows) - len(last))]
             logits = self._logits(self._forward(inputs, stream)[0, rows])
         else:
-            logits = self._recorded.run(inputs, stream)
+            logits = self._step(inputs, stream)
         for cache, tokens in readings:
             cache.length += len(tokens)
         return logits[: len(readings)]
@@ -154,18 +149,19 @@ class LiveModel:
         unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.llm.device)  # upstream would build a mask
         hidden, context = self.llm.open_stream(inputs[:1], position_ids=inputs[1:], attention_mask=unmasked)
         context = context | {"attention_mask": stream}
-        for site, layer in self._few_steps if inputs.shape[1] <= MOST_ROWS else self._steps:
+        for site, layer in self._few_steps if inputs.shape[1] <= self._kernel_rows else self._steps:
             if site.kind == ATTENTION:
                 stream.layer, stream.heads = site.layer, self.heads[site.layer]
             hidden = layer.run(site.kind, hidden, context)
         return hidden
 
-    def _step(self, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
+    def _logits_of(self, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
         """Logits [N, V] of one token of each sequence."""
         return self._logits(self._forward(inputs, stream)[0])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._head(self.llm.final_norm(hidden))
+        head = self._few_head if len(hidden) <= self._kernel_rows else self.llm.model.lm_head
+        return head(self.llm.final_norm(hidden))
 
     def warm_up(self, read_tokens: int, masks: Sequence[PruningMask], longest_tokens: int) -> None:
         """Reads once in every number of rows that will come, so that libraries have made their programs.

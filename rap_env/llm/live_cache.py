@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +12,7 @@ from torch.nn import functional
 from rap_env.components import ATTENTION
 from rap_env.errors import InvalidWorkload, UnsupportedArchitecture
 from rap_env.llm.architecture import decoder_layers
-from rap_env.llm.attention import attention
-from rap_env.llm.few_rows import attend, has_kernels
+from rap_env.llm.few_rows import attend, most_rows
 from rap_env.llm.int8_cache import decoded, encoded, in_int8
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
@@ -110,12 +109,13 @@ class SequenceCache:
         capacity_tokens: Tokens that the sequence may come to have.
 
     Attributes:
+        form: How they are kept.
         length: Tokens that were read.
         switches: How often its heads were changed.
     """
 
     def __init__(self, form: CacheFormat, heads: Heads, capacity_tokens: int) -> None:
-        self.capacity_tokens, self.length, self.switches, self._form = capacity_tokens, 0, 0, form
+        self.capacity_tokens, self.length, self.switches, self.form = capacity_tokens, 0, 0, form
         self._layers = {
             index: _Layer(own, (0,) * len(own), form.empty(len(own), capacity_tokens)) for index, own in heads.items()
         }
@@ -143,6 +143,10 @@ class SequenceCache:
         have = {index: layer.heads for index, layer in self._layers.items()}
         return have == heads and not any(any(layer.starts) for layer in self._layers.values())
 
+    def states(self, index: int) -> torch.Tensor:
+        """Keys and values of a layer [2, h, capacity, ...]."""
+        return self._layers[index].states
+
     def switch(self, heads: Heads, coming_back: ComingBack = "left out") -> None:
         """Lets go of the heads that another mask drops, at once, and of nothing else.
 
@@ -166,7 +170,7 @@ class SequenceCache:
                 self._layers[index] = self._carried(before, chosen)
 
     def _carried(self, before: _Layer | None, heads: tuple[int, ...]) -> _Layer:
-        states = self._form.empty(len(heads), self.capacity_tokens)
+        states = self.form.empty(len(heads), self.capacity_tokens)
         starts = [self.length] * len(heads)
         for place, head in enumerate(heads):
             if before is not None and head in before.heads:
@@ -203,7 +207,7 @@ class SequenceCache:
             chosen = grouped
         else:
             chosen, key, value = grouped[places], key[places], value[places]
-        own.states[:, :, self.length : end] = self._form.encoded(torch.stack((key, value)))
+        own.states[:, :, self.length : end] = self.form.encoded(torch.stack((key, value)))
         attended = self._read(own, chosen.flatten(0, 1), end, scale)
         if not whole:
             everything = torch.zeros_like(grouped)
@@ -214,11 +218,11 @@ class SequenceCache:
     def _read(self, own: _Layer, query: torch.Tensor, end: int, scale: float | None) -> torch.Tensor:
         """What n new tokens [hq, n, D] read of all keys and values so far; the same shape."""
         n_new = query.shape[1]
-        if n_new == 1 and not any(own.starts) and has_kernels(query.device, query.dtype):
-            return attend(query[:, 0], *own.states[:, :, :end], scale)[:, None]
+        if n_new == 1 and not any(own.starts) and most_rows(query.device, query.dtype):
+            return attend(query[None, :, 0], [(own.states, self.length)], None, scale)[0, :, None]
         # As with the rows of matrix products, few shapes mean few programs; keys behind the end are nobody's to see.
         n_rows, n_keys = (1, end) if n_new == 1 else (filled(n_new), min(filled(end), self.capacity_tokens))
-        keys, values = self._form.decoded(own.states[:, :, :n_keys])
+        keys, values = self.form.decoded(own.states[:, :, :n_keys])
         return functional.scaled_dot_product_attention(
             functional.pad(query, (0, 0, 0, n_rows - n_new))[None],
             keys[None],
@@ -233,10 +237,10 @@ class SequenceCache:
         """Which tokens each query head of new tokens may see [1, hq or 1, rows, T]; None where causality is all."""
         if self.length == 0 or (n_rows == 1 and not any(starts)):
             return None
-        keys = torch.arange(n_keys, device=self._form.device)
-        seen = keys <= torch.arange(self.length, self.length + n_rows, device=self._form.device)[:, None]
+        keys = torch.arange(n_keys, device=self.form.device)
+        seen = keys <= torch.arange(self.length, self.length + n_rows, device=self.form.device)[:, None]
         if any(starts):
-            beginning = torch.tensor(starts, device=self._form.device).repeat_interleave(group)
+            beginning = torch.tensor(starts, device=self.form.device).repeat_interleave(group)
             seen = seen & (keys >= beginning[:, None, None])
         return seen.expand(1, -1, -1, -1) if seen.ndim == 3 else seen[None, None]
 
@@ -250,41 +254,6 @@ class SequenceCache:
             raise InvalidWorkload(
                 f"expected at most {self.capacity_tokens} tokens of the sequence; got {self.length + n_tokens}"
             )
-
-
-def attend_together(
-    caches: Sequence[SequenceCache],
-    index: int,
-    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    positions: torch.Tensor,
-    n_keys: int,
-    scale: float | None,
-) -> torch.Tensor:
-    """What `SequenceCache.attend` does, for one new token of each of n sequences that have all heads of a layer.
-
-    It copies what is attended to, side by side: worth it where a small kernel takes as long as a large one. Nothing
-    depends on a number that the device would have to tell, so that the kernels can be recorded.
-
-    Args:
-        caches: Of the sequences.
-        index: Of the layer.
-        states: Queries [hq, n, D], keys and values [h, n, D], a row for each sequence.
-        positions: Of the new tokens [n].
-        n_keys: Tokens that are looked at; those behind a sequence's own are not seen.
-        scale: Of the scores.
-
-    Returns:
-        What each query head read [n, hq, D].
-    """
-    query, key, value = states
-    form, kept = caches[0]._form, [cache._layers[index].states for cache in caches]
-    new = form.encoded(torch.stack((key, value)))  # [2, h, n, ...]
-    for row, own in enumerate(kept):
-        own.index_copy_(2, positions[row : row + 1], new[:, :, row : row + 1])
-    read = [functional.pad(own[:, :, :n_keys], (0, 0, 0, max(0, n_keys - own.shape[2]))) for own in kept]
-    keys, values = form.decoded(torch.stack(read)).unbind(1)
-    visible = torch.arange(n_keys, device=query.device) <= positions[:, None]
-    return attention(query.transpose(0, 1)[:, :, None], keys, values, scale, visible[:, None, None])[:, 0]
 
 
 def filled(n_tokens: int) -> int:

@@ -26,7 +26,7 @@ TINY = [
     "sites.levels=2",
     "sites.plain_every=5",
     "sites.repeats=1",
-    "decoding.prompt_tokens=8",
+    "decoding.sequences=[1,2]",
     "decoding.new_tokens=4",
     "decoding.repeats=1",
     "gsi.seeds=[0,1]",
@@ -119,7 +119,7 @@ def test_single_sites_score_the_same_together(results_of):
 
 def test_decoding_gives_the_tokens_of_generate(results_of):
     results = results_of("decoding")
-    assert results["equal_tokens"] == results["new_tokens"] == 4
+    assert {n: of["equal_tokens"] for n, of in results["by_sequences"].items()} == {"1": 4, "2": 8}
 
 
 def test_float32_is_upstreams(results_of):

@@ -48,20 +48,10 @@ def test_it_equals_the_exact_rule_where_importance_only_grows(llm, monkeypatch, 
     assert lazy.tokens < exact.tokens
 
 
-# Beside a removal, importance may fall by more than the removal cost; further away, by a thirtieth of that.
-@pytest.mark.parametrize(
-    ("partner", "fall"),
-    [
-        ("layer1.mlp", 3.0),
-        ("layer0.mlp", 3.0),
-        ("layer2.attention", 0.03),
-        ("layer0.attention", 0.03),
-        ("layer3.mlp", 0.03),
-    ],
-)
+@pytest.mark.parametrize("partner", ["layer1.mlp", "layer0.mlp"])
 @pytest.mark.parametrize("n_windows", [1, 5])
-def test_a_component_whose_importance_falls_after_a_removal_is_found(llm, monkeypatch, partner, fall, n_windows):
-    first, windows = "layer1.attention", WINDOWS[:n_windows]
+def test_a_component_whose_importance_falls_beside_a_removal_is_found(llm, monkeypatch, partner, n_windows):
+    first, fall, windows = "layer1.attention", 3.0, WINDOWS[:n_windows]
     weights = {component.name: 1.5 + 0.01 * position for position, component in enumerate(llm.shape.components)}
     weights |= {first: 1.0, partner: 1.49 + fall}  # without the first, the partner weighs 1.49, less than all others
 
@@ -135,7 +125,7 @@ def test_one_window_is_its_own_sketch(llm, measured):
     )
 
 
-def test_the_first_round_looks_at_the_least_influential_and_tries_a_third_on_all_windows(llm, measured):
+def test_the_first_round_looks_at_the_least_influential_and_tries_a_fifth_on_all_windows(llm, measured):
     lazy = greedy_sequential_importance(llm, WINDOWS, removals=1)
 
     def increases(windows):
@@ -145,14 +135,14 @@ def test_the_first_round_looks_at_the_least_influential_and_tries_a_third_on_all
     meter = Meter(llm, PerplexityEvaluator(SKETCH, "sketch"))
     influences = dict(zip(on_sketch, block_influence(meter, [[site] for site in llm.shape.sites]), strict=True))
     ranked = sorted(influences, key=influences.get)
-    third = sorted(ranked[:4], key=on_sketch.get)[:3]
-    most = max(ranked[:4], key=lambda name: (on_all if name in third else on_sketch)[name])
-    expected = {name: on_sketch[name] for name in ranked[:4]} | {name: on_all[name] for name in third}
+    fifth = sorted(ranked[:4], key=on_sketch.get)[:2]
+    most = max(ranked[:4], key=lambda name: (on_all if name in fifth else on_sketch)[name])
+    expected = {name: on_sketch[name] for name in ranked[:4]} | {name: on_all[name] for name in fifth}
     for name in ranked[4:]:
         expected[name] = max(0.0, expected[most]) * influences[name] / influences[most]
     assert lazy.increases == pytest.approx(expected, abs=1e-5)
     on_rest = [measurement.dropped for measurement in measured if measurement.tokens == REST.numel()]
-    assert on_rest[1:4] == [(name,) for name in third]  # after the dense loss
+    assert on_rest[1:3] == [(name,) for name in fifth]  # after the dense loss
 
 
 def test_a_component_that_was_screened_out_is_found_when_the_others_cost_more(llm, monkeypatch):

@@ -11,7 +11,6 @@ from rap_env.llm.formats import quantise
 from rap_env.llm.live import LiveModel, RaggedStream
 from rap_env.llm.live_cache import SequenceCache
 from rap_env.llm.loading import build_random_llm
-from rap_env.llm.recorded_steps import RecordedSteps
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 from tests.llm.test_parts import GROUP, MEMBERS
@@ -191,11 +190,11 @@ def test_what_cannot_be_read_is_refused():
 @pytest.mark.parametrize("member", ["llama, 2 KV heads", "qwen3", "opt"])
 def test_one_kernel_for_the_next_tokens_of_all_sequences_gives_what_one_for_each_gives(member, kv_cache, monkeypatch):
     live, tokens = build(member, kv_cache=kv_cache), sequences()
-    steps = []
+    steps, run_step = [], live._logits_of
 
-    def run_unrecorded(recorded: RecordedSteps, inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
+    def counted(inputs: torch.Tensor, stream: RaggedStream) -> torch.Tensor:
         steps.append(len(stream.step))
-        return recorded._forward(inputs, stream)
+        return run_step(inputs, stream)
 
     def logits_of_all() -> list[torch.Tensor]:
         live.switch(everything(live))
@@ -210,8 +209,8 @@ def test_one_kernel_for_the_next_tokens_of_all_sequences_gives_what_one_for_each
         return found
 
     expected = logits_of_all()
-    monkeypatch.setattr(live_module, "one_kernel_attends", lambda _device: True)
-    monkeypatch.setattr(RecordedSteps, "run", run_unrecorded)
+    monkeypatch.setattr(live_module, "attends_together", lambda _device, _dtype: True)
+    monkeypatch.setattr(live, "_logits_of", counted)
     for own, wanted in zip(logits_of_all(), expected, strict=True):
         torch.testing.assert_close(own, wanted, rtol=0, atol=1e-4)
     assert steps == [3, 3, 3, 3], "the last one was read by sequences of which heads are left out"
