@@ -87,8 +87,8 @@ class LiveModel:
         self.llm, self.form = llm, CacheFormat.of(llm)
         quantised = any(isinstance(module, Quantised) for module in llm.model.modules())
         self._kernel_rows = most_rows(llm.device, llm.dtype)
-        without_program = range(1, 1 + max(self._kernel_rows, KERNEL_ROWS if quantised else 0))
-        self._few_rows = sorted({*without_program, 16, 32}) if without_program else _FEW_ROWS
+        self._without_program = max(self._kernel_rows, KERNEL_ROWS if quantised else 0)
+        self._few_rows = sorted({*range(1, 1 + self._without_program), 16, 32}) if self._without_program else _FEW_ROWS
         self._prepare()
 
     def switch(self, mask: PruningMask) -> None:
@@ -164,7 +164,7 @@ class LiveModel:
         return head(self.llm.final_norm(hidden))
 
     def warm_up(self, read_tokens: int, masks: Sequence[PruningMask], longest_tokens: int) -> None:
-        """Reads once in every number of rows that will come, so that libraries have made their programs.
+        """Reads once in every number of rows that will come for which libraries make a program.
 
         What reading leaves behind in the C library's allocator is given back, and then left behind once more: it is
         there whatever is measured afterwards.
@@ -180,12 +180,13 @@ class LiveModel:
         trim_freed_memory()
         self._read_all_rows(masks[-1] if masks else before, read_tokens, longest_tokens)
         self.switch(before)
-        for n_sequences in self._few_rows:
+        for n_sequences in self._few_rows[max(0, self._without_program - 1) :]:
             self.read([(self.new_cache(1), [0]) for _ in range(n_sequences)])
 
     def _read_all_rows(self, mask: PruningMask, read_tokens: int, longest_tokens: int) -> None:
         self.switch(mask)
-        for n_tokens in sorted({padded(n, self._few_rows) for n in range(1, read_tokens + 1)}):
+        with_program = range(max(1, self._without_program), read_tokens + 1)
+        for n_tokens in sorted({1, *(padded(n, self._few_rows) for n in with_program)}):
             self.read([(self.new_cache(n_tokens), [0] * n_tokens)])
         cache, n_tokens = self.new_cache(longest_tokens), min(read_tokens, longest_tokens)
         cache.length = longest_tokens - n_tokens  # as if so many had been read
