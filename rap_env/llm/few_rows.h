@@ -1,8 +1,8 @@
 /* Products of a few rows with a matrix, and attention of one token, summed in float32: one pass over matrices, keys and
    values in bfloat16 or INT8, as they lie in memory.
 
-   A row of the matrix, or a column where it is stored by columns, is read once for all input rows. One stream with a
-   prefetch ahead of it is read at the rate of memory; several at once were not. */
+   A row of the matrix, or a column where it is stored by columns, is read once for all of up to four input rows. One
+   stream with a prefetch ahead of it is read at the rate of memory; several at once were not. */
 
 #include <math.h>
 #include <stddef.h>
@@ -94,12 +94,13 @@ INLINE float total(Floats vector)
     return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
 }
 
-/* e to the power of numbers up to 0, to a relative 2e-7: of powers of 2, and a polynomial for what is left (Cephes). */
+/* e to the power of numbers up to 0: a power of 2, and for what is left the polynomial of Cephes. */
 INLINE Floats exponentials(Floats powers)
 {
     const Integers tiny = powers < -87;
     powers = (Floats)(((Integers)powers & ~tiny) | ((Integers)((Floats){0} - 87) & tiny));
-    Floats whole = powers * 1.44269504f + 0x1.8p23f - 0x1.8p23f, x = powers - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Floats whole = powers * 1.44269504f + 0x1.8p23f - 0x1.8p23f; /* rounded */
+    Floats x = powers - whole * 0.693359375f + whole * 2.12194440e-4f;
     Floats value = ((((1.9875691500e-4f * x + 1.3981999507e-3f) * x + 8.3334519073e-3f) * x + 4.1665795894e-2f) * x +
                     1.6666665459e-1f) * x + 5.0000001201e-1f;
     return (value * x * x + x + 1) * (Floats)((__builtin_convertvector(whole, Integers) + 127) << 23);
@@ -207,7 +208,8 @@ INLINE void weigh(const Matrix *values, const int element, const float *weights,
         for (int r = 0; r < rows; r++) {
             float sum = 0;
             for (ptrdiff_t j = 0; j < k; j++)
-                sum += weights[r * k + j] * wide_at(values->rows + j * values->stride, i, element) * scale_of(values, j, element);
+                sum += weights[r * k + j] * scale_of(values, j, element) *
+                       wide_at(values->rows + j * values->stride, i, element);
             outputs[r * n + i] = sum;
         }
 }

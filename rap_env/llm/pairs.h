@@ -1,5 +1,14 @@
-/* Products of a few rows by the instruction that adds products of pairs of bfloat16 numbers to sums in float32. It takes
-   32 numbers at once, so that eight rows take little longer than the matrix takes to be read. */
+/* Products of a few rows by the instruction that adds products of pairs of bfloat16 numbers to sums in float32, 32 at a
+   time. So eight rows take little longer than it takes to read the matrix.
+
+   By rows, squares of four rows of the matrix and four inputs are multiplied: what is loaded is used four times. By
+   columns, eight columns are added to the sums of all inputs, which stay in the processor's cache. */
+
+enum { LANES = 32 };          /* numbers of a vector */
+enum { SIDE = 4, GROUP = 8 }; /* rows of a square, columns of a group */
+/* Sums of an input that are computed at once, and from one input's to the next's: with a power of two in bytes between
+   them, all inputs' would share a few lines of the cache. */
+enum { BLOCK = 640, APART = 656 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -7,9 +16,6 @@
 
 #define PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define PAIRS_INLINE PAIRS INLINE
-
-enum { LANES = 32, SIDE = 4, GROUP = 8, BLOCK = 640 }; /* numbers of a vector; rows of a square, of a group; columns */
-enum { APART = BLOCK + 16 };                           /* sums of two rows lie; a power of two shares lines of the cache */
 
 /* Lines of rows that come next. The processor is asked for them, one behind the other, while it computes. */
 typedef struct {
@@ -116,7 +122,8 @@ PAIRS_INLINE Side side_of(const Matrix *matrix, const int element, uint16_t *roo
         bring(own + side * matrix->stride, room + side * filled, k, element);
         scales[side] = scale_of(matrix, i + side, element);
     }
-    Lines next = lines_of(own + SIDE * matrix->stride, matrix->stride, k * element, n - i < 2 * SIDE ? n - i - SIDE : SIDE);
+    const ptrdiff_t left = n - i - SIDE;
+    Lines next = lines_of(own + SIDE * matrix->stride, matrix->stride, k * element, left < SIDE ? left : SIDE);
     return (Side){room, next, _mm512_broadcast_f32x4(_mm_loadu_ps(scales)), here};
 }
 
