@@ -246,3 +246,20 @@ def test_no_rows_are_filled_up_where_they_have_a_kernel(most, expected, monkeypa
     for n_tokens in (1, 4, 5, 16, 17, 31, 32, 33):
         live.read([(live.new_cache(n_tokens), [3] * n_tokens)])
     assert rows == expected
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(32, [1, 32, 64, 128]), (4, [1, 4, 16, 32, 64, 128]), (0, [1, 4, 16, 64, 128])]
+)
+def test_warming_up_reads_once_in_each_number_of_rows_with_a_program(most, expected, monkeypatch):
+    monkeypatch.setattr(live_module, "most_rows", lambda _device, _dtype: most)
+    live, rows = LiveModel(build_random_llm("llama", SIZES, dtype="bfloat16")), []
+    forward, mask = live._forward, live.llm.mask
+    monkeypatch.setattr(
+        live, "_forward", lambda inputs, stream: rows.append(inputs.shape[1]) or forward(inputs, stream)
+    )
+    live.warm_up(100, [], 120)
+    prompts, longest, next_tokens = rows[: len(expected)], rows[len(expected)], rows[len(expected) + 1 :]
+    assert prompts == expected and longest == 128
+    assert next_tokens == [size for size in expected if size in live._few_rows and size >= most]
+    assert live.llm.mask == mask
