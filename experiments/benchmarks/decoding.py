@@ -57,5 +57,5 @@ def lines(results: dict[str, Any]) -> list[str]:
         f" [{min(of['decoding']['ratios']):.2f}, {max(of['decoding']['ratios']):.2f}],"
         f" reading their prompts {of['prompt']['ratio']:.2f} times;"
         f" {of['equal_tokens']} of {int(n) * results['new_tokens']} tokens equal"
-        for n, of in results["by_sequences"].items()
+        for n, of in sorted(results["by_sequences"].items(), key=lambda item: int(item[0]))  # records sort by letters
     ]
