@@ -79,7 +79,7 @@ def _kernels_seen() -> Iterator[None]:
         with record_function(_OF_ONE_TOKEN):
             kernels.attend(*given)
 
-    few_rows._few_rows = SimpleNamespace(product=product, attend=attend)
+    few_rows._few_rows = SimpleNamespace(**vars(kernels) | {"product": product, "attend": attend})
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from rap_env.components import ATTENTION
 from rap_env.errors import UnknownName
 from rap_env.llm.attention import attention as attend
+from rap_env.llm.int8_cache import only_hooked_by_int8
 from rap_env.llm.kernels import added, gated, hooked, rms_norm, rotated
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
 from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_modules, with_tensors
@@ -61,7 +62,8 @@ def _rotary_attention(
     mask = context.get("attention_mask")
     packed = isinstance(mask, PackedStream)
     whole = mask is None and attention.config._attn_implementation == "sdpa"
-    if not (packed or whole) or context.get("past_key_values") is not None or hooked(attention):
+    seen = hooked(attention) and not (packed and mask.encodes and only_hooked_by_int8(attention))
+    if not (packed or whole) or context.get("past_key_values") is not None or seen:
         return _plain_attention(attention, normed, residual, context)
     query, key, value = (
         projection(normed).unflatten(-1, (-1, attention.head_dim))
@@ -217,15 +219,19 @@ class DecoderLayer:
         module = with_tensors(self.module, tensors)
         return DecoderLayer(module, self._architecture, self._packed_attention.config)
 
-    def with_matrices(self, kind: str, made: Callable[[nn.Module], nn.Module]) -> "DecoderLayer":
-        """The layer with other modules for the matrices of one site, but for those whose calls somebody wants to see.
+    def with_modules(self, kind: str, made: Callable[[nn.Module], nn.Module]) -> "DecoderLayer":
+        """The layer with other modules for the norms and matrices of one site, but for those whose calls somebody sees.
 
         Args:
             kind: Of the site.
-            made: Gives the module that stands in for one that holds a matrix.
+            made: Gives the module that stands in for one that holds a norm or a matrix.
         """
-        matrices = {path: submodule(self.module, path) for path in next(iter(self.cuts(kind).values()))}
-        module = with_modules(self.module, {path: made(one) for path, one in matrices.items() if not hooked(one)})
+        row, attention, paths = self._architecture, self.module.self_attn, list(next(iter(self.cuts(kind).values())))
+        paths.append(row.attention_norm if kind == ATTENTION else row.mlp_norm)
+        if kind == ATTENTION and hasattr(attention, "q_norm"):
+            paths += ["self_attn.q_norm", "self_attn.k_norm"]
+        modules = {path: submodule(self.module, path) for path in paths}
+        module = with_modules(self.module, {path: made(one) for path, one in modules.items() if not hooked(one)})
         return DecoderLayer(module, self._architecture, self._packed_attention.config)
 
     def modules_of(self, kind: str) -> list[nn.Module]:

@@ -1,10 +1,11 @@
-/* The extension module `_few_rows`: products and attention on addresses of tensors. */
+/* The extension module `_few_rows`: what a layer computes, on addresses of tensors. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdlib.h>
 
 #include "few_rows.h"
+#include "between.h"
 #include "pairs.h"
 
 /* Reads numbers: addresses, sizes, strides in bytes. */
@@ -95,12 +96,11 @@ PyDoc_STRVAR(attend_doc,
              "of its own keys and values, those of the new token included.\n\n"
              "`caches` has three numbers for each sequence: where its keys and values [2][heads][capacity][channels]\n"
              "lie, the capacity, and how many tokens are in front of the new one. `states` [2][heads][sequences]\n"
-             "[channels] are the new token's, which are written first; with address 0 they are there. In INT8 a\n"
-             "token's scale lies behind its channels. `scale` is that of the scores.");
+             "[channels] are the new token's in bfloat16, which are written first; with address 0 they are there. In\n"
+             "INT8 a token's scale lies behind its channels. `scale` is that of the scores.");
 
 typedef struct {
-    const uint16_t *queries;
-    const char *states;
+    const uint16_t *queries, *states;
     uint16_t *outputs;
     Py_ssize_t int8, by_pairs, heads, group, channels;
     float scale;
@@ -118,9 +118,13 @@ static void attend_one(const Attention *all, Py_ssize_t index, Py_ssize_t n_sequ
         Matrix kept[2];
         for (int which = 0; which < 2; which++) {
             char *first = (char *)cache[0] + (which * all->heads + head) * capacity * bytes;
-            if (all->states != NULL)
-                memcpy(first + before * bytes,
-                       all->states + ((which * all->heads + head) * n_sequences + index) * bytes, bytes);
+            if (all->states != NULL) {
+                const uint16_t *own = all->states + ((which * all->heads + head) * n_sequences + index) * channels;
+                if (all->int8)
+                    encode(own, first + before * bytes, channels);
+                else
+                    memcpy(first + before * bytes, own, bytes);
+            }
             kept[which] = (Matrix){first, all->int8 ? first + channels : NULL, bytes, bytes};
         }
         const uint16_t *queries = all->queries + (index * all->heads + head) * size;
@@ -155,7 +159,7 @@ static PyObject *attend(PyObject *Py_UNUSED(module), PyObject *const *arguments,
     float scale = (float)PyFloat_AsDouble(arguments[SCALE]);
     if (PyErr_Occurred())
         return NULL;
-    Attention all = {(const uint16_t *)front[QUERIES], (const char *)front[STATES], (uint16_t *)front[OUTPUTS],
+    Attention all = {(const uint16_t *)front[QUERIES], (const uint16_t *)front[STATES], (uint16_t *)front[OUTPUTS],
                      back[0], back[1], back[2], back[3], back[4], scale};
     Py_ssize_t n_numbers = PyTuple_GET_SIZE(arguments[CACHES]), n_sequences = n_numbers / 3;
     if ((caches = malloc((n_numbers + 1) * sizeof *caches)) == NULL)
@@ -177,8 +181,45 @@ static PyObject *attend(PyObject *Py_UNUSED(module), PyObject *const *arguments,
     Py_RETURN_NONE;
 }
 
-static PyMethodDef methods[] = {{"product", (PyCFunction)(void (*)(void))product, METH_FASTCALL, product_doc},
-                                {"attend", (PyCFunction)(void (*)(void))attend, METH_FASTCALL, attend_doc}, {NULL}};
+PyDoc_STRVAR(norm_doc,
+             "norm(inputs, weight, outputs, rows, k, epsilon)\n\n"
+             "outputs[rows][k] = weight[k] times inputs[rows][k] over the root of each row's mean square.");
+
+static PyObject *norm(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t n_arguments)
+{
+    enum { INPUTS, WEIGHT, OUTPUTS, ROWS, K, EPSILON, ALL };
+    Py_ssize_t given[EPSILON];
+    if (n_arguments != ALL)
+        return PyErr_Format(PyExc_TypeError, "expected %d numbers; got %zd", ALL, n_arguments);
+    if (numbers(arguments, EPSILON, given, EPSILON) < 0)
+        return NULL;
+    float epsilon = (float)PyFloat_AsDouble(arguments[EPSILON]);
+    if (PyErr_Occurred())
+        return NULL;
+    norm_rows((const uint16_t *)given[INPUTS], (const uint16_t *)given[WEIGHT], (uint16_t *)given[OUTPUTS], given[ROWS],
+              given[K], epsilon);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(rotate_doc,
+             "rotate(inputs, cosines, sines, outputs, rows, heads, half)\n\n"
+             "outputs[rows][heads][2 half] = inputs turned by angles of which cosines and sines [rows][2 half] are given.");
+
+static PyObject *rotate(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t n_arguments)
+{
+    enum { INPUTS, COSINES, SINES, OUTPUTS, ROWS, HEADS, HALF, ALL };
+    Py_ssize_t given[ALL];
+    if (numbers(arguments, n_arguments, given, ALL) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    turn_rows((const uint16_t *)given[INPUTS], (const uint16_t *)given[COSINES], (const uint16_t *)given[SINES],
+              (uint16_t *)given[OUTPUTS], given[ROWS], given[HEADS], given[HALF]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
+static PyMethodDef methods[] = {METHOD(product), METHOD(attend), METHOD(norm), METHOD(rotate), {NULL}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_few_rows", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__few_rows(void)

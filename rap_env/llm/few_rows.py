@@ -1,9 +1,10 @@
-"""Decoding on a CPU at the rate at which memory is read: products of a few rows, and attention of one token.
+"""Decoding on a CPU at the rate at which memory is read: products of a few rows, attention of one token, and norms.
 
 oneDNN lays a bfloat16 matrix out anew for each product of a few rows, which takes longer than the product, and keeps a
-program for each shape; torch's attention is made for many queries, and reads an INT8 cache only decoded. The kernels
-here (`few_rows.c`) read matrices, keys and values as they lie. They are built when the package is installed, where
-there is a C compiler; without them all is torch's.
+program for each shape; torch's attention is made for many queries, and reads an INT8 cache only decoded; and what lies
+between the products takes ten of torch's operations for each norm and as many for rotary positions. The kernels here
+(`few_rows.c`) read matrices, keys and values as they lie. They are built when the package is installed, where there is
+a C compiler; without them all is torch's.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ _PAIRS = _few_rows is not None and bool(_few_rows.PAIRS)  # the processor multip
 _QUICK = torch.backends.cpu.get_cpu_capability() == "AVX512"  # compiled for AVX2 they were no quicker
 _MOST_THREADS = 2  # a kernel runs on one; more of torch's threads read memory faster than one does
 _MOST_ROWS, _MOST_ROWS_OF_PAIRS = 4, 32  # with more, oneDNN on one thread is as quick
+_FEW_NUMBERS = 2**15  # of all rows; torch's threads don't share so few
 
 
 def most_rows(device: torch.device, dtype: torch.dtype) -> int:
@@ -34,13 +36,14 @@ def most_rows(device: torch.device, dtype: torch.dtype) -> int:
 
 
 def for_few_rows(module: nn.Module) -> nn.Module:
-    """A layer with the same weights in the same place that multiplies by the kernel, for inference.
+    """A layer or RMS norm with the same weights in the same place that computes by the kernels, for inference.
 
     Args:
-        module: What is neither a plain layer of bfloat16 nor one of INT8 with such scales is returned as it is.
+        module: What is neither a plain layer or RMS norm of bfloat16 nor a layer of INT8 with such scales is returned
+            as it is.
     """
-    kind = {nn.Linear: FewRows, Int8Linear: FewRowsInt8}.get(type(module))
-    if kind is None or (module.weight if kind is FewRows else module.scales).dtype != torch.bfloat16:
+    kind = FewRowsNorm if hasattr(module, "variance_epsilon") else _KINDS.get(type(module))
+    if kind is None or (module.scales if kind is FewRowsInt8 else module.weight).dtype != torch.bfloat16:
         return module
     made = twin(module)
     made.__class__ = kind
@@ -63,6 +66,20 @@ class FewRowsInt8(Int8Linear):
         """[..., K] -> [..., N], both bfloat16."""
         outputs = _product(inputs, self.weight, self.scales, self.bias)
         return super().forward(inputs) if outputs is None else outputs
+
+
+class FewRowsNorm(nn.Module):
+    """An RMS norm with a model's weight and `variance_epsilon`; sums of squares are in another order than torch's."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., H], both bfloat16."""
+        hidden, size = hidden.contiguous(), hidden.shape[-1]
+        normed, rows = torch.empty_like(hidden), hidden.numel() // size
+        _few_rows.norm(hidden.data_ptr(), self.weight.data_ptr(), normed.data_ptr(), rows, size, self.variance_epsilon)
+        return normed
+
+
+_KINDS = {nn.Linear: FewRows, Int8Linear: FewRowsInt8}
 
 
 def _product(
@@ -100,8 +117,8 @@ def attend(
         caches: For each sequence its keys and values [2, h, capacity, D], bfloat16, or [2, h, capacity, D + 2] as
             `rap_env.llm.int8_cache.encoded` makes them, without gaps, and how many tokens are in front of the new one.
             As many query heads read each KV head.
-        new: Keys and values of the new tokens [2, h, S, ...], which are written into the caches first; None where they
-            are there.
+        new: Keys and values of the new tokens [2, h, S, D], bfloat16, which are written into the caches first; None
+            where they are there.
         scale: Of the scores; by default 1 / sqrt(D).
     """
     query, states = query.contiguous(), caches[0][0]
@@ -120,3 +137,31 @@ def attend(
         scale or channels**-0.5,
     )
     return read
+
+
+def rotates(states: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether `rotated` can be computed by the kernel, and is soon enough: it runs on one thread."""
+    return (
+        _few_rows is not None
+        and states.dtype == torch.bfloat16
+        and states.device.type == "cpu"
+        and cos.shape[:2] == states.shape[:2]
+        and (states.numel() <= _FEW_NUMBERS or torch.get_num_threads() == 1)
+    )
+
+
+def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """What `rap_env.llm.kernels.rotated` does, with the same bits."""
+    states, cos, sin = states.contiguous(), cos.contiguous(), sin.contiguous()
+    heads, channels = states.shape[2:]
+    turned = torch.empty_like(states)
+    _few_rows.rotate(
+        states.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        turned.data_ptr(),
+        states.numel() // (heads * channels),
+        heads,
+        channels // 2,
+    )
+    return turned

@@ -88,6 +88,11 @@ def in_int8(attention: nn.Module) -> bool:
     return getattr(attention, "kv_cache", None) == "int8"
 
 
+def only_hooked_by_int8(attention: nn.Module) -> bool:
+    """Whether nobody but `cache_in_int8` wants to see an attention's calls."""
+    return in_int8(attention) and len(attention._forward_pre_hooks) == 1 and not attention._forward_hooks
+
+
 def _with_int8_layer(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     cache: Cache | None = kwargs.get("past_key_values")
     if cache is None:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from rap_env.llm import few_rows
+
 _FEW_ROWS = 4  # with fewer, as in decoding, fused products take longer than those of separate operations
 _TILE_ELEMENTS = 2**17  # of float32: what a tile needs stays in a core's cache
 
@@ -20,10 +22,11 @@ def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """An RMS norm [..., H] -> [..., H], tile by tile of the rows; with upstream's bits.
 
     Args:
-        norm: Upstream's module.
+        norm: Upstream's module, or one for few rows, which computes by itself.
         hidden: States of the model's type.
     """
-    if hidden.device.type != "cpu" or hooked(norm) or _learns(hidden, norm.weight):
+    own = isinstance(norm, few_rows.FewRowsNorm) or hooked(norm)
+    if own or hidden.device.type != "cpu" or _learns(hidden, norm.weight):
         return norm(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if len(rows) < _FEW_ROWS:
@@ -45,6 +48,8 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
         cos: [B or 1, T, 1, D], its halves alike.
         sin: As `cos`.
     """
+    if few_rows.rotates(states, cos) and not _learns(states):
+        return few_rows.rotated(states, cos, sin)
     half = states.shape[-1] // 2
     turned = states * cos
     turned[..., :half] -= states[..., half:] * sin[..., :half]

@@ -37,6 +37,8 @@ class RaggedStream(PackedStream):
         n_keys: Tokens that this kernel looks at.
     """
 
+    encodes = True
+
     def __init__(self, readings: Sequence[tuple[SequenceCache, int]], positions: torch.Tensor, heads: Heads) -> None:
         self._readings, self.positions = readings, positions
         self.layer, self.heads, self.n_keys = 0, (), 0
@@ -53,7 +55,7 @@ class RaggedStream(PackedStream):
             n_own = len(self.step)
             states = query[0, :, :n_own], key[0, :, :n_own], value[0, :, :n_own]
             read = attend_together(self.step, self.layer, states, self.positions[:n_own], self.n_keys, scale)
-            return functional.pad(read, (0, 0, 0, 0, 0, n_rows - n_own))[None]
+            return (functional.pad(read, (0, 0, 0, 0, 0, n_rows - n_own)) if n_rows > n_own else read)[None]
         outputs, start = [], 0
         for cache, n_new in self._readings:
             own = slice(start, start := start + n_new)
@@ -107,7 +109,7 @@ class LiveModel:
         self._step = RecordedSteps(self._logits_of).run if self.llm.device.type == "cuda" else self._logits_of
         self._steps = [(site, self.llm.layer_of(site)) for site in kept_sites(self.llm.mask)]
         if self._kernel_rows:
-            self._few_steps = [(site, layer.with_matrices(site.kind, for_few_rows)) for site, layer in self._steps]
+            self._few_steps = [(site, layer.with_modules(site.kind, for_few_rows)) for site, layer in self._steps]
             self._few_head = for_few_rows(self.llm.model.lm_head)
 
     def new_cache(self, capacity_tokens: int) -> SequenceCache:

@@ -40,9 +40,10 @@ def attend_together(
     """
     query, key, value = states
     query, kept = query.transpose(0, 1), [cache.states(index) for cache in caches]
-    new = caches[0].form.encoded(torch.stack((key, value)))  # [2, h, n, ...]
+    new = torch.stack((key, value))  # [2, h, n, D]
     if most_rows(query.device, query.dtype):
         return attend(query, [(own, cache.length) for own, cache in zip(kept, caches, strict=True)], new, scale)
+    new = caches[0].form.encoded(new)
     # What is attended to is copied side by side. Nothing depends on a number that a GPU would have to tell, so that its
     # kernels can be recorded.
     for row, own in enumerate(kept):

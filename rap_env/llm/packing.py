@@ -53,7 +53,13 @@ class _Bucket:
 
 
 class PackedStream(ABC):
-    """Sequences that lie end to end in one stream: everything but attention runs over it as it is."""
+    """Sequences that lie end to end in one stream: everything but attention runs over it as it is.
+
+    Attributes:
+        encodes: Whether `attend` itself brings keys and values into the KV cache's number format.
+    """
+
+    encodes = False
 
     @abstractmethod
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from rap_env.calibration.corpus import packaged_corpus
 from rap_env.calibration.sampling import consecutive_windows
+from rap_env.llm import few_rows
 from rap_env.llm.kernels import added, gated, rms_norm, rotated
 from rap_env.llm.packing import TokenTree
 
@@ -41,13 +42,27 @@ def test_an_rms_norm_has_the_bits_of_upstreams_whatever_the_tiles(dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_rotary_positions_have_the_bits_of_upstreams(dtype):
-    query, key = states(2, 33, 9, 64, dtype=dtype), states(2, 33, 3, 64, dtype=dtype, seed=1)
-    angles = states(1, 33, 32, dtype=torch.float32).repeat(1, 1, 2)
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("channels", [6, 64, 80])
+def test_rotary_positions_have_the_bits_of_upstreams(dtype, built, batch, channels, monkeypatch):
+    if not built:
+        monkeypatch.setattr(few_rows, "_few_rows", None)
+    query, key = states(batch, 33, 9, channels, dtype=dtype), states(batch, 33, 12, channels, dtype=dtype, seed=1)
+    key = key[:, :, 4:7]  # with gaps
+    angles = states(1, 33, channels // 2, dtype=torch.float32).repeat(1, 1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     expected = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
     for one, wanted in zip((query, key), expected, strict=True):
+        before = one.clone()
         assert torch.equal(rotated(one, cos[:, :, None], sin[:, :, None]).transpose(1, 2), wanted)
+        assert torch.equal(one, before)
+
+
+def test_rotary_positions_learn():
+    learned, angles = states(1, 5, 3, 64).requires_grad_(), states(1, 5, 1, 64)
+    rotated(learned, angles.cos(), angles.sin()).sum().backward()
+    assert learned.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -1,0 +1,61 @@
+/* What lies between the products of a layer, in one pass where torch takes ten: an RMS norm and rotary positions with
+   the roundings to bfloat16 of upstream's modules, and the way of keys and values into INT8. */
+
+/* outputs[r] = weight times inputs[r] over the root of its mean square, [rows][k]. */
+FOR_EACH_PROCESSOR
+static void norm_rows(const uint16_t *inputs, const uint16_t *weight, uint16_t *outputs, ptrdiff_t rows, ptrdiff_t k,
+                      float epsilon)
+{
+    for (; rows > 0; rows--, inputs += k, outputs += k) {
+        Floats squares = {0};
+        ptrdiff_t j = 0;
+        for (; j + WIDTH <= k; j += WIDTH) {
+            Floats own = wide((const char *)inputs, j, BFLOAT16);
+            squares += own * own;
+        }
+        float sum = total(squares);
+        for (; j < k; j++)
+            sum += wide_one(inputs[j]) * wide_one(inputs[j]);
+        const float scale = 1 / sqrtf(sum / k + epsilon);
+        for (j = 0; j < k; j++)
+            outputs[j] = rounded(wide_one(weight[j]) * wide_one(rounded(wide_one(inputs[j]) * scale)));
+    }
+}
+
+INLINE float times(uint16_t left, uint16_t right)
+{
+    return wide_one(rounded(wide_one(left) * wide_one(right)));
+}
+
+/* Turns pairs of a head's channels, one from each half, [rows][heads][2 * half], by the angles of their row
+   [rows][2 * half]. */
+FOR_EACH_PROCESSOR
+static void turn_rows(const uint16_t *inputs, const uint16_t *cosines, const uint16_t *sines, uint16_t *outputs,
+                      ptrdiff_t rows, ptrdiff_t heads, ptrdiff_t half)
+{
+    for (ptrdiff_t row = 0; row < rows; row++, cosines += 2 * half, sines += 2 * half)
+        for (ptrdiff_t head = 0; head < heads; head++, inputs += 2 * half, outputs += 2 * half)
+            for (ptrdiff_t i = 0, j = half; i < half; i++, j++) {
+                outputs[i] = rounded(times(inputs[i], cosines[i]) - times(inputs[j], sines[i]));
+                outputs[j] = rounded(times(inputs[j], cosines[j]) + times(inputs[i], sines[j]));
+            }
+}
+
+/* A key or value in INT8 with its scale behind it, as `rap_env.llm.int8_cache.encoded` makes it. */
+FOR_EACH_PROCESSOR
+static void encode(const uint16_t *from, char *to, ptrdiff_t channels)
+{
+    float largest = 0x1p-126f * 127, sum = 0;
+    for (ptrdiff_t i = 0; i < channels; i++) {
+        const float size = fabsf(wide_one(from[i]));
+        largest = size > largest ? size : largest;
+        sum += size;
+    }
+    const uint16_t scale = rounded(sum != sum ? sum : largest / 127);
+    for (ptrdiff_t i = 0; i < channels; i++) {
+        float number = wide_one(from[i]) / wide_one(scale) + 0x1.8p23f - 0x1.8p23f; /* rounded, ties to even */
+        number = number > 127 ? 127 : number < -127 ? -127 : number;
+        to[i] = number == number ? (int8_t)number : 0;
+    }
+    memcpy(to + channels, &scale, sizeof scale);
+}
