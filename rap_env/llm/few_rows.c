@@ -183,7 +183,7 @@ static PyObject *attend(PyObject *Py_UNUSED(module), PyObject *const *arguments,
 
 PyDoc_STRVAR(norm_doc,
              "norm(inputs, weight, outputs, rows, k, epsilon)\n\n"
-             "outputs[rows][k] = weight[k] times inputs[rows][k] over the root of each row's mean square.");
+             "outputs[rows][k] = weight[k] times inputs[rows][k] over the root of each row's mean square plus epsilon.");
 
 static PyObject *norm(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t n_arguments)
 {
@@ -196,8 +196,10 @@ static PyObject *norm(PyObject *Py_UNUSED(module), PyObject *const *arguments, P
     float epsilon = (float)PyFloat_AsDouble(arguments[EPSILON]);
     if (PyErr_Occurred())
         return NULL;
+    Py_BEGIN_ALLOW_THREADS
     norm_rows((const uint16_t *)given[INPUTS], (const uint16_t *)given[WEIGHT], (uint16_t *)given[OUTPUTS], given[ROWS],
               given[K], epsilon);
+    Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 

@@ -73,9 +73,10 @@ class FewRowsNorm(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H], both bfloat16."""
-        hidden, size = hidden.contiguous(), hidden.shape[-1]
-        normed, rows = torch.empty_like(hidden), hidden.numel() // size
-        _few_rows.norm(hidden.data_ptr(), self.weight.data_ptr(), normed.data_ptr(), rows, size, self.variance_epsilon)
+        hidden = hidden.contiguous()
+        normed, size = torch.empty_like(hidden), hidden.shape[-1]
+        pointers = (tensor.data_ptr() for tensor in (hidden, self.weight, normed))
+        _few_rows.norm(*pointers, hidden.numel() // size, size, self.variance_epsilon)
         return normed
 
 
@@ -140,7 +141,7 @@ def attend(
 
 
 def rotates(states: torch.Tensor, cos: torch.Tensor) -> bool:
-    """Whether `rotated` can be computed by the kernel, and is soon enough: it runs on one thread."""
+    """Whether `rotated` takes them, and takes less time than torch: it runs on one thread."""
     return (
         _few_rows is not None
         and states.dtype == torch.bfloat16
@@ -153,15 +154,7 @@ def rotates(states: torch.Tensor, cos: torch.Tensor) -> bool:
 def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """What `rap_env.llm.kernels.rotated` does, with the same bits."""
     states, cos, sin = states.contiguous(), cos.contiguous(), sin.contiguous()
-    heads, channels = states.shape[2:]
-    turned = torch.empty_like(states)
-    _few_rows.rotate(
-        states.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        turned.data_ptr(),
-        states.numel() // (heads * channels),
-        heads,
-        channels // 2,
-    )
+    turned, (heads, channels) = torch.empty_like(states), states.shape[2:]
+    pointers = (tensor.data_ptr() for tensor in (states, cos, sin, turned))
+    _few_rows.rotate(*pointers, states.numel() // (heads * channels), heads, channels // 2)
     return turned

@@ -50,13 +50,15 @@ def test_rotary_positions_have_the_bits_of_upstreams(dtype, built, batch, channe
         monkeypatch.setattr(few_rows, "_few_rows", None)
     query, key = states(batch, 33, 9, channels, dtype=dtype), states(batch, 33, 12, channels, dtype=dtype, seed=1)
     key = key[:, :, 4:7]  # with gaps
+    query[0, 3, 1, :3] = torch.tensor([torch.nan, torch.inf, -torch.nan])
     angles = states(1, 33, channels // 2, dtype=torch.float32).repeat(1, 1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     expected = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), cos, sin)
     for one, wanted in zip((query, key), expected, strict=True):
         before = one.clone()
-        assert torch.equal(rotated(one, cos[:, :, None], sin[:, :, None]).transpose(1, 2), wanted)
-        assert torch.equal(one, before)
+        found = rotated(one, cos[:, :, None], sin[:, :, None]).transpose(1, 2)
+        for same, exactly in ((found, wanted), (one, before)):
+            torch.testing.assert_close(same, exactly, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rotary_positions_learn():
