@@ -9,7 +9,7 @@ from torch.nn import functional
 from rap_env.components import ATTENTION
 from rap_env.llm.few_rows import for_few_rows, most_rows
 from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, filled
-from rap_env.llm.next_tokens import attend_together, attends_together
+from rap_env.llm.next_tokens import States, attend_together, attends_together
 from rap_env.llm.packing import PackedStream
 from rap_env.llm.quantised import KERNEL_ROWS, Quantised
 from rap_env.llm.recorded_steps import RecordedSteps
@@ -33,36 +33,45 @@ class RaggedStream(PackedStream):
     Attributes:
         layer: Index of the layer that runs now.
         heads: The KV heads that it runs with.
-        step: The caches, where one kernel attends for all sequences; None where each attends for itself.
+        step: The caches, where one kernel attends for all sequences; None where it does not.
         n_keys: Tokens that this kernel looks at.
     """
 
     encodes = True
 
     def __init__(self, readings: Sequence[tuple[SequenceCache, int]], positions: torch.Tensor, heads: Heads) -> None:
-        self._readings, self.positions = readings, positions
-        self.layer, self.heads, self.n_keys = 0, (), 0
-        self.step: list[SequenceCache] | None = None
+        self.positions, self.layer, self.heads = positions, 0, ()
+        ends = list(accumulate(n_new for _, n_new in readings))
+        rows = [slice(end - n_new, end) for end, (_, n_new) in zip(ends, readings, strict=True)]
         form = readings[0][0].form
-        if attends_together(form.device, form.dtype) and all(n == 1 and own.has_just(heads) for own, n in readings):
-            self.step = [cache for cache, _ in readings]
-            self.n_keys = filled(1 + max(cache.length for cache in self.step))
+        next_tokens = [place for place, (own, n_new) in enumerate(readings) if n_new == 1 and own.has_just(heads)]
+        if not attends_together(form.device, form.dtype, len(next_tokens) == len(readings)):
+            next_tokens = []
+        self._together = [readings[place][0] for place in next_tokens]
+        self._rows_together = torch.tensor([rows[place].start for place in next_tokens], device=form.device)
+        self.n_keys = filled(1 + max((cache.length for cache in self._together), default=0))
+        self.step = self._together if len(next_tokens) == len(readings) else None
+        self._alone = [(readings[place][0], rows[place]) for place in range(len(readings)) if place not in next_tokens]
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention of each sequence's new tokens to all that it has read; see `PackedStream`."""
-        n_rows = query.shape[2]
+        states, n_rows = (query[0], key[0], value[0]), query.shape[2]
         if self.step is not None:
             n_own = len(self.step)
-            states = query[0, :, :n_own], key[0, :, :n_own], value[0, :, :n_own]
-            read = attend_together(self.step, self.layer, states, self.positions[:n_own], self.n_keys, scale)
+            read = self._attend_together(tuple(tensor[:, :n_own] for tensor in states), self.positions[:n_own], scale)
             return (functional.pad(read, (0, 0, 0, 0, 0, n_rows - n_own)) if n_rows > n_own else read)[None]
-        outputs, start = [], 0
-        for cache, n_new in self._readings:
-            own = slice(start, start := start + n_new)
-            states = query[0, :, own], key[0, :, own], value[0, :, own]
-            outputs.append(cache.attend(self.layer, self.heads, states, scale))
-        outputs.append(query.new_zeros(n_rows - start, *outputs[0].shape[1:]))
-        return torch.cat(outputs)[None]
+        read = query.new_zeros(n_rows, query.shape[1], query.shape[3])
+        if self._together:
+            own = self._rows_together
+            of_own = tuple(tensor[:, own] for tensor in states)
+            read[own] = self._attend_together(of_own, self.positions[own], scale)
+        for cache, own in self._alone:
+            of_own = tuple(tensor[:, own] for tensor in states)
+            read[own] = cache.attend(self.layer, self.heads, of_own, scale)
+        return read[None]
+
+    def _attend_together(self, states: States, positions: torch.Tensor, scale: float | None) -> torch.Tensor:
+        return attend_together(self._together, self.layer, states, positions, self.n_keys, scale)
 
 
 def padded(n_rows: int, few_rows: Sequence[int]) -> int:

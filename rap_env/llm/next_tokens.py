@@ -12,9 +12,15 @@ from rap_env.llm.live_cache import SequenceCache
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def attends_together(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there is such a kernel: a GPU's, or ours for CPUs (torch's on a CPU would have to copy all caches)."""
-    return device.type == "cuda" or most_rows(device, dtype) > 0
+def attends_together(device: torch.device, dtype: torch.dtype, whole_step: bool) -> bool:
+    """Whether there is such a kernel: ours for CPUs (torch's would have to copy all caches), or a GPU's.
+
+    Args:
+        device: Of the model.
+        dtype: Of its activations.
+        whole_step: Whether nothing else is read meanwhile; with prompts beside, a GPU's was not tried.
+    """
+    return most_rows(device, dtype) > 0 or (device.type == "cuda" and whole_step)
 
 
 def attend_together(

@@ -209,8 +209,37 @@ def test_one_kernel_for_the_next_tokens_of_all_sequences_gives_what_one_for_each
         return found
 
     expected = logits_of_all()
-    monkeypatch.setattr(live_module, "attends_together", lambda _device, _dtype: True)
+    monkeypatch.setattr(live_module, "attends_together", lambda *_: True)
     monkeypatch.setattr(live, "_logits_of", counted)
     for own, wanted in zip(logits_of_all(), expected, strict=True):
         torch.testing.assert_close(own, wanted, rtol=0, atol=1e-4)
     assert steps == [3, 3, 3, 3], "the last one was read by sequences of which heads are left out"
+
+
+@pytest.mark.parametrize("kv_cache", ["full", "int8"])
+@pytest.mark.parametrize("member", ["llama, 2 KV heads", "qwen3", "opt"])
+def test_next_tokens_beside_a_prompt_are_read_as_each_by_itself(member, kv_cache, monkeypatch):
+    live, tokens, together = build(member, kv_cache=kv_cache), [*sequences(), list(range(3, 20))], []
+    attend_together = live_module.attend_together
+
+    def counted(caches: list[SequenceCache], *given) -> torch.Tensor:
+        together.append(len(caches))
+        return attend_together(caches, *given)
+
+    def logits() -> torch.Tensor:
+        live.switch(everything(live))
+        caches = [live.new_cache(len(own)) for own in tokens]
+        live.read([(cache, own[:4]) for cache, own in zip(caches[:3], tokens, strict=False)])
+        live.switch(some_heads(live, [1, 2]))
+        caches[1].switch(live.heads)
+        live.switch(everything(live))
+        caches[1].switch(live.heads)  # without a head that was dropped, so it attends by itself
+        pieces = [own[4:5] for own in tokens[:3]]
+        pieces.insert(1, tokens[3][:7])
+        return live.read(list(zip([caches[0], caches[3], *caches[1:3]], pieces, strict=True)))
+
+    expected = logits()
+    monkeypatch.setattr(live_module, "attend_together", counted)
+    monkeypatch.setattr(live_module, "attends_together", lambda *_: True)
+    torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-4)
+    assert set(together) == {2}
