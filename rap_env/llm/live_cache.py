@@ -17,7 +17,7 @@ from rap_env.llm.int8_cache import decoded, encoded, in_int8
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.mask import PruningMask
 
-_TOKENS = 64  # rows and keys of attention come in multiples of it
+_FEW_TOKENS, _TOKENS = 32, 64  # rows and keys of attention are so few, or come in multiples of so many
 
 Heads = Mapping[int, tuple[int, ...]]  # numbers of KV heads by layer, ascending
 ComingBack = Literal["left out", "from now"]
@@ -221,7 +221,8 @@ class SequenceCache:
         if n_new == 1 and not any(own.starts) and most_rows(query.device, query.dtype):
             return attend(query[None, :, 0], [(own.states, self.length)], None, scale)[0, :, None]
         # As with the rows of matrix products, few shapes mean few programs; keys behind the end are nobody's to see.
-        n_rows, n_keys = (1, end) if n_new == 1 else (filled(n_new), min(filled(end), self.capacity_tokens))
+        fill = _FEW_TOKENS if end <= _FEW_TOKENS else _TOKENS
+        n_rows, n_keys = (1, end) if n_new == 1 else (filled(n_new, fill), min(filled(end, fill), self.capacity_tokens))
         keys, values = self.form.decoded(own.states[:, :, :n_keys])
         return functional.scaled_dot_product_attention(
             functional.pad(query, (0, 0, 0, n_rows - n_new))[None],
@@ -256,6 +257,6 @@ class SequenceCache:
             )
 
 
-def filled(n_tokens: int) -> int:
-    """The next multiple of 64."""
-    return -(-n_tokens // _TOKENS) * _TOKENS
+def filled(n_tokens: int, fill: int = _TOKENS) -> int:
+    """The next multiple."""
+    return -(-n_tokens // fill) * fill
