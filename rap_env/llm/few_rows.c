@@ -7,6 +7,7 @@
 #include "few_rows.h"
 #include "between.h"
 #include "pairs.h"
+#include "one_row.h"
 
 /* Reads numbers: addresses, sizes, strides in bytes. */
 static int numbers(PyObject *const *arguments, Py_ssize_t n_arguments, Py_ssize_t *read, Py_ssize_t expected)
@@ -56,12 +57,19 @@ static int multiplied(const Product *given)
 static int multiplied_by_pairs(const Product *given)
 {
 #ifdef PAIRS
-    void *room = malloc(pairs_room(given->rows, given->k));
-    if (room != NULL)
-        (given->columns ? pairs_by_columns : pairs_by_rows)(&given->matrix, given->bias, given->inputs, given->outputs,
-                                                            room, given->rows, given->n, given->k);
+    const Matrix *matrix = &given->matrix;
+    const int one = given->rows == 1;
+    void *room = malloc(one ? one_room(given->n, given->k) : pairs_room(given->rows, given->k));
+    if (room == NULL)
+        return 0;
+    if (one)
+        (given->columns ? one_by_columns : one_by_rows)(matrix, given->bias, given->inputs, given->outputs, room,
+                                                        given->n, given->k);
+    else
+        (given->columns ? pairs_by_columns : pairs_by_rows)(matrix, given->bias, given->inputs, given->outputs, room,
+                                                            given->rows, given->n, given->k);
     free(room);
-    return room != NULL;
+    return 1;
 #else
     return multiplied(given);
 #endif

@@ -100,10 +100,10 @@ def _product(
         0 if bias is None else bias.data_ptr(),
         inputs.data_ptr(),
         outputs.data_ptr(),
-        (rows := inputs.numel() // k),
+        inputs.numel() // k,
         n,
         k,
-        _PAIRS and rows > 1,
+        _PAIRS,
     )
     return outputs
 

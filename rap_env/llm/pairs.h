@@ -50,19 +50,22 @@ PAIRS_INLINE __m512bh numbers_at(const void *from, __mmask32 mask)
     return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
 
-/* Copies a row as bfloat16, which holds numbers in INT8 exactly, and fills it up with zeros to whole vectors. */
+/* Numbers in bfloat16, as which those in INT8 are exact. */
+PAIRS_INLINE __m512bh brought_at(const char *from, __mmask32 mask, const int element)
+{
+    if (element == BFLOAT16)
+        return numbers_at(from, mask);
+    __m256i bytes = _mm256_maskz_loadu_epi8(mask, from);
+    __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return _mm512_cvtne2ps_pbh(high, low);
+}
+
+/* Copies a row as bfloat16, and fills it up with zeros to whole vectors. */
 PAIRS_INLINE void bring(const char *row, uint16_t *to, ptrdiff_t k, const int element)
 {
-    for (ptrdiff_t j = 0; j < k; j += LANES) {
-        if (element == BFLOAT16) {
-            _mm512_storeu_si512(to + j, (__m512i)numbers_at(row + j * BFLOAT16, first(k - j)));
-            continue;
-        }
-        __m256i bytes = _mm256_maskz_loadu_epi8(first(k - j), row + j);
-        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-        _mm512_storeu_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
+    for (ptrdiff_t j = 0; j < k; j += LANES)
+        _mm512_storeu_si512(to + j, (__m512i)brought_at(row + j * element, first(k - j), element));
 }
 
 /* The sum of each of sixteen vectors, in their order. */
