@@ -71,15 +71,15 @@ def _kernels_seen() -> Iterator[None]:
         yield
         return
 
-    def product(*given: Any) -> None:
-        with record_function(" ".join(map(str, (_OF_FEW_ROWS, *given[-4:-1])))):
-            kernels.product(*given)
+    def seen(name: str) -> Callable[..., None]:
+        def run(*given: Any) -> None:
+            sizes = given[-4:-1] if name == "product" else ()
+            with record_function(" ".join(map(str, (f"few_rows::{name}", *sizes)))):
+                getattr(kernels, name)(*given)
 
-    def attend(*given: Any) -> None:
-        with record_function(_OF_ONE_TOKEN):
-            kernels.attend(*given)
+        return run
 
-    few_rows._few_rows = SimpleNamespace(**vars(kernels) | {"product": product, "attend": attend})
+    few_rows._few_rows = SimpleNamespace(**{name: seen(name) for name in ("product", "attend", "norm", "rotate")})
     try:
         yield
     finally:

@@ -226,10 +226,11 @@ class DecoderLayer:
             kind: Of the site.
             made: Gives the module that stands in for one that holds a norm or a matrix.
         """
-        row, attention, paths = self._architecture, self.module.self_attn, list(next(iter(self.cuts(kind).values())))
-        paths.append(row.attention_norm if kind == ATTENTION else row.mlp_norm)
-        if kind == ATTENTION and hasattr(attention, "q_norm"):
-            paths += ["self_attn.q_norm", "self_attn.k_norm"]
+        norms = [self._architecture.mlp_norm]
+        if kind == ATTENTION:
+            of_heads = ["self_attn.q_norm", "self_attn.k_norm"] if hasattr(self.module.self_attn, "q_norm") else []
+            norms = [self._architecture.attention_norm, *of_heads]
+        paths = [*norms, *next(iter(self.cuts(kind).values()))]
         modules = {path: submodule(self.module, path) for path in paths}
         module = with_modules(self.module, {path: made(one) for path, one in modules.items() if not hooked(one)})
         return DecoderLayer(module, self._architecture, self._packed_attention.config)

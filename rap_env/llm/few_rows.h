@@ -1,8 +1,9 @@
 /* Products of a few rows with a matrix, and attention of one token, summed in float32: one pass over matrices, keys and
    values in bfloat16 or INT8, as they lie in memory.
 
-   A row of the matrix, or a column where it is stored by columns, is read once for all of up to four input rows. One
-   stream with a prefetch ahead of it is read at the rate of memory; several at once were not. */
+   A row of the matrix, or a column where it is stored by columns, is read once for all of up to four input rows, as one
+   stream with a prefetch ahead of it: several that lie side by side were slower (`one_row.h` reads some that lie far
+   apart). */
 
 #include <math.h>
 #include <stddef.h>

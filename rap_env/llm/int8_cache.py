@@ -96,7 +96,8 @@ def only_hooked_by_int8(attention: nn.Module) -> bool:
 def _with_int8_layer(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     cache: Cache | None = kwargs.get("past_key_values")
     if cache is None:
-        return args, kwargs | {"past_key_values": _NoCache()}
+        encodes = getattr(kwargs.get("attention_mask"), "encodes", False)  # a `PackedStream` with caches of its own
+        return args, kwargs if encodes else kwargs | {"past_key_values": _NoCache()}
     while len(cache.layers) <= attention.layer_idx and cache.layer_class_to_replicate in _INT8_LAYERS:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[attention.layer_idx]

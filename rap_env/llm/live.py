@@ -45,33 +45,37 @@ class RaggedStream(PackedStream):
         rows = [slice(end - n_new, end) for end, (_, n_new) in zip(ends, readings, strict=True)]
         form = readings[0][0].form
         next_tokens = [place for place, (own, n_new) in enumerate(readings) if n_new == 1 and own.has_just(heads)]
-        if not attends_together(form.device, form.dtype, len(next_tokens) == len(readings)):
-            next_tokens = []
+        whole_step = len(next_tokens) == len(readings)
+        if not attends_together(form.device, form.dtype, whole_step):
+            next_tokens, whole_step = [], False
         self._together = [readings[place][0] for place in next_tokens]
-        self._rows_together = torch.tensor([rows[place].start for place in next_tokens], device=form.device)
         self.n_keys = filled(1 + max((cache.length for cache in self._together), default=0))
-        self.step = self._together if len(next_tokens) == len(readings) else None
-        self._alone = [(readings[place][0], rows[place]) for place in range(len(readings)) if place not in next_tokens]
+        self.step = self._together if whole_step else None
+        if not whole_step:
+            alone = set(range(len(readings))) - set(next_tokens)
+            self._alone = [(readings[place][0], rows[place]) for place in sorted(alone)]
+            self._rows_together = [rows[place].start for place in next_tokens]
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None) -> torch.Tensor:
         """Attention of each sequence's new tokens to all that it has read; see `PackedStream`."""
-        states, n_rows = (query[0], key[0], value[0]), query.shape[2]
+
+        def of(rows: slice | list[int]) -> States:
+            return query[0, :, rows], key[0, :, rows], value[0, :, rows]
+
+        def read_together(rows: slice | list[int]) -> torch.Tensor:
+            return attend_together(self._together, self.layer, of(rows), self.positions[rows], self.n_keys, scale)
+
+        n_rows = query.shape[2]
         if self.step is not None:
             n_own = len(self.step)
-            read = self._attend_together(tuple(tensor[:, :n_own] for tensor in states), self.positions[:n_own], scale)
+            read = read_together(slice(n_own))
             return (functional.pad(read, (0, 0, 0, 0, 0, n_rows - n_own)) if n_rows > n_own else read)[None]
         read = query.new_zeros(n_rows, query.shape[1], query.shape[3])
         if self._together:
-            own = self._rows_together
-            of_own = tuple(tensor[:, own] for tensor in states)
-            read[own] = self._attend_together(of_own, self.positions[own], scale)
-        for cache, own in self._alone:
-            of_own = tuple(tensor[:, own] for tensor in states)
-            read[own] = cache.attend(self.layer, self.heads, of_own, scale)
+            read[self._rows_together] = read_together(self._rows_together)
+        for cache, rows in self._alone:
+            read[rows] = cache.attend(self.layer, self.heads, of(rows), scale)
         return read[None]
-
-    def _attend_together(self, states: States, positions: torch.Tensor, scale: float | None) -> torch.Tensor:
-        return attend_together(self._together, self.layer, states, positions, self.n_keys, scale)
 
 
 def padded(n_rows: int, few_rows: Sequence[int]) -> int:

@@ -258,5 +258,5 @@ class SequenceCache:
 
 
 def filled(n_tokens: int, fill: int = _TOKENS) -> int:
-    """The next multiple."""
+    """The next multiple of `fill`."""
     return -(-n_tokens // fill) * fill

@@ -16,7 +16,7 @@ PAIRS_INLINE __m512 of_runs(const uint16_t *numbers, ptrdiff_t run, ptrdiff_t i)
     uint16_t halves[RUNS * SIDE];
     for (int r = 0; r < RUNS; r++)
         memcpy(halves + r * SIDE, numbers + r * run + i, SIDE * sizeof *halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((__m256i *)halves)), 16));
+    return widened_at(halves, 0xffff);
 }
 
 /* outputs[i] = inputs . matrix[i] + bias[i], of so many rows of each run. */

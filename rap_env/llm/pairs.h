@@ -50,6 +50,12 @@ PAIRS_INLINE __m512bh numbers_at(const void *from, __mmask32 mask)
     return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
 
+/* Sixteen numbers in bfloat16, widened. */
+PAIRS_INLINE __m512 widened_at(const uint16_t *from, __mmask16 mask)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
 /* Numbers in bfloat16, as which those in INT8 are exact. */
 PAIRS_INLINE __m512bh brought_at(const char *from, __mmask32 mask, const int element)
 {
@@ -231,10 +237,8 @@ PAIRS_INLINE void finish(const float *sums, const uint16_t *bias, uint16_t *outp
         const float *both = sums + i / LANES * LANES;
         __m512 sum = _mm512_permutex2var_ps(_mm512_loadu_ps(both), turns[i / WIDTH % 2], _mm512_loadu_ps(both + WIDTH));
         __mmask16 mask = (__mmask16)first(here - i);
-        if (bias != NULL) {
-            __m512i own = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias + i));
-            sum += _mm512_castsi512_ps(_mm512_slli_epi32(own, 16));
-        }
+        if (bias != NULL)
+            sum += widened_at(bias + i, mask);
         _mm256_mask_storeu_epi16(outputs + i, mask, (__m256i)_mm512_cvtneps_pbh(sum));
     }
 }

@@ -18,6 +18,7 @@ def test_products_of_few_rows_are_told_from_the_head_with_their_operations_and_b
     with _kernels_seen(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         decode()
     assert few_rows._few_rows is kernels
+    assert {"few_rows::norm", "few_rows::rotate"} <= {event.name for event in recorded.events()}
     shares = _shares(llm, recorded.events(), plain_seconds=0.0)
     assert {"matrix products", "head", "attention", "element-wise and the rest"} <= set(shares["profiled_seconds"])
     of_sites = sum(one.numel() for site in llm.shape.sites for one in llm.parameters_of(site))

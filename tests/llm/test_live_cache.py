@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from rap_env.errors import InvalidWorkload, UnsupportedArchitecture
+from rap_env.llm import int8_cache, parts
 from rap_env.llm import live as live_module
-from rap_env.llm import parts
 from rap_env.llm.architecture import decoder_layers
 from rap_env.llm.formats import quantise
 from rap_env.llm.live import LiveModel, RaggedStream
@@ -243,3 +243,18 @@ def test_next_tokens_beside_a_prompt_are_read_as_each_by_itself(member, kv_cache
     monkeypatch.setattr(live_module, "attends_together", lambda *_: True)
     torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-4)
     assert set(together) == {2}
+
+
+@pytest.mark.parametrize("member", ["llama, 2 KV heads", "qwen3", "opt"])
+def test_keys_and_values_are_encoded_once(member, monkeypatch):
+    live, own = build(member, kv_cache="int8"), sequences()[0]
+
+    def again(*_: object) -> None:
+        raise AssertionError("encoded and decoded in front of the cache")
+
+    monkeypatch.setattr(int8_cache._NoCache, "update", again)
+    cache = live.new_cache(len(own))
+    live.read([(cache, own[:-1])])
+    live.read([(cache, own[-1:])])
+    with pytest.raises(AssertionError, match="in front of the cache"):
+        live.llm.model(torch.tensor([own]), use_cache=False)
