@@ -90,9 +90,16 @@ def plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> 
 
 
 def gemm_flops_per_second(llm: SwitchableLLM) -> float:
-    """The best rate of a large matrix product in the model's dtype on its device, in floating point operations."""
-    size = _GEMM_SIZES[llm.device.type]
-    left = torch.randn(size, size).to(llm.device, llm.dtype)
+    """The best rate of a large matrix product on the model's device, in floating point operations.
+
+    In the model's type, or in float32 where that is quicker: on processors without instructions for bfloat16.
+    """
+    return max(_gemm_flops_per_second(llm.device, dtype) for dtype in {llm.dtype, torch.float32})
+
+
+def _gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    size = _GEMM_SIZES[device.type]
+    left = torch.randn(size, size).to(device, dtype)
     torch.nn.functional.linear(left, left)
     return 2 * size**3 / best_seconds(lambda: torch.nn.functional.linear(left, left))
 

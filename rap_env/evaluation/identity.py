@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from rap_env.llm.widened import widens
+
 # Raise it with every change after which our code computes other numbers for the same mask, model and evaluator: the
 # forward pass under masks, packing, scoring, the weights of a metric. Results of earlier versions are then misses.
 ENGINE_VERSION = 4
@@ -30,7 +32,7 @@ def engine_identity(llm: Any) -> dict:
         "tokenizer": llm.tokenizer_digest,
         "dtype": str(llm.dtype),
         "versions": {name: _version(name) for name in ("torch", "transformers")},
-    }
+    } | ({"products": "float32"} if widens(llm) else {})
 
 
 _version = functools.cache(importlib.metadata.version)

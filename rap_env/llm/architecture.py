@@ -13,7 +13,7 @@ from rap_env.components import ATTENTION
 from rap_env.errors import UnknownName
 from rap_env.llm.attention import attention as attend
 from rap_env.llm.int8_cache import only_hooked_by_int8
-from rap_env.llm.kernels import added, gated, hooked, rms_norm, rotated
+from rap_env.llm.kernels import added, gated, hooked, product, rms_norm, rotated
 from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
 from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_modules, with_tensors
 from rap_env.llm.placement import moved
@@ -41,7 +41,7 @@ class Architecture:
 
 def _opt_mlp(layer: nn.Module, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     flat = normed.reshape(-1, normed.shape[-1])  # as upstream does, so that results are exactly equal
-    return residual + layer.fc2(layer.activation_fn(layer.fc1(flat))).view(normed.shape)
+    return residual + product(layer.fc2, layer.activation_fn(product(layer.fc1, flat))).view(normed.shape)
 
 
 def _gated_mlp(layer: nn.Module, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def _rotary_attention(
     if not (packed or whole) or context.get("past_key_values") is not None or seen:
         return _plain_attention(attention, normed, residual, context)
     query, key, value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim))
+        product(projection, normed).unflatten(-1, (-1, attention.head_dim))
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     if hasattr(attention, "q_norm"):

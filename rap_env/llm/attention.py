@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from rap_env.llm.widened import widens
+
 _BLOCK_ROWS = 64  # queries of a block
 _FILL = 32  # a few queries or keys are filled up to a multiple of it, more of them to whole blocks
 _BLOCK_SCORES = 2**19  # that exist at once: they stay in a core's cache
@@ -22,8 +24,8 @@ def attention(
 ) -> torch.Tensor:
     """What queries read, [B, h, T, D] -> [B, T, h, D].
 
-    PyTorch's kernel multiplies bfloat16 by AMX; where a CPU has none it is slower than batched products over blocks
-    of queries, whose scores are rounded to bfloat16.
+    PyTorch's kernel multiplies bfloat16 by AMX; where a CPU has other instructions for it, it is slower than batched
+    products over blocks of queries, whose scores are rounded to bfloat16. Without any its products are in float32.
 
     Args:
         query: [B, h, T, D].
@@ -33,7 +35,8 @@ def attention(
         visible: Which keys each query may see [B or 1, 1, T, S], none behind its own: the last query's is the last key.
             None where each sees all of those. There are at least as many keys as queries.
     """
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+    in_bfloat16 = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not widens(query)
+    if in_bfloat16 and not torch.cpu._is_amx_tile_supported():
         return _in_blocks(query, key, value, scale or query.shape[-1] ** -0.5, visible)
     if visible is None and (before := key.shape[2] - query.shape[2]):  # is_causal takes the first keys for the own ones
         visible = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool).tril_(before)[None, None]

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "few_rows.h"
+#include "one_token.h"
 #include "between.h"
 #include "pairs.h"
 #include "one_row.h"
@@ -44,7 +45,10 @@ static int multiplied(const Product *given)
     float *inputs = malloc(rows * (k + n) * sizeof *inputs), *sums = inputs + rows * k;
     if (inputs == NULL)
         return 0;
-    widen(given->inputs, inputs, rows, k, given->matrix.scales == NULL ? BFLOAT16 : INT8);
+    if (given->columns)
+        widen_turned(given->inputs, inputs, rows, k);
+    else
+        widen(given->inputs, inputs, rows, k, WORD / (given->matrix.scales == NULL ? BFLOAT16 : INT8));
     for (ptrdiff_t i = 0; i < rows * n; i++)
         sums[i] = given->bias == NULL ? 0 : wide_one(given->bias[i % n]);
     (given->columns ? by_columns : by_rows)(&given->matrix, inputs, sums, rows, n, k);
@@ -143,7 +147,7 @@ static void attend_one(const Attention *all, Py_ssize_t index, Py_ssize_t n_sequ
         else
 #endif
         {
-            widen(queries, room, group, channels, all->int8 ? INT8 : BFLOAT16);
+            widen(queries, room, group, channels, WORD / (all->int8 ? INT8 : BFLOAT16));
             memset(scores, 0, group * tokens * sizeof *scores);
             by_rows(&kept[0], room, scores, group, tokens, channels);
         }

@@ -1,9 +1,6 @@
-/* Products of a few rows with a matrix, and attention of one token, summed in float32: one pass over matrices, keys and
-   values in bfloat16 or INT8, as they lie in memory.
-
-   A row of the matrix, or a column where it is stored by columns, is read once for all of up to four input rows, as one
-   stream with a prefetch ahead of it: several that lie side by side were slower (`one_row.h` reads some that lie far
-   apart). */
+/* Products of a few rows with a matrix, summed in float32: one pass over matrices in bfloat16 or INT8, as they lie in
+   memory. Four of its rows are multiplied by up to four inputs at once, or eight columns, where it is stored by columns,
+   are added to the sums of all inputs. They lie far apart, for a processor reads several such streams faster than one. */
 
 #include <math.h>
 #include <stddef.h>
@@ -13,6 +10,7 @@
 typedef float Floats __attribute__((vector_size(64)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourIntegers __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
@@ -27,8 +25,10 @@ typedef int8_t Bytes __attribute__((vector_size(16)));
 #define INLINE static inline __attribute__((always_inline))
 
 enum { WIDTH = 16, PARTS = 4, STEP = PARTS * WIDTH }; /* elements of a vector; vectors and elements of a step */
-enum { LINE = 64, AHEAD = 4096, MOST_ROWS = 4 };      /* bytes of a cache line and to a prefetch; rows at once */
-enum { INT8 = 1, BFLOAT16 = 2 };                      /* bytes of an element */
+enum { LINE = 64, AHEAD = 1024 };                     /* bytes of a cache line and to a prefetch */
+enum { MOST_ROWS = 4, SIDE = 4, COLUMNS = 8 };        /* inputs, and rows or columns of a matrix, at once */
+enum { SUMS = 8192 };                                 /* that stay in a processor's cache */
+enum { INT8 = 1, BFLOAT16 = 2, WORD = 4 };            /* bytes of an element, and of a word */
 
 /* Rows that lie `stride` bytes apart; a row of INT8 has a scale in bfloat16, and these lie `scale_stride` apart. */
 typedef struct {
@@ -84,189 +84,181 @@ INLINE float scale_of(const Matrix *matrix, ptrdiff_t row, const int element)
     return element == INT8 ? wide_at(matrix->scales + row * matrix->scale_stride, 0, BFLOAT16) : 1;
 }
 
-INLINE float total(Floats vector)
+INLINE Four quarter(Floats vector) /* of the vector; the sums of its four quarters' numbers */
 {
     Eight halves[2];
     memcpy(halves, &vector, sizeof halves);
     halves[0] += halves[1];
     Four quarters[2];
     memcpy(quarters, &halves[0], sizeof quarters);
-    quarters[0] += quarters[1];
-    return (quarters[0][0] + quarters[0][2]) + (quarters[0][1] + quarters[0][3]);
+    return quarters[0] + quarters[1];
 }
 
-/* e to the power of numbers up to 0: a power of 2, and for what is left the polynomial of Cephes. */
-INLINE Floats exponentials(Floats powers)
+INLINE float total(Floats vector)
 {
-    const Integers tiny = powers < -87;
-    powers = (Floats)(((Integers)powers & ~tiny) | ((Integers)((Floats){0} - 87) & tiny));
-    Floats whole = powers * 1.44269504f + 0x1.8p23f - 0x1.8p23f; /* rounded */
-    Floats x = powers - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Floats value = ((((1.9875691500e-4f * x + 1.3981999507e-3f) * x + 8.3334519073e-3f) * x + 4.1665795894e-2f) * x +
-                    1.6666665459e-1f) * x + 5.0000001201e-1f;
-    return (value * x * x + x + 1) * (Floats)((__builtin_convertvector(whole, Integers) + 127) << 23);
+    Four sums = quarter(vector);
+    return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
-/* Part of a step of a row. INT8 is read four numbers to a word, so that lane l of part p is element 4 l + p. */
+#ifdef __clang__
+#define MIXED(left, right, ...) __builtin_shufflevector(left, right, __VA_ARGS__)
+#else
+#define MIXED(left, right, ...) __builtin_shuffle(left, right, (FourIntegers){__VA_ARGS__})
+#endif
+
+INLINE Four totals_of_four(const Floats vectors[4])
+{
+    Four sums[4];
+    for (int i = 0; i < 4; i++)
+        sums[i] = quarter(vectors[i]);
+    const Four front = MIXED(sums[0], sums[1], 0, 4, 1, 5) + MIXED(sums[0], sums[1], 2, 6, 3, 7);
+    const Four back = MIXED(sums[2], sums[3], 0, 4, 1, 5) + MIXED(sums[2], sums[3], 2, 6, 3, 7);
+    return MIXED(front, back, 0, 1, 4, 5) + MIXED(front, back, 2, 3, 6, 7);
+}
+
+/* Part of a step of a row. It is read as words, with two numbers in bfloat16 or four in INT8 to a word: of W vectors of
+   words with m numbers to each, lane l of part v * m + p is element (v * WIDTH + l) * m + p. */
 INLINE Floats wide_part(const char *row, ptrdiff_t index, int part, const int element)
 {
-    if (element == BFLOAT16)
-        return wide(row, index + part * WIDTH, element);
+    const int numbers = WORD / element, vector = part / numbers, place = part % numbers;
     Words words;
-    memcpy(&words, row + index, sizeof words);
-    return __builtin_convertvector((Integers)(words << (24 - 8 * part)) >> 24, Floats);
+    memcpy(&words, row + index * element + vector * sizeof words, sizeof words);
+    if (element == BFLOAT16)
+        return (Floats)(place == 0 ? words << 16 : words & 0xffff0000);
+    return __builtin_convertvector((Integers)(words << (24 - 8 * place)) >> 24, Floats);
 }
 
-/* Widens rows with k elements, each step in the order in which `wide_part` reads a matrix. */
-static void widen(const uint16_t *from, float *to, ptrdiff_t rows, ptrdiff_t k, int element)
+/* Widens rows with k elements, [rows][k] -> [k][rows]. */
+static void widen_turned(const uint16_t *from, float *to, ptrdiff_t rows, ptrdiff_t k)
 {
-    for (ptrdiff_t r = 0; r < rows; r++, from += k, to += k)
-        for (ptrdiff_t j = 0; j < k; j++) {
-            ptrdiff_t step = j / STEP * STEP, place = j - step;
-            int turned = element == INT8 && step + STEP <= k;
-            to[j] = wide_one(from[turned ? step + place % WIDTH * PARTS + place / WIDTH : j]);
-        }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t j = 0; j < k; j++)
+            to[j * rows + r] = wide_one(from[r * k + j]);
 }
 
-/* sums[r][i] += inputs[r] . matrix[i], of a matrix of n rows with k elements, and inputs as `widen` makes them */
-INLINE void add_by_rows(const Matrix *matrix, const int element, const float *inputs, float *sums, const int rows,
+/* Widens rows with k elements, each step in the order of `wide_part` with so many numbers to a word. */
+static void widen(const uint16_t *from, float *to, ptrdiff_t rows, ptrdiff_t k, ptrdiff_t numbers)
+{
+    const ptrdiff_t whole = k / STEP * STEP;
+    for (ptrdiff_t r = 0; r < rows; r++, from += k, to += k) {
+        for (ptrdiff_t j = 0; j < whole; j++) {
+            const ptrdiff_t part = j % STEP / WIDTH, word = part / numbers * WIDTH + j % WIDTH;
+            to[j] = wide_one(from[j / STEP * STEP + word * numbers + part % numbers]);
+        }
+        for (ptrdiff_t j = whole; j < k; j++)
+            to[j] = wide_one(from[j]);
+    }
+}
+
+/* sums[r][s * run + i] += inputs[r] . matrix[s * run + i], for `side` rows that lie so far apart. */
+INLINE void add_side(const Matrix *matrix, const int element, const float *inputs, float *sums, const int rows,
+                     const int side, ptrdiff_t run, ptrdiff_t i, ptrdiff_t n, ptrdiff_t k)
+{
+    const char *own[SIDE];
+    Floats partial[MOST_ROWS][SIDE] = {0};
+    for (int s = 0; s < side; s++)
+        own[s] = matrix->rows + (s * run + i) * matrix->stride;
+    ptrdiff_t j = 0;
+    for (; j + STEP <= k; j += STEP) {
+        for (int s = 0; s < side; s++)
+            prefetch(own[s], j, element);
+        for (int part = 0; part < PARTS; part++) {
+            Floats numbers[SIDE];
+            for (int s = 0; s < side; s++)
+                numbers[s] = wide_part(own[s], j, part, element);
+            for (int r = 0; r < rows; r++) {
+                Floats input;
+                memcpy(&input, inputs + r * k + j + part * WIDTH, sizeof input);
+                for (int s = 0; s < side; s++)
+                    partial[r][s] += numbers[s] * input;
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        const Four totals_of_row = totals_of_four(partial[r]); /* zeros where there is one row of the matrix */
+        for (int s = 0; s < side; s++) {
+            float sum = totals_of_row[s];
+            for (ptrdiff_t rest = j; rest < k; rest++)
+                sum += wide_at(own[s], rest, element) * inputs[r * k + rest];
+            sums[r * n + s * run + i] += sum * scale_of(matrix, s * run + i, element);
+        }
+    }
+}
+
+/* The compiler unrolls loops over up to four rows where it knows how many there are. */
+#define FOR_ROWS(call)                                                                                                 \
+    for (ptrdiff_t row = 0; row < rows; row += MOST_ROWS) {                                                            \
+        const ptrdiff_t left = rows - row;                                                                             \
+        if (left == 1)                                                                                                 \
+            call(1);                                                                                                   \
+        else if (left == 2)                                                                                            \
+            call(2);                                                                                                   \
+        else if (left == 3)                                                                                            \
+            call(3);                                                                                                   \
+        else                                                                                                           \
+            call(MOST_ROWS);                                                                                           \
+    }
+
+/* sums[r][i] += inputs[r] . matrix[i], of a matrix of n rows with k elements, and inputs as `widen` makes them. */
+INLINE void add_by_rows(const Matrix *matrix, const int element, const float *inputs, float *sums, ptrdiff_t rows,
                         ptrdiff_t n, ptrdiff_t k)
 {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const char *row = matrix->rows + i * matrix->stride;
-        Floats partial[MOST_ROWS][2] = {0};
-        ptrdiff_t j = 0;
-        for (; j + STEP <= k; j += STEP) {
-            prefetch(row, j, element);
-            for (int part = 0; part < PARTS; part++) {
-                Floats own = wide_part(row, j, part, element);
-                for (int r = 0; r < rows; r++) {
-                    Floats input;
-                    memcpy(&input, inputs + r * k + j + part * WIDTH, sizeof input);
-                    partial[r][part % 2] += own * input;
-                }
-            }
-        }
-        for (int r = 0; r < rows; r++) {
-            float sum = total(partial[r][0] + partial[r][1]);
-            for (ptrdiff_t rest = j; rest < k; rest++)
-                sum += wide_at(row, rest, element) * inputs[r * k + rest];
-            sums[r * n + i] += sum * scale_of(matrix, i, element);
-        }
-    }
+    const ptrdiff_t run = n / SIDE;
+#define OF_RUNS(few) add_side(matrix, element, inputs + row * k, sums + row * n, few, SIDE, run, i, n, k)
+    for (ptrdiff_t i = 0; i < run; i++)
+        FOR_ROWS(OF_RUNS)
+#define OF_ONE(few) add_side(matrix, element, inputs + row * k, sums + row * n, few, 1, 0, i, n, k)
+    for (ptrdiff_t i = SIDE * run; i < n; i++)
+        FOR_ROWS(OF_ONE)
 }
 
-/* sums[r] += inputs[r][j] * matrix[j] for all j, of a matrix of k rows with n elements; one in INT8 lies by rows */
-INLINE void add_by_columns(const Matrix *matrix, const int element, const float *inputs, float *sums, const int rows,
-                           ptrdiff_t n, ptrdiff_t k)
+/* sums[r] += inputs[c * run + j][r] * matrix[c * run + j], of so many columns that lie so far apart, from element
+   `first` of their n elements to the one before `last`. */
+INLINE void add_columns(const Matrix *matrix, const float *inputs, float *sums, ptrdiff_t rows, const int columns,
+                        ptrdiff_t run, ptrdiff_t j, ptrdiff_t first, ptrdiff_t last, ptrdiff_t n)
 {
-    for (ptrdiff_t j = 0; j < k; j++) {
-        const char *row = matrix->rows + j * matrix->stride;
-        float scaled[MOST_ROWS];
-        for (int r = 0; r < rows; r++)
-            scaled[r] = inputs[r * k + j];
-        ptrdiff_t i = 0;
-        for (; i + STEP <= n; i += STEP) {
-            prefetch(row, i, element);
-            for (int part = 0; part < PARTS; part++) {
-                Floats own = wide(row, i + part * WIDTH, element);
-                for (int r = 0; r < rows; r++) {
-                    float *there = sums + r * n + i + part * WIDTH;
-                    Floats sum;
-                    memcpy(&sum, there, sizeof sum);
-                    sum += own * scaled[r];
-                    memcpy(there, &sum, sizeof sum);
-                }
-            }
+    const char *own[COLUMNS];
+    for (int c = 0; c < columns; c++)
+        own[c] = matrix->rows + (c * run + j) * matrix->stride;
+    for (; first + WIDTH <= last; first += WIDTH) {
+        Floats numbers[COLUMNS];
+        for (int c = 0; c < columns; c++) {
+            __builtin_prefetch(own[c] + first * BFLOAT16 + AHEAD);
+            numbers[c] = wide(own[c], first, BFLOAT16);
         }
-        for (; i < n; i++)
-            for (int r = 0; r < rows; r++)
-                sums[r * n + i] += wide_at(row, i, element) * scaled[r];
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            Floats sum;
+            memcpy(&sum, sums + r * n + first, sizeof sum);
+            for (int c = 0; c < columns; c++)
+                sum += numbers[c] * inputs[(c * run + j) * rows + r];
+            memcpy(sums + r * n + first, &sum, sizeof sum);
+        }
     }
+    for (; first < last; first++)
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (int c = 0; c < columns; c++)
+                sums[r * n + first] += wide_at(own[c], first, BFLOAT16) * inputs[(c * run + j) * rows + r];
 }
-
-/* outputs[r] = the sum over j of weights[r][j] * values[j], of up to `MOST_ROWS` rows: sums stay in registers. */
-INLINE void weigh(const Matrix *values, const int element, const float *weights, float *outputs, const int rows,
-                  ptrdiff_t n, ptrdiff_t k)
-{
-    ptrdiff_t i = 0;
-    for (; i + STEP <= n; i += STEP) {
-        Floats sums[MOST_ROWS][PARTS] = {0};
-        for (ptrdiff_t j = 0; j < k; j++) {
-            const char *row = values->rows + j * values->stride;
-            const float scale = scale_of(values, j, element);
-            prefetch(row, i, element);
-            for (int part = 0; part < PARTS; part++) {
-                Floats own = scale * wide(row, i + part * WIDTH, element);
-                for (int r = 0; r < rows; r++)
-                    sums[r][part] += own * weights[r * k + j];
-            }
-        }
-        for (int r = 0; r < rows; r++)
-            memcpy(outputs + r * n + i, sums[r], sizeof sums[r]);
-    }
-    for (; i < n; i++)
-        for (int r = 0; r < rows; r++) {
-            float sum = 0;
-            for (ptrdiff_t j = 0; j < k; j++)
-                sum += weights[r * k + j] * scale_of(values, j, element) *
-                       wide_at(values->rows + j * values->stride, i, element);
-            outputs[r * n + i] = sum;
-        }
-}
-
-/* The compiler unrolls the loops over rows where it knows how many there are. */
-#define FOR_ROWS(add, element)                                                                                         \
-    for (; rows > 0; rows -= MOST_ROWS, inputs += MOST_ROWS * k, sums += MOST_ROWS * n) {                              \
-        if (rows == 1)                                                                                                 \
-            add(matrix, element, inputs, sums, 1, n, k);                                                               \
-        else if (rows == 2)                                                                                            \
-            add(matrix, element, inputs, sums, 2, n, k);                                                               \
-        else if (rows == 3)                                                                                            \
-            add(matrix, element, inputs, sums, 3, n, k);                                                               \
-        else                                                                                                           \
-            add(matrix, element, inputs, sums, MOST_ROWS, n, k);                                                       \
-    }
 
 FOR_EACH_PROCESSOR
 static void by_rows(const Matrix *matrix, const float *inputs, float *sums, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t k)
 {
     if (matrix->scales == NULL)
-        FOR_ROWS(add_by_rows, BFLOAT16)
+        add_by_rows(matrix, BFLOAT16, inputs, sums, rows, n, k);
     else
-        FOR_ROWS(add_by_rows, INT8)
+        add_by_rows(matrix, INT8, inputs, sums, rows, n, k);
 }
 
+/* sums[r] += inputs[j][r] * matrix[j] for all j, of a matrix of k rows with n elements. */
 FOR_EACH_PROCESSOR
 static void by_columns(const Matrix *matrix, const float *inputs, float *sums, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t k)
 {
-    FOR_ROWS(add_by_columns, BFLOAT16)
-}
-
-FOR_EACH_PROCESSOR
-static void weighted(const Matrix *matrix, const float *inputs, float *sums, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t k)
-{
-    if (matrix->scales == NULL)
-        FOR_ROWS(weigh, BFLOAT16)
-    else
-        FOR_ROWS(weigh, INT8)
-}
-
-FOR_EACH_PROCESSOR
-static void softmax(float *row, ptrdiff_t n, float scale)
-{
-    float largest = row[0], sum = 0;
-    for (ptrdiff_t i = 1; i < n; i++)
-        largest = row[i] > largest ? row[i] : largest;
-    for (ptrdiff_t i = 0; i < n; i += WIDTH) {
-        size_t bytes = sizeof(float) * (n - i < WIDTH ? n - i : WIDTH);
-        Floats numbers = (Floats){0} - INFINITY; /* whose exponentials are as good as 0 */
-        memcpy(&numbers, row + i, bytes);
-        numbers = exponentials(scale * (numbers - largest));
-        sum += total(numbers);
-        memcpy(row + i, &numbers, bytes);
+    const ptrdiff_t run = k / COLUMNS, most = rows < SUMS / WIDTH ? SUMS / rows : WIDTH;
+    for (ptrdiff_t first = 0, last; first < n; first = last) {
+        last = n - first < most ? n : first + most;
+        for (ptrdiff_t j = 0; j < run; j++)
+            add_columns(matrix, inputs, sums, rows, COLUMNS, run, j, first, last, n);
+        for (ptrdiff_t j = COLUMNS * run; j < k; j++)
+            add_columns(matrix, inputs, sums, rows, 1, 0, j, first, last, n);
     }
-    for (ptrdiff_t i = 0; i < n; i++)
-        row[i] /= sum;
 }
-

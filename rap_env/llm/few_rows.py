@@ -23,7 +23,7 @@ except ImportError:
 _PAIRS = _few_rows is not None and bool(_few_rows.PAIRS)  # the processor multiplies pairs of bfloat16 numbers
 _QUICK = torch.backends.cpu.get_cpu_capability() == "AVX512"  # compiled for AVX2 they were no quicker
 _MOST_THREADS = 2  # a kernel runs on one; more of torch's threads read memory faster than one does
-_MOST_ROWS, _MOST_ROWS_OF_PAIRS = 4, 32  # with more, oneDNN on one thread is as quick
+_MOST_ROWS = 32  # with more, oneDNN on one thread is as quick
 _FEW_NUMBERS = 2**15  # of all rows; torch's threads don't share so few
 
 
@@ -32,7 +32,7 @@ def most_rows(device: torch.device, dtype: torch.dtype) -> int:
     n_threads = torch.get_num_threads()
     if _few_rows is None or not _QUICK or dtype != torch.bfloat16 or device.type != "cpu" or n_threads > _MOST_THREADS:
         return 0
-    return _MOST_ROWS_OF_PAIRS // n_threads if _PAIRS else _MOST_ROWS
+    return _MOST_ROWS // n_threads
 
 
 def for_few_rows(module: nn.Module) -> nn.Module:

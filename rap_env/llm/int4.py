@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from rap_env.errors import UnsupportedArchitecture
-from rap_env.llm.quantised import ROWS, Kept, QuantisedLinear, at_least_tiny, buffer, side_by_side
+from rap_env.llm.quantised import ROWS, Kept, QuantisedLinear, at_least_tiny, dequantised_into, side_by_side
 
 _BLOCKS = (64, 32)  # outputs that lie together in the kernel's layout, for AVX-512 and AVX2
 _FITS = 4  # of a grid to its numbers; 8 more take another 1.4% off the squared error of normal weights
@@ -52,7 +52,7 @@ class Int4Linear(QuantisedLinear):
     def matrix(self, outputs: slice) -> torch.Tensor:
         packed = self.weight[outputs.start // self._block : outputs.stop // self._block]
         scales, zeros = self.scales[:, None, outputs].unbind(-1)
-        matrix = buffer((self.in_features, scales.shape[2]), scales)
+        matrix = dequantised_into((self.in_features, scales.shape[2]), scales)
         halves = matrix.view(self.in_features, len(packed), 2, -1).permute(2, 1, 0, 3)  # [2, blocks, K, B / 2]
         halves[0].copy_((packed & 15).view(torch.int8).sub_(8))
         halves[1].copy_((packed >> 4).view(torch.int8).sub_(8))

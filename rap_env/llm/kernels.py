@@ -13,6 +13,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from rap_env.llm import few_rows
+from rap_env.llm.widened import widened, widens
 
 _FEW_ROWS = 4  # with fewer, as in decoding, fused products take longer than those of separate operations
 _TILE_ELEMENTS = 2**17  # of float32: what a tile needs stays in a core's cache
@@ -57,19 +58,37 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return turned
 
 
+def product(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """`linear(inputs)`, [..., C] -> [..., H]."""
+    return widened(inputs, [_layer(linear)]) if widens(inputs) and _fuses(linear, inputs) else linear(inputs)
+
+
 def added(linear: nn.Module, inputs: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """`residual + linear(inputs)`, [..., C] -> [..., H]."""
-    if _fuses(linear, inputs):
-        return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, _dense(linear.weight), linear.bias, "add")
-    return residual + linear(inputs)
+    if not _fuses(linear, inputs):
+        return residual + linear(inputs)
+    if widens(inputs):
+        rows = residual.reshape(-1, residual.shape[-1])
+        return widened(inputs, [_layer(linear)], lambda place, summed: summed.add_(rows[place]))
+    return torch.ops.mkldnn._linear_pointwise.binary(inputs, residual, _dense(linear.weight), linear.bias, "add")
 
 
 def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """`activation(gate(inputs)) * up(inputs)`, [..., H] -> [..., C]."""
-    if _fuses(gate, inputs) and _fuses(up, inputs) and isinstance(activation, nn.SiLU | SiLUActivation):
-        opened = torch.ops.mkldnn._linear_pointwise(inputs, _dense(gate.weight), gate.bias, "swish", [1.0], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(inputs, opened, _dense(up.weight), up.bias, "mul")
-    return activation(gate(inputs)) * up(inputs)
+    if not (_fuses(gate, inputs) and _fuses(up, inputs) and isinstance(activation, nn.SiLU | SiLUActivation)):
+        return activation(gate(inputs)) * up(inputs)
+    if widens(inputs):
+        return widened(inputs, [_layer(gate), _layer(up)], _opened)
+    opened = torch.ops.mkldnn._linear_pointwise(inputs, _dense(gate.weight), gate.bias, "swish", [1.0], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(inputs, opened, _dense(up.weight), up.bias, "mul")
+
+
+def _opened(_place: tuple[slice, slice], gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return nn.functional.silu(gate, inplace=True).mul_(up)
+
+
+def _layer(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return linear.weight, linear.bias
 
 
 def hooked(module: nn.Module) -> bool:
@@ -94,6 +113,9 @@ def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
         and type(linear) is nn.Linear
         and not hooked(linear)
         and not _learns(inputs, linear.weight)
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and (widens(inputs) or _has_fused_products())
     )
+
+
+def _has_fused_products() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -8,16 +8,16 @@ dequantised weight to the model's type, which moves the outputs about as far as 
 Shapes: R rows, N outputs, K inputs, V vocabulary.
 """
 
-import threading
-
 import torch
 from torch import nn
+
+from rap_env.llm.buffers import buffer
+from rap_env.llm.widened import mm
 
 ROWS = 64  # outputs that are dequantised together are a multiple of it
 KERNEL_ROWS = 24  # most rows for the kernels; with 32, dequantising was as fast on AVX-512 for 576 x 576 to 1536 x 576
 _TILE = 2**20  # weights that are dequantised at once; 2 MB in bfloat16, so that the product finds them in the cache
 _INT8_INPUTS = 32  # of any other number torch 2.13's INT8 kernel reads past the end of a row in bfloat16
-_HERE = threading.local()  # `buffers` by type and device
 
 Kept = slice | torch.Tensor  # rows or columns: a run of them, or their indices
 
@@ -69,7 +69,7 @@ class QuantisedLinear(Quantised):
     def _by_tiles(self, rows: torch.Tensor) -> torch.Tensor:
         n_outputs, size = self.out_features, max(ROWS, _TILE // self.in_features // ROWS * ROWS)
         tiles = [slice(first, min(first + size, n_outputs)) for first in range(0, n_outputs, size)]
-        products = [torch.mm(rows, self.matrix(tile)) for tile in tiles]
+        products = [mm(rows, self.matrix(tile).t()) for tile in tiles]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
@@ -100,7 +100,7 @@ class Int8Linear(QuantisedLinear):
 
     def matrix(self, outputs: slice) -> torch.Tensor:
         weight, scales = self.weight[outputs], self.scales[outputs, None]
-        return torch.mul(weight, scales, out=buffer(weight.shape, scales)).t()
+        return torch.mul(weight, scales, out=dequantised_into(weight.shape, scales)).t()
 
     def requantised(self, weight: torch.Tensor, bias: torch.Tensor | None) -> "Int8Linear":
         return Int8Linear(weight, bias)
@@ -153,11 +153,6 @@ def side_by_side(module: nn.Module, *names: str) -> None:
             module._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
 
 
-def buffer(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the thread's own, used again by every call for the same type and device."""
-    buffers = _HERE.__dict__.setdefault("buffers", {})
-    size, key = shape[0] * shape[1], (like.dtype, like.device)
-    if key not in buffers or len(buffers[key]) < size:
-        with torch.inference_mode(False):  # so that it can be written to in any mode
-            buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
-    return buffers[key][:size].view(shape)
+def dequantised_into(shape: tuple[int, ...], scales: torch.Tensor) -> torch.Tensor:
+    """The buffer for a dequantised matrix, of the type and device of its scales."""
+    return buffer("dequantised", shape, scales.dtype, scales.device)

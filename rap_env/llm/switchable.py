@@ -13,6 +13,7 @@ from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, run_steps, submodule
 from rap_env.llm.digest import weights_digest
 from rap_env.llm.formats import WeightFormats, quantise
+from rap_env.llm.kernels import product
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.placement import refuse_spread
@@ -20,6 +21,7 @@ from rap_env.llm.prepared import Preparation, Refits, Residency
 from rap_env.llm.shape import ModelShape
 from rap_env.llm.streams import cut_stream, join_streams, parting, read_heads_in_place
 from rap_env.llm.tokenizer import tokenizer_digest
+from rap_env.llm.widened import mm
 from rap_env.mask import PruningMask, kept_sites
 
 
@@ -57,8 +59,7 @@ class SwitchableLLM:
         self.model = read_heads_in_place(model.eval().requires_grad_(False))
         self.tokenizer, self.name = tokenizer, name
         self.shape = ModelShape.from_model(model, granularity)
-        self.mask = PruningMask.all_kept(self.shape)
-        self.site_executions = 0
+        self.mask, self.site_executions = PruningMask.all_kept(self.shape), 0
         self.store: Residency | None = None
         self.refits: Refits | None = None
         self.preparation = Preparation()
@@ -291,9 +292,8 @@ class SwitchableLLM:
     def head(self, normed: torch.Tensor, words: slice, out: torch.Tensor) -> torch.Tensor:
         """Logits of a range of the vocabulary, [N, H] -> [N, words] in the model's dtype, written to `out`."""
         head = self.model.lm_head
-        columns = head.weight[words].t() if isinstance(head, nn.Linear) else head.matrix(words)
-        return torch.mm(normed, columns, out=out)
+        return mm(normed, head.weight[words] if isinstance(head, nn.Linear) else head.matrix(words).t(), out)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head, [..., H] -> [..., V] in the model's dtype."""
-        return self.model.lm_head(self.final_norm(hidden))
+        return product(self.model.lm_head, self.final_norm(hidden))

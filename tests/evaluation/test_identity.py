@@ -12,6 +12,7 @@ import torch
 
 from rap_env.evaluation import identity
 from rap_env.evaluation.identity import ENGINE_VERSION, engine_identity, numeric_platform
+from rap_env.llm import widened
 
 X86 = """processor\t: 0
 vendor_id\t: {maker}
@@ -124,7 +125,9 @@ def test_changing_an_answer_changes_no_later_one():
     assert numeric_platform("cpu")["device"] == "cpu"
 
 
-def test_an_engine_identity_holds_engine_platform_model_tokenizer_dtype_and_versions():
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_an_engine_identity_holds_engine_platform_model_tokenizer_dtype_and_versions(multiplies, monkeypatch):
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: multiplies)
     llm = SimpleNamespace(digest="5f", tokenizer_digest="7a", dtype=torch.bfloat16, device=torch.device("cpu"))
     found = engine_identity(llm)
     assert found == {
@@ -134,7 +137,7 @@ def test_an_engine_identity_holds_engine_platform_model_tokenizer_dtype_and_vers
         "tokenizer": "7a",
         "dtype": "torch.bfloat16",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    }
+    } | ({} if multiplies else {"products": "float32"})
     assert json.loads(json.dumps(found)) == found
 
 

@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch.nn import functional
 
+from rap_env.llm import widened
 from rap_env.llm.attention import attention
 
 
-@pytest.fixture(params=[True, False], ids=["with AMX", "without AMX"])
+@pytest.fixture(params=[(True, True), (True, False), (False, False)], ids=["AMX", "no AMX", "no bfloat16"])
 def processor(request, monkeypatch):
-    """Both ways, whatever the processor has; each is right on any."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: request.param)
+    """All ways, whatever the processor has; each is right on any."""
+    multiplies_bfloat16, has_amx = request.param
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: multiplies_bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])

@@ -27,11 +27,9 @@ pytest.importorskip("rap_env.llm._few_rows", reason="built without a C compiler"
 def test_they_are_for_bfloat16_on_a_cpu_with_long_vectors_and_few_threads(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(few_rows, "_QUICK", True)
-    for pairs, expected in ((True, {1: 32, 2: 16, 3: 0}), (False, {1: 4, 2: 4, 3: 0})):
-        monkeypatch.setattr(few_rows, "_PAIRS", pairs)
-        for n_threads, rows in expected.items():
-            monkeypatch.setattr(torch, "get_num_threads", lambda n_threads=n_threads: n_threads)
-            assert most_rows(cpu, torch.bfloat16) == rows
+    for n_threads, rows in {1: 32, 2: 16, 3: 0}.items():
+        monkeypatch.setattr(torch, "get_num_threads", lambda n_threads=n_threads: n_threads)
+        assert most_rows(cpu, torch.bfloat16) == rows
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert most_rows(cpu, torch.float32) == most_rows(torch.device("cuda"), torch.bfloat16) == 0
     for name, value in (("_QUICK", False), ("_few_rows", None)):
@@ -78,7 +76,7 @@ def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, s
         llm.weights_changed()
     errors = {name: (found[name] - found["float32"]).abs().mean() for name in ("torch", "kernels")}
     assert 0 < errors["kernels"] < 1.5 * errors["torch"]
-    n_layers, steps = plain.model.config.num_hidden_layers, 4 if few_rows._PAIRS else 3  # without, no prompt of 10 rows
+    n_layers, steps = plain.model.config.num_hidden_layers, 4
     n_norms = sum(hasattr(module, "variance_epsilon") for module in plain.model.modules())
     n_products = 4 + steps * (n_matrices - 1)  # one of the head for each
     n_turned = 0 if member.startswith("opt") else 8 * n_layers

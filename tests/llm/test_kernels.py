@@ -9,11 +9,17 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from rap_env.calibration.corpus import packaged_corpus
 from rap_env.calibration.sampling import consecutive_windows
-from rap_env.llm import few_rows
-from rap_env.llm.kernels import added, gated, rms_norm, rotated
+from rap_env.llm import few_rows, widened
+from rap_env.llm.kernels import added, gated, product, rms_norm, rotated
 from rap_env.llm.packing import TokenTree
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=[True, False], ids=["with bfloat16", "without bfloat16"])
+def processor(request, monkeypatch):
+    """Both ways, whatever instructions the processor has; each is right on any."""
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: request.param)
 
 
 def states(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -67,8 +73,9 @@ def test_rotary_positions_learn():
     assert learned.grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [4, 9, 70])
+@pytest.mark.parametrize("rows", [4, 9, 700])
 def test_fused_products_lie_nearer_to_the_exact_ones_than_separate_operations(rows, bias):
     gate, up, down = linear(96, 160, bias, 1), linear(96, 160, bias, 3), linear(160, 96, bias, 5)
     inputs, residual = states(rows, 96, seed=7), states(rows, 96, seed=8)
@@ -84,6 +91,7 @@ def test_fused_products_lie_nearer_to_the_exact_ones_than_separate_operations(ro
     assert torch.equal(residual, states(rows, 96, seed=8))
 
 
+@pytest.mark.usefixtures("processor")
 def test_a_row_or_two_run_as_separate_operations():
     gate, up, down = linear(96, 160, False, 1), linear(96, 160, False, 3), linear(160, 96, False, 5)
     inputs, residual = states(3, 96, seed=7), states(3, 96, seed=8)
@@ -92,6 +100,7 @@ def test_a_row_or_two_run_as_separate_operations():
     assert torch.equal(added(down, opened, residual), residual + down(opened))
 
 
+@pytest.mark.usefixtures("processor")
 def test_views_of_a_matrix_give_what_copies_of_them_give():
     whole, inputs, residual = linear(192, 96, False), states(3, 20, 128), states(3, 20, 96, seed=1)
     for laid_out in (whole.weight, whole.weight.t().contiguous().t()):  # output matrices are stored by columns
@@ -112,10 +121,21 @@ def test_products_are_made_of_matrices_without_gaps():
     assert seconds["fused"] < 20 * seconds["separate"]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_by_way_of_float32_is_the_exact_one_but_for_rounding(bias, monkeypatch):
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: False)
+    layer, inputs = linear(96, 160, bias), states(3, 20, 96, seed=7)
+    found, exact = product(layer, inputs), layer.double()(inputs.double())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.usefixtures("processor")
 def test_what_learns_runs_as_upstreams_does():
     norm, down = LlamaRMSNorm(96), nn.Linear(160, 96, dtype=torch.bfloat16)
     rms_norm(norm, states(2, 96, dtype=torch.float32)).sum().backward()
-    added(down, states(2, 160), states(2, 96)).sum().backward()
+    inputs = states(5, 160)
+    (added(down, inputs, states(5, 96)) + product(down, inputs)).sum().backward()
     assert norm.weight.grad is not None and down.weight.grad is not None
 
 
