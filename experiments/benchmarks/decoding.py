@@ -6,9 +6,10 @@ from typing import Any
 
 from experiments.benchmarks.bench import Bench
 from experiments.benchmarks.generation import generated, read_together
-from experiments.benchmarks.timing import alternate, counted, speedup
+from experiments.benchmarks.timing import alternate, counted, in_type, speedup
 from rap_env.errors import InvalidWorkload
 from rap_env.llm.live import LiveModel
+from rap_env.llm.switchable import SwitchableLLM
 
 
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -19,22 +20,25 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
             f"expected at most {len(windows)} sequences, for so many windows `calibration.n_samples` gives prompts;"
             f" got {max(options['sequences'])}"
         )
-    live = LiveModel(bench.llm)
+    live, upstream = LiveModel(bench.llm), bench.upstream
     step = counted(progress, 4 * options["repeats"] * len(options["sequences"]))
     prompts = windows[:, : options["prompt_tokens"]].tolist()
     return {
         "new_tokens": options["new_tokens"],
-        "by_sequences": {str(n): _of(live, prompts[:n], options, step) for n in options["sequences"]},
+        "plain_dtype": str(upstream.dtype),
+        "by_sequences": {str(n): _of(live, upstream, prompts[:n], options, step) for n in options["sequences"]},
     }
 
 
-def _of(live: LiveModel, prompts: list[list[int]], options: dict[str, Any], step: Callable) -> dict[str, Any]:
-    llm, new = live.llm, options["new_tokens"]
-    generated(llm, prompts, 2), read_together(live, prompts, 2)
+def _of(
+    live: LiveModel, upstream: SwitchableLLM, prompts: list[list[int]], options: dict[str, Any], step: Callable
+) -> dict[str, Any]:
+    new = options["new_tokens"]
+    generated(upstream, prompts, 2), read_together(live, prompts, 2)
     ways = {
-        "generate": lambda _: step(generated(llm, prompts, new)),
+        "generate": lambda _: step(generated(upstream, prompts, new)),
         "live": lambda _: step(read_together(live, prompts, new)),
-        "generate, prompt": lambda _: step(generated(llm, prompts, 1)),
+        "generate, prompt": lambda _: step(generated(upstream, prompts, 1)),
         "live, prompt": lambda _: step(read_together(live, prompts, 1)),
     }
     seconds, tokens = alternate(ways, options["repeats"])
@@ -53,7 +57,7 @@ def _of(live: LiveModel, prompts: list[list[int]], options: dict[str, Any], step
 def lines(results: dict[str, Any]) -> list[str]:
     """What is printed."""
     return [
-        f"decoding {n} sequences: {of['decoding']['ratio']:.2f} times as fast as generate"
+        f"decoding {n} sequences: {of['decoding']['ratio']:.2f} times as fast as generate{in_type(results)}"
         f" [{min(of['decoding']['ratios']):.2f}, {max(of['decoding']['ratios']):.2f}],"
         f" reading their prompts {of['prompt']['ratio']:.2f} times;"
         f" {of['equal_tokens']} of {int(n) * results['new_tokens']} tokens equal"

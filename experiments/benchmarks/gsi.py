@@ -8,7 +8,7 @@ import torch
 from scipy.stats import kendalltau
 
 from experiments.benchmarks.bench import Bench
-from experiments.benchmarks.timing import counted, plain_loss, speedup, timed
+from experiments.benchmarks.timing import counted, in_type, plain_loss, speedup, timed
 from rap_env.evaluation.meter import Meter
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.importance.gsi import CALIBRATION
@@ -22,9 +22,13 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     """Runs the three rules round by round, in turn, on each calibration seed's windows."""
     options = bench.options["gsi"]
     step = counted(progress, options["quality_removals"] * len(options["seeds"]))
-    runs = [{"seed": seed} | _race(bench.llm, bench.windows(seed), options, step) for seed in options["seeds"]]
+    runs = [
+        {"seed": seed} | _race(bench.llm, bench.upstream, bench.windows(seed), options, step)
+        for seed in options["seeds"]
+    ]
     plain, exact, lazy = ([run["seconds"][name] for run in runs] for name in ("plain", "exact", "lazy"))
     return {
+        "plain_dtype": str(bench.upstream.dtype),
         "exact_against_plain": speedup(plain, exact),
         "lazy_against_plain": speedup(plain, lazy),
         "lazy_against_exact": speedup(exact, lazy),
@@ -33,7 +37,9 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     }
 
 
-def _race(llm: SwitchableLLM, windows: torch.Tensor, options: dict[str, Any], step: Callable) -> dict[str, Any]:
+def _race(
+    llm: SwitchableLLM, upstream: SwitchableLLM, windows: torch.Tensor, options: dict[str, Any], step: Callable
+) -> dict[str, Any]:
     freed = {component.name: 1 for component in llm.shape.components}
     meters = {"exact": [_meter(llm, windows)], "lazy": [_meter(llm, part) for part in split_windows(windows)]}
     makers = {"exact": ExactRounds, "lazy": LazyRounds}
@@ -51,7 +57,9 @@ def _race(llm: SwitchableLLM, windows: torch.Tensor, options: dict[str, Any], st
             seconds[name] += taken if index < options["removals"] else 0.0
         if index < options["removals"]:
             trials = {c.name: mask.drop(c) for c in mask.kept[index % options["plain_every"] :: options["plain_every"]]}
-            taken, losses = timed(lambda trials=trials: [plain_loss(llm, windows, trial) for trial in trials.values()])
+            taken, losses = timed(
+                lambda trials=trials: [plain_loss(upstream, windows, trial) for trial in trials.values()]
+            )
             seconds["plain"] += taken * len(mask.kept) / len(trials)
             losses = dict(zip(trials, losses, strict=True))
             checks.append(_check(losses, rules["exact"], loss, removed["exact"][-1].name))
@@ -116,8 +124,10 @@ def _between_seeds(bench: Bench, runs: list[dict]) -> dict[str, Any]:
 
 def lines(results: dict[str, Any]) -> list[str]:
     """What is printed."""
-    comparisons = ("exact_against_plain", "lazy_against_plain", "lazy_against_exact")
-    printed = [f"{name.replace('_', ' ')}: {results[name]['ratio']:.1f} times faster" for name in comparisons]
+    dtype, comparisons = in_type(results), ("exact_against_plain", "lazy_against_plain", "lazy_against_exact")
+    names = [name.replace("_", " ").replace("plain", f"plain{dtype}") for name in comparisons]
+    ratios = [results[name]["ratio"] for name in comparisons]
+    printed = [f"{name}: {ratio:.1f} times faster" for name, ratio in zip(names, ratios, strict=True)]
     for run in results["runs"]:
         gaps, timed_rounds, costs = run["lazy_loss_above_exact"], len(run["plain_checks"]), run["cost_at_removals"]
         printed.append(

@@ -11,7 +11,15 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from experiments.benchmarks.bench import Bench
-from experiments.benchmarks.timing import alternate, counted, forward_flops, gemm_flops_per_second, speedup, timed
+from experiments.benchmarks.timing import (
+    alternate,
+    counted,
+    forward_flops,
+    gemm_flops_per_second,
+    in_type,
+    speedup,
+    timed,
+)
 from rap_env.evaluation.lm import RapLM
 from rap_env.evaluation.scoring import Pair, ScoringPlan
 from rap_env.evaluation.tasks import TASKS_FOLDER
@@ -42,10 +50,10 @@ def _evaluation(options: Mapping[str, Any]) -> Callable[..., dict]:
 
 
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Times both in the model's dtype, then compares their results in float32."""
+    """Times both, then compares their results in float32."""
     llm, options, evaluate = bench.llm, bench.options["scoring"], _evaluation(bench.options["evaluation"])
     step = counted(progress, len(options["plain_batch_sizes"]) + 2 * options["repeats"] + 2)
-    plain = {size: _plain(llm, size) for size in options["plain_batch_sizes"]}
+    plain = {size: _plain(bench.upstream, size) for size in options["plain_batch_sizes"]}
     search_seconds = {size: timed(lambda lm=lm: step(evaluate(lm)))[0] for size, lm in plain.items()}
     best = min(search_seconds, key=search_seconds.__getitem__)
     ours = _Counted(llm)
@@ -59,6 +67,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     return {
         "simple_evaluate": speedup(seconds["plain"], seconds["ours"]),
         "plain_batch_size": best,
+        "plain_dtype": str(bench.upstream.dtype),
         "plain_batch_size_seconds": {str(size): taken for size, taken in search_seconds.items()},
         "requests": len(plan.pairs),
         "tokens": plan.tokens,
@@ -124,7 +133,8 @@ def lines(results: dict[str, Any]) -> list[str]:
     float32 = results["float32"]
     return [
         f"simple_evaluate: {results['simple_evaluate']['ratio']:.2f} times faster than HFLM at batch size"
-        f" {results['plain_batch_size']}; {results['tokens']:,} tokens forwarded for {results['tokens_of_requests']:,}",
+        f" {results['plain_batch_size']}{in_type(results)};"
+        f" {results['tokens']:,} tokens forwarded for {results['tokens_of_requests']:,}",
         f"engine: {results['engine_flops_per_second'] / 1e9:.0f} GFLOP/s,"
         f" {results['engine_share_of_gemm']:.0%} of the GEMM rate",
         f"float32: accuracies equal: {float32['accuracies_equal']}; log-likelihoods differ by at most"

@@ -80,11 +80,23 @@ def speedup(plain_seconds: Sequence[float], our_seconds: Sequence[float]) -> dic
     }
 
 
+def in_type(results: Mapping[str, Any]) -> str:
+    """How upstream's type is told, where a part's record has another one than bfloat16."""
+    dtype = results.get("plain_dtype", "torch.bfloat16").removeprefix("torch.")
+    return "" if dtype == "bfloat16" else f" in {dtype}"
+
+
 @torch.inference_mode()
 def plain_loss(llm: SwitchableLLM, windows: torch.Tensor, mask: PruningMask) -> float:
-    """Loss on windows as published searches take it: upstream's whole forward, all logits, one float32 copy."""
+    """Loss on windows as published searches take it: upstream's whole forward, all logits, one float32 copy.
+
+    Args:
+        llm: The model.
+        windows: Tokens [N, T].
+        mask: Over components with the same names.
+    """
     windows = windows.to(llm.device)
-    with llm.pruned(mask):
+    with llm.pruned(PruningMask.from_bits(llm.shape, mask.keep)):  # which may be in another type than the mask's model
         logits = llm.model(windows, use_cache=False).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item()
 

@@ -83,10 +83,10 @@ FORMATS = [("full", "full"), ("int8", "full"), ("full", "int8")]
 def results_of(tmp_path, monkeypatch):
     """Runs a part on the tiny model and returns what its record holds."""
     monkeypatch.setenv("RAP_CACHE", str(tmp_path / "cache"))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("benchmark", overrides=TINY)
 
-    def run(name: str) -> dict:
+    def run(name: str, *changes: str) -> dict:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("benchmark", overrides=[*TINY, *changes])
         reports = []
         bench = Bench(config)
         results = part(name).measure(bench, lambda done, total: reports.append((done, total)))
@@ -115,6 +115,13 @@ def test_single_sites_score_the_same_together(results_of):
     results = results_of("sites")
     assert results["identical"] and results["masks"] == 1 + 4 * (2 + 1)  # two heads, one group of channels
     assert results["largest_difference_from_plain"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["sites", "gsi", "decoding", "scoring"])
+def test_upstreams_model_may_be_of_another_type(results_of, name):
+    results = results_of(name, "upstream_dtype=float16")
+    assert results["plain_dtype"] == "torch.float16"
+    assert any(" in float16" in line for line in part(name).lines(results))
 
 
 def test_decoding_gives_the_tokens_of_generate(results_of):
