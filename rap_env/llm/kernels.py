@@ -91,9 +91,27 @@ def _layer(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return linear.weight, linear.bias
 
 
+def read_heads_in_place(model: nn.Module) -> nn.Module:
+    """Makes a causal LM's head read states that are a slice of others, and returns the model.
+
+    Torch copies a frozen matrix once for each sequence where its input is such a slice, as upstream's last position is:
+    for the embedded model 0.3 s for each prompt of a prefill, in place of 0.02 s for all.
+    """
+    model.get_output_embeddings().register_forward_pre_hook(_with_plain_strides)
+    return model
+
+
+def _with_plain_strides(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    hidden, *others = inputs
+    if hidden.stride() == torch.empty(hidden.shape, device="meta").stride():
+        return inputs
+    return hidden.clone(memory_format=torch.contiguous_format), *others
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether somebody wants to see a module's calls, so that it has to be called."""
-    return bool(module._forward_pre_hooks or module._forward_hooks)
+    seen_before = any(hook is not _with_plain_strides for hook in module._forward_pre_hooks.values())
+    return seen_before or bool(module._forward_hooks)
 
 
 def _dense(weight: torch.Tensor) -> torch.Tensor:

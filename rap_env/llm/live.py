@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from rap_env.components import ATTENTION
 from rap_env.llm.few_rows import for_few_rows, most_rows
+from rap_env.llm.kernels import product
 from rap_env.llm.live_cache import CacheFormat, Heads, SequenceCache, filled
 from rap_env.llm.next_tokens import States, attend_together, attends_together
 from rap_env.llm.packing import PackedStream
@@ -176,7 +177,7 @@ class LiveModel:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         head = self._few_head if len(hidden) <= self._kernel_rows else self.llm.model.lm_head
-        return head(self.llm.final_norm(hidden))
+        return product(head, self.llm.final_norm(hidden))
 
     def warm_up(self, read_tokens: int, masks: Sequence[PruningMask], longest_tokens: int) -> None:
         """Reads once in every number of rows that will come for which libraries make a program.

@@ -13,13 +13,13 @@ from rap_env.errors import InvalidMask
 from rap_env.llm.architecture import DecoderLayer, architecture_of, decoder_layers, run_steps, submodule
 from rap_env.llm.digest import weights_digest
 from rap_env.llm.formats import WeightFormats, quantise
-from rap_env.llm.kernels import product
+from rap_env.llm.kernels import product, read_heads_in_place
 from rap_env.llm.lanes import in_lanes
 from rap_env.llm.packing import Packing, TokenTree
 from rap_env.llm.placement import refuse_spread
 from rap_env.llm.prepared import Preparation, Refits, Residency
 from rap_env.llm.shape import ModelShape
-from rap_env.llm.streams import cut_stream, join_streams, parting, read_heads_in_place
+from rap_env.llm.streams import cut_stream, join_streams, parting
 from rap_env.llm.tokenizer import tokenizer_digest
 from rap_env.llm.widened import mm
 from rap_env.mask import PruningMask, kept_sites

@@ -10,8 +10,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from rap_env.calibration.corpus import packaged_corpus
 from rap_env.calibration.sampling import consecutive_windows
 from rap_env.llm import few_rows, widened
-from rap_env.llm.kernels import added, gated, product, rms_norm, rotated
+from rap_env.llm.kernels import added, gated, hooked, product, rms_norm, rotated
+from rap_env.llm.loading import build_random_llm
 from rap_env.llm.packing import TokenTree
+from tests.llm.test_parts import SIZES
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -165,3 +167,13 @@ def test_in_bfloat16_tokens_are_as_near_to_float32_as_upstreams(embedded_llm, em
         ours = (log_likelihoods(logits.view(*tokens.shape, -1)) - exact).abs()
         assert ours.mean() < 0.05
         assert ours.mean() < 1.1 * upstreams.mean()
+
+
+def test_a_head_with_our_own_hook_counts_as_unseen():
+    llm = build_random_llm("llama", SIZES, dtype="bfloat16")
+    head = llm.model.lm_head
+    assert head._forward_pre_hooks and not hooked(head)
+    handle = head.register_forward_pre_hook(lambda *call: None)
+    assert hooked(head)
+    handle.remove()
+    assert not hooked(head)
