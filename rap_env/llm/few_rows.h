@@ -1,6 +1,7 @@
 /* Products of a few rows with a matrix, summed in float32: one pass over matrices in bfloat16 or INT8, as they lie in
-   memory. Four of its rows are multiplied by up to four inputs at once, or eight columns, where it is stored by columns,
-   are added to the sums of all inputs. They lie far apart, for a processor reads several such streams faster than one. */
+   memory. Four rows of the matrix are multiplied by up to four inputs at once, or eight columns, where it is stored by
+   columns, are added to the sums of all inputs. These rows or columns lie far apart, for a processor reads several such
+   streams faster than one. */
 
 #include <math.h>
 #include <stddef.h>
@@ -25,7 +26,7 @@ typedef int8_t Bytes __attribute__((vector_size(16)));
 #define INLINE static inline __attribute__((always_inline))
 
 enum { WIDTH = 16, PARTS = 4, STEP = PARTS * WIDTH }; /* elements of a vector; vectors and elements of a step */
-enum { LINE = 64, AHEAD = 1024 };                     /* bytes of a cache line and to a prefetch */
+enum { LINE = 64, AHEAD = 1024, FAR_AHEAD = 4096 };   /* bytes of a line; to a prefetch in several streams, or one */
 enum { MOST_ROWS = 4, SIDE = 4, COLUMNS = 8 };        /* inputs, and rows or columns of a matrix, at once */
 enum { SUMS = 8192 };                                 /* that stay in a processor's cache */
 enum { INT8 = 1, BFLOAT16 = 2, WORD = 4 };            /* bytes of an element, and of a word */
@@ -73,10 +74,10 @@ INLINE uint16_t rounded(float value) /* to the nearest, ties to even, as torch d
     return value != value ? 0x7fc0 : (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
-INLINE void prefetch(const char *row, ptrdiff_t index, const int element)
+INLINE void prefetch(const char *row, ptrdiff_t index, const int element, int ahead)
 {
     for (int byte = 0; byte < STEP * element; byte += LINE)
-        __builtin_prefetch(row + index * element + AHEAD + byte);
+        __builtin_prefetch(row + index * element + ahead + byte);
 }
 
 INLINE float scale_of(const Matrix *matrix, ptrdiff_t row, const int element)
@@ -161,7 +162,7 @@ INLINE void add_side(const Matrix *matrix, const int element, const float *input
     ptrdiff_t j = 0;
     for (; j + STEP <= k; j += STEP) {
         for (int s = 0; s < side; s++)
-            prefetch(own[s], j, element);
+            prefetch(own[s], j, element, AHEAD);
         for (int part = 0; part < PARTS; part++) {
             Floats numbers[SIDE];
             for (int s = 0; s < side; s++)

@@ -22,7 +22,7 @@ INLINE void weigh(const Matrix *values, const int element, const float *weights,
         for (ptrdiff_t j = 0; j < k; j++) {
             const char *row = values->rows + j * values->stride;
             const float scale = scale_of(values, j, element);
-            prefetch(row, i, element);
+            prefetch(row, i, element, FAR_AHEAD);
             for (int part = 0; part < PARTS; part++) {
                 Floats own = scale * wide(row, i + part * WIDTH, element);
                 for (int r = 0; r < rows; r++)

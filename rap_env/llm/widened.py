@@ -1,6 +1,6 @@
 """Products of bfloat16 matrices by way of float32, on processors without instructions for bfloat16.
 
-There oneDNN and torch take four to seven times as long for them as for products in float32. Each bfloat16 number is one
+There oneDNN and torch take several times as long for them as for products in float32. Each bfloat16 number is one
 in float32 too, and the products of two are exact there, so the results are the same but for the order of sums: sums
 are in float32 either way, and rounded once.
 
