@@ -23,7 +23,7 @@ except ImportError:
 _PAIRS = _few_rows is not None and bool(_few_rows.PAIRS)  # the processor multiplies pairs of bfloat16 numbers
 _QUICK = torch.backends.cpu.get_cpu_capability() == "AVX512"  # compiled for AVX2 they were no quicker
 _MOST_THREADS = 2  # a kernel runs on one; more of torch's threads read memory faster than one does
-_MOST_ROWS = 32  # with more, oneDNN on one thread is as quick
+_MOST_ROWS = 32  # with more, the libraries on one thread are as quick
 _FEW_NUMBERS = 2**15  # of all rows; torch's threads don't share so few
 
 
