@@ -13,7 +13,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from rap_env.llm import few_rows
-from rap_env.llm.widened import widened, widens
+from rap_env.llm.widened import learns, widened, widens
 
 _FEW_ROWS = 4  # with fewer, as in decoding, fused products take longer than those of separate operations
 _TILE_ELEMENTS = 2**17  # of float32: what a tile needs stays in a core's cache
@@ -27,7 +27,7 @@ def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         hidden: States of the model's type.
     """
     own = isinstance(norm, few_rows.FewRowsNorm) or hooked(norm)
-    if own or hidden.device.type != "cpu" or _learns(hidden, norm.weight):
+    if own or hidden.device.type != "cpu" or learns(hidden, norm.weight):
         return norm(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
     if len(rows) < _FEW_ROWS:
@@ -49,7 +49,7 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
         cos: [B or 1, T, 1, D], its halves alike.
         sin: As `cos`.
     """
-    if few_rows.rotates(states, cos) and not _learns(states):
+    if few_rows.rotates(states, cos) and not learns(states):
         return few_rows.rotated(states, cos, sin)
     half = states.shape[-1] // 2
     turned = states * cos
@@ -119,10 +119,6 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
     return weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
 
 
-def _learns(*tensors: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
     return (
         inputs.dtype == torch.bfloat16
@@ -130,7 +126,7 @@ def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
         and inputs.device.type == "cpu"
         and type(linear) is nn.Linear
         and not hooked(linear)
-        and not _learns(inputs, linear.weight)
+        and not learns(inputs, linear.weight)
         and (widens(inputs) or _has_fused_products())
     )
 

@@ -68,7 +68,14 @@ def widened(
 
 def mm(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`rows @ weight.T`, [R, K] and [N, K] -> [R, N]; `out` is what it is written to."""
-    return widened(rows, [(weight, None)], out=out) if widens(rows) else torch.mm(rows, weight.t(), out=out)
+    if not widens(rows) or learns(rows, weight):
+        return torch.mm(rows, weight.t(), out=out)
+    return widened(rows, [(weight, None)], out=out)
+
+
+def learns(*tensors: torch.Tensor) -> bool:
+    """Whether gradients will be asked for, which `widened` doesn't have."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _tiles(size: int, most: int) -> Iterator[slice]:

@@ -75,3 +75,9 @@ def test_processors_with_instructions_for_bfloat16_use_them(machine, instruction
     for name in ("avx512_bf16", "amx_tile"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in instructions)
     assert multiplies_bfloat16.__wrapped__() is expected
+
+
+def test_gradients_are_torchs_own():
+    inputs, weight = randn(5, 40).requires_grad_(), randn(9, 40, seed=1)
+    mm(inputs, weight).sum().backward()
+    assert torch.equal(inputs.grad, weight.sum(0).expand(5, -1))
