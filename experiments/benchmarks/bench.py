@@ -36,14 +36,10 @@ class Bench:
         """The model again, with changed keys of its YAML."""
         return instantiate(self._config.model, **changes)
 
-    def build_upstream(self, **changes: Any) -> SwitchableLLM:
-        """The model again, for upstream's functions: in `upstream_dtype`, where there is one."""
+    def upstream(self, llm: SwitchableLLM, **changes: Any) -> SwitchableLLM:
+        """What upstream's functions run in a model's place: the same, or one built anew in `upstream_dtype`."""
         dtype = self.options["upstream_dtype"]
-        return self.build_llm(**changes | ({} if dtype is None else {"dtype": dtype}))
-
-    @cached_property
-    def upstream(self) -> SwitchableLLM:
-        return self.llm if self.options["upstream_dtype"] is None else self.build_upstream()
+        return llm if dtype is None else self.build_llm(**changes, dtype=dtype)
 
     @cached_property
     def _halves(self) -> Halves:

@@ -20,7 +20,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
             f"expected at most {len(windows)} sequences, for so many windows `calibration.n_samples` gives prompts;"
             f" got {max(options['sequences'])}"
         )
-    live, upstream = LiveModel(bench.llm), bench.upstream
+    live, upstream = LiveModel(bench.llm), bench.upstream(bench.llm)
     step = counted(progress, 4 * options["repeats"] * len(options["sequences"]))
     prompts = windows[:, : options["prompt_tokens"]].tolist()
     return {

@@ -22,13 +22,11 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     """Runs the three rules round by round, in turn, on each calibration seed's windows."""
     options = bench.options["gsi"]
     step = counted(progress, options["quality_removals"] * len(options["seeds"]))
-    runs = [
-        {"seed": seed} | _race(bench.llm, bench.upstream, bench.windows(seed), options, step)
-        for seed in options["seeds"]
-    ]
+    llm, upstream = bench.llm, bench.upstream(bench.llm)
+    runs = [{"seed": seed} | _race(llm, upstream, bench.windows(seed), options, step) for seed in options["seeds"]]
     plain, exact, lazy = ([run["seconds"][name] for run in runs] for name in ("plain", "exact", "lazy"))
     return {
-        "plain_dtype": str(bench.upstream.dtype),
+        "plain_dtype": str(upstream.dtype),
         "exact_against_plain": speedup(plain, exact),
         "lazy_against_plain": speedup(plain, lazy),
         "lazy_against_exact": speedup(exact, lazy),

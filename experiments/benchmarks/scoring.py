@@ -52,8 +52,9 @@ def _evaluation(options: Mapping[str, Any]) -> Callable[..., dict]:
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Times both, then compares their results in float32."""
     llm, options, evaluate = bench.llm, bench.options["scoring"], _evaluation(bench.options["evaluation"])
+    upstream = bench.upstream(llm)
     step = counted(progress, len(options["plain_batch_sizes"]) + 2 * options["repeats"] + 2)
-    plain = {size: _plain(bench.upstream, size) for size in options["plain_batch_sizes"]}
+    plain = {size: _plain(upstream, size) for size in options["plain_batch_sizes"]}
     search_seconds = {size: timed(lambda lm=lm: step(evaluate(lm)))[0] for size, lm in plain.items()}
     best = min(search_seconds, key=search_seconds.__getitem__)
     ours = _Counted(llm)
@@ -67,7 +68,7 @@ def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any
     return {
         "simple_evaluate": speedup(seconds["plain"], seconds["ours"]),
         "plain_batch_size": best,
-        "plain_dtype": str(bench.upstream.dtype),
+        "plain_dtype": str(upstream.dtype),
         "plain_batch_size_seconds": {str(size): taken for size, taken in search_seconds.items()},
         "requests": len(plan.pairs),
         "tokens": plan.tokens,

@@ -13,7 +13,7 @@ from rap_env.importance.site_curves import measure_site_curves
 def measure(bench: Bench, progress: Callable[[int, int], None]) -> dict[str, Any]:
     """Measures all points of all sites in each repeat, and some of them by whole forwards and one by one, scaled up."""
     options, llm = bench.options["sites"], bench.build_llm(granularity="group")
-    upstream = bench.build_upstream(granularity="group")
+    upstream = bench.upstream(llm, granularity="group")
     windows = bench.windows()
     evaluator = PerplexityEvaluator(windows, "calibration")
     masks = list(measure_site_curves(Meter(llm, evaluator), options["levels"]).known)

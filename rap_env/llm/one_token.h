@@ -70,4 +70,3 @@ static void softmax(float *row, ptrdiff_t n, float scale)
     for (ptrdiff_t i = 0; i < n; i++)
         row[i] /= sum;
 }
-

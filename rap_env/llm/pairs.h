@@ -5,7 +5,7 @@
    columns, eight columns are added to the sums of all inputs, which stay in the processor's cache. */
 
 enum { LANES = 32 };          /* numbers of a vector */
-enum { GROUP = 8 };           /* columns of a group; SIDE are the rows of a square */
+enum { GROUP = 8 };           /* columns of a group; SIDE rows are those of a square */
 /* Sums of an input that are computed at once, and from one input's to the next's: with a power of two in bytes between
    them, all inputs' would share a few lines of the cache. */
 enum { BLOCK = 640, APART = 656 };
