@@ -33,7 +33,6 @@ INLINE float norm_scale(const uint16_t *row, ptrdiff_t k, float epsilon)
 }
 
 /* outputs[r] = weight times inputs[r] over the root of its mean square, [rows][k]. */
-FOR_EACH_PROCESSOR
 static void norm_rows(const uint16_t *inputs, const uint16_t *weight, uint16_t *outputs, ptrdiff_t rows, ptrdiff_t k,
                       float epsilon)
 {
@@ -59,7 +58,6 @@ INLINE Floats times_all(const uint16_t *left, const uint16_t *right)
 
 /* Turns pairs of a head's channels, one from each half, [rows][heads][2 * half], by the angles of their row
    [rows][2 * half]. */
-FOR_EACH_PROCESSOR
 static void turn_rows(const uint16_t *low, const uint16_t *cosines, const uint16_t *sines, uint16_t *outputs,
                       ptrdiff_t rows, ptrdiff_t heads, ptrdiff_t half)
 {
@@ -79,7 +77,6 @@ static void turn_rows(const uint16_t *low, const uint16_t *cosines, const uint16
 }
 
 /* A key or value in INT8 with its scale behind it, as `rap_env.llm.int8_cache.encoded` makes it. */
-FOR_EACH_PROCESSOR
 static void encode(const uint16_t *from, char *to, ptrdiff_t channels)
 {
     float largest = 0x1p-126f * 127, sum = 0;

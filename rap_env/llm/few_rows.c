@@ -1,4 +1,4 @@
-/* The extension module `_few_rows`: what a layer computes, on addresses of tensors. */
+/* The extension modules `_few_rows_avx512` and `_few_rows_avx2`: what a layer computes, on addresses of tensors. */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -9,6 +9,14 @@
 #include "between.h"
 #include "pairs.h"
 #include "one_row.h"
+
+#ifdef __AVX512F__
+#define NAME "_few_rows_avx512"
+#define INIT PyInit__few_rows_avx512
+#else
+#define NAME "_few_rows_avx2"
+#define INIT PyInit__few_rows_avx2
+#endif
 
 /* Reads numbers: addresses, sizes, strides in bytes. */
 static int numbers(PyObject *const *arguments, Py_ssize_t n_arguments, Py_ssize_t *read, Py_ssize_t expected)
@@ -125,7 +133,7 @@ static void attend_one(const Attention *all, Py_ssize_t index, Py_ssize_t n_sequ
     ptrdiff_t group = all->group, channels = all->channels, size = group * channels;
     ptrdiff_t bytes = all->int8 ? channels + BFLOAT16 : channels * BFLOAT16;
     ptrdiff_t capacity = cache[1], before = cache[2], tokens = before + 1;
-    float *sums = room + size, *scores = sums + size, *keys_room = scores + group * tokens;
+    float *sums = room + size, *scores = sums + size;
     for (Py_ssize_t head = 0; head < all->heads; head++) {
         Matrix kept[2];
         for (int which = 0; which < 2; which++) {
@@ -143,7 +151,7 @@ static void attend_one(const Attention *all, Py_ssize_t index, Py_ssize_t n_sequ
         uint16_t *outputs = all->outputs + (index * all->heads + head) * size;
 #ifdef PAIRS
         if (all->by_pairs)
-            pairs_of_keys(&kept[0], queries, scores, keys_room, group, tokens, channels);
+            pairs_of_keys(&kept[0], queries, scores, scores + group * tokens, group, tokens, channels);
         else
 #endif
         {
@@ -234,9 +242,9 @@ static PyObject *rotate(PyObject *Py_UNUSED(module), PyObject *const *arguments,
 
 #define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, name##_doc}
 static PyMethodDef methods[] = {METHOD(product), METHOD(attend), METHOD(norm), METHOD(rotate), {NULL}};
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_few_rows", NULL, -1, methods, NULL, NULL, NULL, NULL};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, NAME, NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-PyMODINIT_FUNC PyInit__few_rows(void)
+PyMODINIT_FUNC INIT(void)
 {
     PyObject *module = PyModule_Create(&definition);
 #ifdef PAIRS

@@ -1,5 +1,5 @@
 /* Products of a few rows with a matrix, summed in float32: one pass over matrices in bfloat16 or INT8, as they lie in
-   memory. Four rows of the matrix are multiplied by up to four inputs at once, or eight columns, where it is stored by
+   memory. Four rows of the matrix are multiplied by a few inputs at once, or eight columns, where it is stored by
    columns, are added to the sums of all inputs. These rows or columns lie far apart, for a processor reads several such
    streams faster than one. */
 
@@ -8,28 +8,27 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef float Eight __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+enum { WIDTH = 16, MOST_ROWS = 4 }; /* elements of a vector, and inputs at once, whose sums are kept in registers */
+#else
+enum { WIDTH = 8, MOST_ROWS = 2 };
+#endif
+enum { PARTS = 4, STEP = PARTS * WIDTH };           /* vectors and elements of a step */
+enum { LINE = 64, AHEAD = 1024, FAR_AHEAD = 4096 }; /* bytes of a line; to a prefetch in several streams, or one */
+enum { SIDE = 4, COLUMNS = 8 };                     /* rows or columns of a matrix at once */
+enum { SUMS = 8192 };                               /* that stay in a processor's cache */
+enum { INT8 = 1, BFLOAT16 = 2, WORD = 4 };          /* bytes of an element, and of a word */
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourIntegers __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int16_t Shorts __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+typedef int16_t Shorts __attribute__((vector_size(2 * WIDTH)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "default")))
-#else
-#define FOR_EACH_PROCESSOR
-#endif
 #define INLINE static inline __attribute__((always_inline))
-
-enum { WIDTH = 16, PARTS = 4, STEP = PARTS * WIDTH }; /* elements of a vector; vectors and elements of a step */
-enum { LINE = 64, AHEAD = 1024, FAR_AHEAD = 4096 };   /* bytes of a line; to a prefetch in several streams, or one */
-enum { MOST_ROWS = 4, SIDE = 4, COLUMNS = 8 };        /* inputs, and rows or columns of a matrix, at once */
-enum { SUMS = 8192 };                                 /* that stay in a processor's cache */
-enum { INT8 = 1, BFLOAT16 = 2, WORD = 4 };            /* bytes of an element, and of a word */
 
 /* Rows that lie `stride` bytes apart; a row of INT8 has a scale in bfloat16, and these lie `scale_stride` apart. */
 typedef struct {
@@ -85,19 +84,19 @@ INLINE float scale_of(const Matrix *matrix, ptrdiff_t row, const int element)
     return element == INT8 ? wide_at(matrix->scales + row * matrix->scale_stride, 0, BFLOAT16) : 1;
 }
 
-INLINE Four quarter(Floats vector) /* of the vector; the sums of its four quarters' numbers */
+INLINE Four folded(Floats vector) /* to the sums of every fourth number */
 {
-    Eight halves[2];
-    memcpy(halves, &vector, sizeof halves);
-    halves[0] += halves[1];
-    Four quarters[2];
-    memcpy(quarters, &halves[0], sizeof quarters);
-    return quarters[0] + quarters[1];
+    Four fours[WIDTH / 4];
+    memcpy(fours, &vector, sizeof fours);
+    for (int apart = WIDTH / 8; apart > 0; apart /= 2)
+        for (int i = 0; i < apart; i++)
+            fours[i] += fours[i + apart];
+    return fours[0];
 }
 
 INLINE float total(Floats vector)
 {
-    Four sums = quarter(vector);
+    Four sums = folded(vector);
     return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
@@ -111,7 +110,7 @@ INLINE Four totals_of_four(const Floats vectors[4])
 {
     Four sums[4];
     for (int i = 0; i < 4; i++)
-        sums[i] = quarter(vectors[i]);
+        sums[i] = folded(vectors[i]);
     const Four front = MIXED(sums[0], sums[1], 0, 4, 1, 5) + MIXED(sums[0], sums[1], 2, 6, 3, 7);
     const Four back = MIXED(sums[2], sums[3], 0, 4, 1, 5) + MIXED(sums[2], sums[3], 2, 6, 3, 7);
     return MIXED(front, back, 0, 1, 4, 5) + MIXED(front, back, 2, 3, 6, 7);
@@ -186,18 +185,18 @@ INLINE void add_side(const Matrix *matrix, const int element, const float *input
     }
 }
 
-/* The compiler unrolls loops over up to four rows where it knows how many there are. */
+/* The compiler unrolls loops over up to MOST_ROWS rows where it knows how many there are. */
 #define FOR_ROWS(call)                                                                                                 \
     for (ptrdiff_t row = 0; row < rows; row += MOST_ROWS) {                                                            \
         const ptrdiff_t left = rows - row;                                                                             \
-        if (left == 1)                                                                                                 \
+        if (left >= MOST_ROWS)                                                                                         \
+            call(MOST_ROWS);                                                                                           \
+        else if (left == 1)                                                                                            \
             call(1);                                                                                                   \
         else if (left == 2)                                                                                            \
             call(2);                                                                                                   \
-        else if (left == 3)                                                                                            \
-            call(3);                                                                                                   \
         else                                                                                                           \
-            call(MOST_ROWS);                                                                                           \
+            call(MOST_ROWS - 1);                                                                                       \
     }
 
 /* sums[r][i] += inputs[r] . matrix[i], of a matrix of n rows with k elements, and inputs as `widen` makes them. */
@@ -241,7 +240,6 @@ INLINE void add_columns(const Matrix *matrix, const float *inputs, float *sums, 
                 sums[r * n + first] += wide_at(own[c], first, BFLOAT16) * inputs[(c * run + j) * rows + r];
 }
 
-FOR_EACH_PROCESSOR
 static void by_rows(const Matrix *matrix, const float *inputs, float *sums, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t k)
 {
     if (matrix->scales == NULL)
@@ -251,7 +249,6 @@ static void by_rows(const Matrix *matrix, const float *inputs, float *sums, ptrd
 }
 
 /* sums[r] += inputs[j][r] * matrix[j] for all j, of a matrix of k rows with n elements. */
-FOR_EACH_PROCESSOR
 static void by_columns(const Matrix *matrix, const float *inputs, float *sums, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t k)
 {
     const ptrdiff_t run = k / COLUMNS, most = rows < SUMS / WIDTH ? SUMS / rows : WIDTH;

@@ -3,11 +3,13 @@
 oneDNN lays a bfloat16 matrix out anew for each product of a few rows, which takes longer than the product, and keeps a
 program for each shape; torch's attention is made for many queries, and reads an INT8 cache only decoded; and what lies
 between the products takes ten of torch's operations for each norm and as many for rotary positions. The kernels here
-(`few_rows.c`) read matrices, keys and values as they lie. They are built when the package is installed, where there is
-a C compiler; without them all is torch's.
+(`few_rows.c`) read matrices, keys and values as they lie. They are built for AVX-512 and for AVX2 when the package is
+installed, where there is a C compiler; without them all is torch's.
 """
 
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -15,13 +17,17 @@ from torch import nn
 from rap_env.llm.parts import twin
 from rap_env.llm.quantised import Int8Linear
 
-try:
-    from rap_env.llm import _few_rows
-except ImportError:
-    _few_rows = None
 
+def built_for(vectors: str) -> ModuleType | None:
+    """The kernels for `AVX512` or `AVX2`, which the processor must have; None where they were not built."""
+    try:
+        return import_module(f"rap_env.llm._few_rows_{vectors.lower()}")
+    except ImportError:
+        return None
+
+
+_few_rows = built_for(torch.backends.cpu.get_cpu_capability())
 _PAIRS = _few_rows is not None and bool(_few_rows.PAIRS)  # the processor multiplies pairs of bfloat16 numbers
-_QUICK = torch.backends.cpu.get_cpu_capability() == "AVX512"  # compiled for AVX2 they were no quicker
 _MOST_THREADS = 2  # a kernel runs on one; more of torch's threads read memory faster than one does
 _MOST_ROWS = 32  # with more, the libraries on one thread are as quick
 _FEW_NUMBERS = 2**15  # of all rows; torch's threads don't share so few
@@ -30,7 +36,7 @@ _FEW_NUMBERS = 2**15  # of all rows; torch's threads don't share so few
 def most_rows(device: torch.device, dtype: torch.dtype) -> int:
     """How many rows the kernels multiply quicker than torch in this process as it is now; 0 where they can't at all."""
     n_threads = torch.get_num_threads()
-    if _few_rows is None or not _QUICK or dtype != torch.bfloat16 or device.type != "cpu" or n_threads > _MOST_THREADS:
+    if _few_rows is None or dtype != torch.bfloat16 or device.type != "cpu" or n_threads > _MOST_THREADS:
         return 0
     return _MOST_ROWS // n_threads
 

@@ -42,7 +42,6 @@ INLINE void weigh(const Matrix *values, const int element, const float *weights,
         }
 }
 
-FOR_EACH_PROCESSOR
 static void weighted(const Matrix *matrix, const float *inputs, float *sums, ptrdiff_t rows, ptrdiff_t n, ptrdiff_t k)
 {
 #define OF_BFLOAT16(few) weigh(matrix, BFLOAT16, inputs + row * k, sums + row * n, few, n, k)
@@ -53,7 +52,6 @@ static void weighted(const Matrix *matrix, const float *inputs, float *sums, ptr
         FOR_ROWS(OF_INT8)
 }
 
-FOR_EACH_PROCESSOR
 static void softmax(float *row, ptrdiff_t n, float scale)
 {
     float largest = row[0], sum = 0;

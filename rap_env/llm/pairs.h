@@ -10,11 +10,11 @@ enum { GROUP = 8 };           /* columns of a group; SIDE rows are those of a sq
    them, all inputs' would share a few lines of the cache. */
 enum { BLOCK = 640, APART = 656 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef __AVX512F__
 
 #include <immintrin.h>
 
-#define PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define PAIRS __attribute__((target("avx512bf16")))
 #define PAIRS_INLINE PAIRS INLINE
 
 /* Lines of rows that come next. The processor is asked for them, one behind the other, while it computes. */
@@ -269,7 +269,7 @@ PAIRS static void pairs_by_columns(const Matrix *matrix, const uint16_t *bias, c
 
 static int has_pairs(void)
 {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
+    return __builtin_cpu_supports("avx512bf16");
 }
 
 INLINE size_t pairs_room(ptrdiff_t rows, ptrdiff_t k)

@@ -1,18 +1,16 @@
 """What a profile counts of decoding, whose kernels torch's profiler does not know."""
 
-import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from experiments.benchmarks.profile import _decoding, _kernels_seen, _shares
 from rap_env.llm import few_rows
 from rap_env.llm.loading import build_random_llm
+from tests.llm.few_rows_kernels import NATIVE
 from tests.llm.test_parts import SIZES
 
-pytest.importorskip("rap_env.llm._few_rows", reason="built without a C compiler")
 
-
-def test_products_of_few_rows_are_told_from_the_head_with_their_operations_and_bytes(monkeypatch):
-    monkeypatch.setattr(few_rows, "_QUICK", True)
+@NATIVE
+def test_products_of_few_rows_are_told_from_the_head_with_their_operations_and_bytes():
     llm, kernels = build_random_llm("llama", SIZES, dtype="bfloat16"), few_rows._few_rows
     decode = _decoding(llm, [3, 4, 5], n_tokens=2)
     with _kernels_seen(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:

@@ -11,17 +11,17 @@ from rap_env.llm.few_rows import FewRows, attend, for_few_rows
 from rap_env.llm.int8_cache import encoded
 from rap_env.llm.kernels import rms_norm
 from rap_env.llm.quantised import Int8Linear
+from tests.llm.few_rows_kernels import KERNELS
 
-pytest.importorskip("rap_env.llm._few_rows", reason="built without a C compiler")
 ROUNDOFF = 2.0**-8  # of bfloat16, relative
 ROWS = (1, 2, 3, 4, 5, 16, 31)
 
 
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.skipif(not few_rows._PAIRS, reason="no such CPU"))])
-def pairs(request, monkeypatch) -> bool:
-    """Whether pairs of bfloat16 numbers are multiplied at once."""
-    monkeypatch.setattr(few_rows, "_PAIRS", request.param)
-    return request.param
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernels(request, monkeypatch) -> None:
+    """Those of each processor."""
+    monkeypatch.setattr(few_rows, "_few_rows", request.param.module)
+    monkeypatch.setattr(few_rows, "_PAIRS", request.param.pairs)
 
 
 def linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
@@ -41,7 +41,6 @@ def assert_rounded(found: torch.Tensor, exact: torch.Tensor) -> None:
     assert ((found.double() - exact).abs() <= exact.abs() * ROUNDOFF + 1e-5).all()
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 64), (64, 5), (130, 200), (700, 192)])
 @pytest.mark.parametrize("layout", ["rows", "columns", "first rows", "first columns", "columns of rows"])
@@ -61,7 +60,6 @@ def test_products_are_those_of_upstream_but_for_rounding(rows, n, k, layout):
     assert_rounded(found, inputs.double() @ weight.double().T)
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 64), (64, 5), (130, 200), (700, 192)])
 @pytest.mark.parametrize("biased", [False, True])
@@ -74,7 +72,6 @@ def test_products_with_int8_are_summed_before_they_are_rounded(rows, n, k, biase
     assert few.weight.data_ptr() == parts.data_ptr()  # read as it lies, with gaps between its rows
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("by_columns", [False, True])
 def test_a_bias_is_added_before_rounding(by_columns):
     weight, bias, inputs = randn(97, 64), randn(97, seed=2), randn(2, 64, seed=1)
@@ -88,7 +85,6 @@ def test_matrices_with_gaps_both_ways_are_upstreams():
     assert torch.equal(for_few_rows(linear(gaps))(inputs), functional.linear(inputs, gaps))
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("by_columns", [False, True])
 def test_what_is_not_finite_stays_so(rows, by_columns):
@@ -143,7 +139,6 @@ def exactly_read(query: torch.Tensor, states: torch.Tensor, scale: float | None 
     return functional.scaled_dot_product_attention(query.double()[:, None], *repeated, scale=scale)[:, 0]
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize(("heads", "group"), [(1, 1), (3, 3), (2, 7)])
 @pytest.mark.parametrize("tokens", [1, 2, 65, 300])
 @pytest.mark.parametrize("channels", [64, 80])
@@ -155,7 +150,6 @@ def test_attention_of_one_token_is_that_in_float64_but_for_rounding(heads, group
         assert_rounded(attend(query, [(cache, tokens - 1)], None, scale)[0], exact)
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("tokens", [1, 65])
 @pytest.mark.parametrize("channels", [6, 64, 80])
 def test_attention_to_an_int8_cache_reads_its_codes(tokens, channels):
@@ -166,7 +160,6 @@ def test_attention_to_an_int8_cache_reads_its_codes(tokens, channels):
     assert_rounded(attend(query, [(cache, tokens - 1)], None, None)[0], exact)
 
 
-@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("int8", [False, True])
 def test_each_sequence_reads_its_own_cache_into_which_the_new_token_is_written(int8):
     lengths, query, new = (4, 0, 70), 3 * randn(3, 6, 64), randn(2, 2, 3, 64, seed=9)

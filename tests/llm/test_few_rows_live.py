@@ -18,24 +18,22 @@ from rap_env.llm.loading import build_random_llm
 from rap_env.llm.switchable import SwitchableLLM
 from rap_env.llm.weights import WeightStore
 from rap_env.mask import PruningMask
+from tests.llm.few_rows_kernels import NATIVE
 from tests.llm.test_live_cache import FULL
 from tests.llm.test_parts import GROUP, MEMBERS, SIZES
 
-pytest.importorskip("rap_env.llm._few_rows", reason="built without a C compiler")
+pytestmark = NATIVE
 
 
 def test_they_are_for_bfloat16_on_a_cpu_with_long_vectors_and_few_threads(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(few_rows, "_QUICK", True)
     for n_threads, rows in {1: 32, 2: 16, 3: 0}.items():
         monkeypatch.setattr(torch, "get_num_threads", lambda n_threads=n_threads: n_threads)
         assert most_rows(cpu, torch.bfloat16) == rows
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert most_rows(cpu, torch.float32) == most_rows(torch.device("cuda"), torch.bfloat16) == 0
-    for name, value in (("_QUICK", False), ("_few_rows", None)):
-        with monkeypatch.context() as without:
-            without.setattr(few_rows, name, value)
-            assert most_rows(cpu, torch.bfloat16) == 0
+    monkeypatch.setattr(few_rows, "_few_rows", None)
+    assert most_rows(cpu, torch.bfloat16) == 0
 
 
 def logits_of_steps(live: LiveModel) -> torch.Tensor:
@@ -53,7 +51,6 @@ def logits_of_steps(live: LiveModel) -> torch.Tensor:
 @pytest.mark.parametrize("member", FULL)
 @pytest.mark.parametrize(("stored", "numbers"), [(False, "full"), (True, "full"), (False, "int8"), (True, "int8")])
 def test_a_live_model_decodes_with_them_and_rounds_about_as_torch_does(member, stored, numbers, monkeypatch, tmp_path):
-    monkeypatch.setattr(few_rows, "_QUICK", True)
     monkeypatch.setattr(parts, "GROUP_CHANNELS", GROUP)
     monkeypatch.setenv("RAP_CACHE", str(tmp_path))
     plain, found = build_random_llm(*MEMBERS[member], dtype="bfloat16"), {}

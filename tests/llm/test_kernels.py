@@ -13,6 +13,7 @@ from rap_env.llm import few_rows, widened
 from rap_env.llm.kernels import added, gated, hooked, product, rms_norm, rotated
 from rap_env.llm.loading import build_random_llm
 from rap_env.llm.packing import TokenTree
+from tests.llm.few_rows_kernels import KERNELS, Kernels
 from tests.llm.test_parts import SIZES
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,12 +51,11 @@ def test_an_rms_norm_has_the_bits_of_upstreams_whatever_the_tiles(dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("compiled", [pytest.param(Kernels(None, False), id="none"), *KERNELS[:2]])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("channels", [6, 64, 80])
-def test_rotary_positions_have_the_bits_of_upstreams(dtype, built, batch, channels, monkeypatch):
-    if not built:
-        monkeypatch.setattr(few_rows, "_few_rows", None)
+def test_rotary_positions_have_the_bits_of_upstreams(dtype, compiled, batch, channels, monkeypatch):
+    monkeypatch.setattr(few_rows, "_few_rows", compiled.module)
     query, key = states(batch, 33, 9, channels, dtype=dtype), states(batch, 33, 12, channels, dtype=dtype, seed=1)
     key = key[:, :, 4:7]  # with gaps
     query[0, 3, 1, :3] = torch.tensor([torch.nan, torch.inf, -torch.nan])
