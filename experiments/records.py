@@ -122,6 +122,7 @@ def _hardware() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "memory_bytes": _memory_bytes(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),  # of the CPU kernels that torch chose
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(n_gpus)],
     }

@@ -142,6 +142,7 @@ def test_provenance_names_versions_hardware_and_time(tmp_path, record):
     assert found["hardware"]["cores"] >= 1
     assert found["hardware"]["memory_bytes"] > 1e8
     assert found["hardware"]["torch_threads"] == torch.get_num_threads()
+    assert found["hardware"]["vectors"] == torch.backends.cpu.get_cpu_capability()
     assert abs((datetime.now(UTC) - datetime.fromisoformat(found["time_utc"])).total_seconds()) < 60
     assert read_record(write_record(tmp_path / "r.json", record | {"provenance": found}))["provenance"] == found
 
