@@ -32,7 +32,7 @@ def engine_identity(llm: Any) -> dict:
         "tokenizer": llm.tokenizer_digest,
         "dtype": str(llm.dtype),
         "versions": {name: _version(name) for name in ("torch", "transformers")},
-    } | ({"products": "float32"} if widens(llm) else {})
+    } | ({"linear layers": "float32"} if widens(llm) else {})
 
 
 _version = functools.cache(importlib.metadata.version)

@@ -19,6 +19,7 @@ from rap_env.evaluation.perplexity import BATCH_TOKENS, check_tokens, tokens_dig
 from rap_env.evaluation.store import ResultStore, identity_digest
 from rap_env.llm.architecture import architecture_of, submodule
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.llm.widened import linears_widened
 from rap_env.mask import PruningMask
 from rap_env.rng import isolated_rng
 
@@ -118,7 +119,8 @@ class WidthGradients:
         started, llm = time.perf_counter(), self._llm
         leaf, of_batches = widths.clone().requires_grad_(True), []
         per_batch = max(1, BATCH_TOKENS // windows.shape[1])
-        with isolated_rng(), torch.enable_grad(), llm.pruned(PruningMask.all_kept(llm.shape)):
+        whole = llm.pruned(PruningMask.all_kept(llm.shape))
+        with isolated_rng(), torch.enable_grad(), whole, linears_widened(llm):
             batches = (each.split(per_batch) for each in (windows, leaf, n_scored))
             for batch, own, scored in zip(*batches, strict=True):
                 with self._gated(own):

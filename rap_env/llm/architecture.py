@@ -18,6 +18,7 @@ from rap_env.llm.packing import PACKED_ATTENTION, PackedStream
 from rap_env.llm.parts import Cut, cut_attention, cut_mlp, narrowed, replace_linear, twin, with_modules, with_tensors
 from rap_env.llm.placement import moved
 from rap_env.llm.supported import Window, check_member
+from rap_env.llm.widened import linears_widened
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def _gated_mlp(layer: nn.Module, normed: torch.Tensor, residual: torch.Tensor) -
 
 
 def _plain_attention(attention: nn.Module, normed: torch.Tensor, residual: torch.Tensor, context: dict) -> torch.Tensor:
-    # every supported family returns (output, attention weights)
-    return residual + attention(hidden_states=normed, **context)[0]
+    with linears_widened(normed):
+        return residual + attention(hidden_states=normed, **context)[0]  # all families return attention weights too
 
 
 def _rotary_attention(

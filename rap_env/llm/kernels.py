@@ -13,9 +13,8 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from rap_env.llm import few_rows
-from rap_env.llm.widened import learns, widened, widens
+from rap_env.llm.widened import FEW_ROWS, learns, widened, widens
 
-_FEW_ROWS = 4  # with fewer, as in decoding, fused products take longer than those of separate operations
 _TILE_ELEMENTS = 2**17  # of float32: what a tile needs stays in a core's cache
 
 
@@ -30,7 +29,7 @@ def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     if own or hidden.device.type != "cpu" or learns(hidden, norm.weight):
         return norm(hidden)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    if len(rows) < _FEW_ROWS:
+    if len(rows) < FEW_ROWS:
         return norm(hidden)
     normed = torch.empty_like(rows)
     tile_rows = -(-_TILE_ELEMENTS // rows.shape[1])
@@ -122,7 +121,7 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
 def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
     return (
         inputs.dtype == torch.bfloat16
-        and inputs.numel() >= _FEW_ROWS * inputs.shape[-1]
+        and inputs.numel() >= FEW_ROWS * inputs.shape[-1]
         and inputs.device.type == "cpu"
         and type(linear) is nn.Linear
         and not hooked(linear)

@@ -7,15 +7,19 @@ are in float32 either way, and rounded once.
 Shapes: R rows, N outputs, K inputs.
 """
 
+import contextlib
 import functools
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from rap_env.llm.buffers import buffer
 
+FEW_ROWS = 4  # with fewer, as in decoding, separate operations and torch's own products take less time
 _TILE_ROWS = 512
 _TILE_WEIGHTS = 2**20  # that are widened at once
 
@@ -71,6 +75,50 @@ def mm(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None
     if not widens(rows) or learns(rows, weight):
         return torch.mm(rows, weight.t(), out=out)
     return widened(rows, [(weight, None)], out=out)
+
+
+def linears_widened(like: Any) -> contextlib.AbstractContextManager:
+    """While the body runs, linear layers multiply so too, for upstream's functions; gradients go through to inputs.
+
+    Args:
+        like: A tensor or model; where products of its type on its device are quicker as they are, nothing changes.
+    """
+    return _LinearsWidened() if widens(like) else contextlib.nullcontext()
+
+
+class _LinearsWidened(TorchFunctionMode):
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        call = _linear if function is functional.linear else function
+        return call(*args, **(kwargs or {}))
+
+
+def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    few = inputs.numel() < FEW_ROWS * inputs.shape[-1]
+    if few or not widens(inputs) or learns(weight) or (bias is not None and learns(bias)):
+        return functional.linear(inputs, weight, bias)
+    return _Product.apply(inputs, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """A product with a frozen matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        return widened(inputs, [(weight, bias)])
+
+    @staticmethod
+    def backward(ctx: Any, slopes: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        n_outputs, n_inputs = weight.shape
+        rows = slopes.reshape(-1, n_outputs)
+        found = rows.new_empty(len(rows), n_inputs)
+        for own in _tiles(len(rows), _TILE_ROWS):
+            sums = _empty("sums", len(rows[own]), n_inputs).zero_()
+            for outputs in _tiles(n_outputs, max(1, _TILE_WEIGHTS // n_inputs)):
+                sums.addmm_(_wide("rows", rows[own, outputs]), _wide("weights 0", weight[outputs]))
+            found[own] = sums
+        return found.view(*slopes.shape[:-1], n_inputs), None, None
 
 
 def learns(*tensors: torch.Tensor) -> bool:

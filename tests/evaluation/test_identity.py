@@ -137,7 +137,7 @@ def test_an_engine_identity_holds_engine_platform_model_tokenizer_dtype_and_vers
         "tokenizer": "7a",
         "dtype": "torch.bfloat16",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    } | ({} if multiplies else {"products": "float32"})
+    } | ({} if multiplies else {"linear layers": "float32"})
     assert json.loads(json.dumps(found)) == found
 
 

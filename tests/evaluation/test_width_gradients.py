@@ -9,6 +9,7 @@ from rap_env.evaluation.meter import TokenBudget
 from rap_env.evaluation.perplexity import PerplexityEvaluator
 from rap_env.evaluation.store import ResultStore
 from rap_env.evaluation.width_gradients import PASSES, WidthGradients, soft_gates
+from rap_env.llm import widened
 from rap_env.llm.loading import build_tiny_llm, load_llm
 from rap_env.mask import PruningMask
 from rap_env.widths.prepare import WidthRecipe, prepare_widths
@@ -117,6 +118,16 @@ def test_other_families_have_gradients_of_whole_sites(family):
     widths = torch.full((len(WINDOWS), len(llm.shape.components)), 0.5, dtype=torch.float64)
     losses, slopes = WidthGradients(llm, None, TokenBudget()).measure(WINDOWS, widths)
     assert losses.isfinite().all() and (slopes.abs() > 0).all()
+
+
+def test_by_way_of_float32_gradients_in_bfloat16_are_as_near_to_those_in_float32_as_torchs(llm, monkeypatch):
+    rounded, found = load_llm("tiny", "bfloat16", granularity="group", device="cpu"), {}
+    exact = WidthGradients(llm, None, TokenBudget()).measure(WINDOWS, drawn(llm))
+    for multiplies in (True, False):
+        monkeypatch.setattr(widened, "multiplies_bfloat16", lambda multiplies=multiplies: multiplies)
+        found[multiplies] = WidthGradients(rounded, None, TokenBudget()).measure(WINDOWS, drawn(llm))
+    for torchs, ours, wanted in zip(found[True], found[False], exact, strict=True):
+        assert 0 < (ours - wanted).abs().mean() < 1.5 * (torchs - wanted).abs().mean()
 
 
 def test_matrices_that_are_quantised_or_refitted_are_refused():

@@ -4,9 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
 from rap_env.llm import widened
-from rap_env.llm.widened import mm, multiplies_bfloat16, widens
+from rap_env.llm.widened import linears_widened, mm, multiplies_bfloat16, widens
 
 ROUNDOFF = 2.0**-8  # of bfloat16, relative
 
@@ -81,3 +83,38 @@ def test_gradients_are_torchs_own():
     inputs, weight = randn(5, 40).requires_grad_(), randn(9, 40, seed=1)
     mm(inputs, weight).sum().backward()
     assert torch.equal(inputs.grad, weight.sum(0).expand(5, -1))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("layout", ["rows", "columns", "first rows"])
+def test_upstreams_linear_layers_and_their_gradients_are_exact_but_for_rounding(biased, layout, monkeypatch):
+    calls, product = [], widened.widened
+    monkeypatch.setattr(widened, "widened", lambda *given: calls.append(given) or product(*given))
+    layer = nn.Linear(1, 1, device="meta")
+    layer.weight = nn.Parameter(laid_out(130, 60, layout), requires_grad=False)
+    layer.bias = nn.Parameter(randn(130, seed=2), requires_grad=False) if biased else None
+    inputs, slopes = randn(3, 7, 60, seed=1).requires_grad_(), randn(3, 7, 130, seed=3)
+    with linears_widened(inputs):
+        found = layer(inputs)
+    found.backward(slopes)
+    wide = inputs.detach().double().requires_grad_()
+    exact = functional.linear(wide, layer.weight.double(), layer.bias.double() if biased else None)
+    exact.backward(slopes.double())
+    assert len(calls) == 1
+    for one, other in ((found, exact), (inputs.grad, wide.grad)):
+        assert one.dtype == torch.bfloat16 and one.shape == other.shape
+        assert ((one.double() - other).abs() <= other.abs() * ROUNDOFF + 1e-5).all()
+
+
+def test_few_rows_matrices_that_learn_and_other_processors_are_torchs_own(monkeypatch):
+    layer = nn.Linear(40, 9, dtype=torch.bfloat16)
+    with linears_widened(layer.weight):
+        layer(randn(5, 40)).sum().backward()
+    assert torch.equal(layer.weight.grad, randn(5, 40).sum(0).expand(9, -1))
+    monkeypatch.setattr(widened, "widened", None)  # a call of it fails
+    layer.requires_grad_(False)
+    with linears_widened(layer.weight):
+        assert torch.equal(layer(randn(3, 40)), functional.linear(randn(3, 40), layer.weight, layer.bias))
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: True)
+    with linears_widened(layer.weight):
+        assert torch.equal(layer(randn(5, 40)), functional.linear(randn(5, 40), layer.weight, layer.bias))
