@@ -13,7 +13,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from rap_env.llm import few_rows
-from rap_env.llm.widened import FEW_ROWS, learns, widened, widens
+from rap_env.llm.widened import has_few_rows, learns, linears_widened, widened, widens
 
 _TILE_ELEMENTS = 2**17  # of float32: what a tile needs stays in a core's cache
 
@@ -28,9 +28,9 @@ def rms_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     own = isinstance(norm, few_rows.FewRowsNorm) or hooked(norm)
     if own or hidden.device.type != "cpu" or learns(hidden, norm.weight):
         return norm(hidden)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if len(rows) < FEW_ROWS:
+    if has_few_rows(hidden):
         return norm(hidden)
+    rows = hidden.reshape(-1, hidden.shape[-1])
     normed = torch.empty_like(rows)
     tile_rows = -(-_TILE_ELEMENTS // rows.shape[1])
     for tile, out in zip(rows.split(tile_rows), normed.split(tile_rows), strict=True):
@@ -59,13 +59,16 @@ def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 def product(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """`linear(inputs)`, [..., C] -> [..., H]."""
-    return widened(inputs, [_layer(linear)]) if widens(inputs) and _fuses(linear, inputs) else linear(inputs)
+    if has_few_rows(inputs):
+        return linear(inputs)
+    with linears_widened(inputs):
+        return linear(inputs)
 
 
 def added(linear: nn.Module, inputs: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """`residual + linear(inputs)`, [..., C] -> [..., H]."""
     if not _fuses(linear, inputs):
-        return residual + linear(inputs)
+        return residual + product(linear, inputs)
     if widens(inputs):
         rows = residual.reshape(-1, residual.shape[-1])
         return widened(inputs, [_layer(linear)], lambda place, summed: summed.add_(rows[place]))
@@ -75,7 +78,7 @@ def added(linear: nn.Module, inputs: torch.Tensor, residual: torch.Tensor) -> to
 def gated(gate: nn.Module, up: nn.Module, activation: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """`activation(gate(inputs)) * up(inputs)`, [..., H] -> [..., C]."""
     if not (_fuses(gate, inputs) and _fuses(up, inputs) and isinstance(activation, nn.SiLU | SiLUActivation)):
-        return activation(gate(inputs)) * up(inputs)
+        return activation(product(gate, inputs)) * product(up, inputs)
     if widens(inputs):
         return widened(inputs, [_layer(gate), _layer(up)], _opened)
     opened = torch.ops.mkldnn._linear_pointwise(inputs, _dense(gate.weight), gate.bias, "swish", [1.0], "")
@@ -121,7 +124,7 @@ def _dense(weight: torch.Tensor) -> torch.Tensor:
 def _fuses(linear: nn.Module, inputs: torch.Tensor) -> bool:
     return (
         inputs.dtype == torch.bfloat16
-        and inputs.numel() >= FEW_ROWS * inputs.shape[-1]
+        and not has_few_rows(inputs)
         and inputs.device.type == "cpu"
         and type(linear) is nn.Linear
         and not hooked(linear)

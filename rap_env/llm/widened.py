@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from rap_env.llm.buffers import buffer
 
-FEW_ROWS = 4  # with fewer, as in decoding, separate operations and torch's own products take less time
+_FEW_ROWS = 4
 _TILE_ROWS = 512
 _TILE_WEIGHTS = 2**20  # that are widened at once
 
@@ -39,6 +39,11 @@ def multiplies_bfloat16() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def has_few_rows(inputs: torch.Tensor) -> bool:
+    """Whether torch's own operations take less time, as in decoding. [..., K]."""
+    return inputs.numel() < _FEW_ROWS * inputs.shape[-1]
 
 
 def widened(
@@ -93,8 +98,7 @@ class _LinearsWidened(TorchFunctionMode):
 
 
 def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    few = inputs.numel() < FEW_ROWS * inputs.shape[-1]
-    if few or not widens(inputs) or learns(weight) or (bias is not None and learns(bias)):
+    if has_few_rows(inputs) or not widens(inputs) or learns(weight) or (bias is not None and learns(bias)):
         return functional.linear(inputs, weight, bias)
     return _Product.apply(inputs, weight, bias)
 
