@@ -12,6 +12,7 @@ import torch
 
 from rap_env.errors import InvalidConfig
 from rap_env.llm.switchable import SwitchableLLM
+from rap_env.llm.widened import linears_widened
 from rap_env.rng import isolated_rng
 
 _TEMPERATURE = 0.001  # of the contrastive score; what one document gets of all attention is a small number
@@ -78,7 +79,7 @@ class AttentionHeads:
             spans.append(slice(len(prompt), len(prompt) + len(own)))
             prompt += own
         model = self._llm.model
-        with isolated_rng():
+        with isolated_rng(), linears_widened(self._llm):
             cache = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1).past_key_values
             implementation = model.config._attn_implementation
             model.set_attn_implementation("eager")  # others don't return what they attend to

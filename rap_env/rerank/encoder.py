@@ -9,6 +9,7 @@ from torch import nn
 
 from rap_env.errors import RankingFailed, UnsupportedArchitecture
 from rap_env.llm.encoders import load_encoder
+from rap_env.llm.widened import linears_widened
 from rap_env.rerank.layerwise import LayerwiseReranker, check_request
 from rap_env.rerank.selection import Decider
 from rap_env.rerank.similarity import SimilarityExit, embedding_similarities
@@ -145,7 +146,8 @@ class _Batches:
             # Added to the attention scores, so that every implementation of attention takes it.
             added = torch.zeros_like(batch.visible, dtype=batch.hidden.dtype)
             added = added.masked_fill(~batch.visible, torch.finfo(batch.hidden.dtype).min)
-            batch.hidden = layer(batch.hidden, added[:, None, None, :])
+            with linears_widened(batch.hidden):
+                batch.hidden = layer(batch.hidden, added[:, None, None, :])
 
     def scores(self, head: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
         found = {}

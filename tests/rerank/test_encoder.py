@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from rap_env.errors import ModelUnavailable, RankingFailed, UnsupportedArchitecture
+from rap_env.llm import widened
 from rap_env.rerank import ClusterRule, EncoderReranker, replay
 from rap_env.rerank.similarity import SimilarityExit
 
@@ -74,6 +75,15 @@ def test_scores_are_those_of_transformers(family):
     assert ranked[0]["text"] == DOCUMENTS[order[0]]
     assert reranker.score_path(QUERY, DOCUMENTS)[-1] == pytest.approx(expected, abs=1e-5)
     assert reranker.rank(QUERY, []) == []
+
+
+def test_without_instructions_for_bfloat16_layers_multiply_by_way_of_float32(monkeypatch):
+    model, calls, product = encoder().bfloat16(), [], widened.widened
+    monkeypatch.setattr(widened, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(widened, "widened", lambda *given: calls.append(given) or product(*given))
+    found = EncoderReranker(model, words_tokenizer(), max_tokens=30, batch_size=3).score_path(QUERY, DOCUMENTS)[-1]
+    assert len(calls) == 3 * SIZES["num_hidden_layers"] * 6  # batches, layers, and matrices of each
+    assert found == pytest.approx(upstream_scores(encoder(), words_tokenizer()), abs=0.1)
 
 
 def test_documents_that_leave_early_are_those_of_the_rule():
