@@ -86,9 +86,11 @@ def linears_widened(like: Any) -> contextlib.AbstractContextManager:
     """While the body runs, linear layers multiply so too, for upstream's functions; gradients go through to inputs.
 
     Args:
-        like: A tensor or model; where products of its type on its device are quicker as they are, nothing changes.
+        like: Inputs, or a model; where products of such a type on such a device are quicker as they are, or inputs have
+            few rows, nothing changes.
     """
-    return _LinearsWidened() if widens(like) else contextlib.nullcontext()
+    few = isinstance(like, torch.Tensor) and has_few_rows(like)
+    return contextlib.nullcontext() if few or not widens(like) else _LinearsWidened()
 
 
 class _LinearsWidened(TorchFunctionMode):
