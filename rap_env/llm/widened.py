@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from rap_env.llm.buffers import buffer
 
-_FEW_ROWS = 4
+_FEW_ROWS = 4  # with fewer, as in decoding, torch's own operations take less time
 _TILE_ROWS = 512
 _TILE_WEIGHTS = 2**20  # that are widened at once
 
@@ -42,7 +43,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def has_few_rows(inputs: torch.Tensor) -> bool:
-    """Whether torch's own operations take less time, as in decoding. [..., K]."""
+    """Whether torch's own operations are the quicker ones for inputs [..., K]."""
     return inputs.numel() < _FEW_ROWS * inputs.shape[-1]
 
 
@@ -114,6 +115,7 @@ class _Product(torch.autograd.Function):
         return widened(inputs, [(weight, bias)])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slopes: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         n_outputs, n_inputs = weight.shape
