@@ -48,6 +48,7 @@ def test_llama_cpp_computes_what_the_masked_model_does(llm, mask, tmp_path, llam
     assert export_pruned(llm, mask, "gguf", tmp_path / "out").reader == "llama.cpp"
 
 
+@pytest.mark.slow
 def test_readers_of_decilm_compute_what_the_masked_model_does(llm, tmp_path):
     channels = [row for row in llm.shape.components if row.site.kind == MLP and row.part in (0, 5, 7)]
     mask = PruningMask.all_kept(llm.shape).drop(*channels, "layer3.attention", "layer7.mlp")

@@ -219,7 +219,9 @@ def test_what_is_written_can_be_read_by_others_as_the_umask_says(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-@pytest.mark.parametrize(("name", "n_kills"), [("training", 1), ("exporting", 2), ("serving", 2)])
+@pytest.mark.parametrize(
+    ("name", "n_kills"), [("training", 1), ("exporting", 2), pytest.param("serving", 2, marks=pytest.mark.slow)]
+)
 def test_work_that_is_killed_loses_nothing_and_comes_to_the_same(name, n_kills, tmp_path):
     found = killed(name, tmp_path, n_kills, n_undisturbed=1)
     assert found["faults"] == [] and found["kills"] == n_kills and found["completions"] >= 1

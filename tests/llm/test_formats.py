@@ -205,6 +205,7 @@ def test_every_family_is_among_the_members():
     assert {family for family, _ in MEMBERS.values()} == set(ARCHITECTURES)
 
 
+@pytest.mark.slow
 @pytest.mark.llm
 @pytest.mark.parametrize(("weights", "n_bytes"), [("int8", 134_959_488), ("int4", 88_199_808)])
 def test_the_embedded_model_takes_half_and_a_third_of_its_bytes(embedded_folder, weights, n_bytes):

@@ -22,6 +22,7 @@ def printed(notebook: nbformat.NotebookNode) -> list[str]:
     return [re.sub(r"(layer\d+\.\w+\W*)+|\d[\d,.]*", "#", text) for text in texts]
 
 
+@pytest.mark.slow
 def test_tutorial_runs_and_prints_what_it_shows(tmp_path, monkeypatch):
     monkeypatch.setenv("RAP_CACHE", str(tmp_path))
     shown = nbformat.read(TUTORIAL, as_version=4)
