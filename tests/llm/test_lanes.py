@@ -189,11 +189,14 @@ def test_sequences_in_lanes_are_exactly_equal(llm, two_threads, dropped, monkeyp
     assert torch.equal(together, join_streams(each, context))
     assert llm.site_executions - before == len(mask.kept), "a site in two lanes is run once"
     losses = token_losses(llm, together, IDS)
+    # Other numbers of rows round otherwise with AVX2, where the libraries have other kernels for them.
+    bound = 1e-5 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 0.0
+    whole = without_lanes(lambda: llm.run(kept_sites(mask), hidden, context))
+    torch.testing.assert_close(together, whole, rtol=0, atol=bound)
+    of_whole = without_lanes(lambda: token_losses(llm, together, IDS))
+    torch.testing.assert_close(losses, of_whole, rtol=0, atol=bound)
     monkeypatch.setattr(perplexity, "in_lanes", lambda work, own: without_lanes(lambda: [work(part) for part in own]))
     assert torch.equal(token_losses(llm, together, IDS), losses)
-    # Other numbers of rows round otherwise where the libraries have other kernels for them.
-    whole = without_lanes(lambda: llm.run(kept_sites(mask), hidden, context))
-    torch.testing.assert_close(together, whole, rtol=0, atol=1e-5)
 
 
 def test_padded_sequences_keep_their_own_attention_masks(llm, two_threads):

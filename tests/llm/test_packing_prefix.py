@@ -71,7 +71,8 @@ def test_what_stays_when_trees_leave_between_layers_is_computed_as_if_nobody_had
     rows = [*range(1, 4), *range(7, 12)]  # by hand: trees 1 and 3 of lengths 1, 3, 3, 5, 12
     assert left.positions.tolist() == [6, 7, 8, 6, 7, 8, 9, 8]
     _, (some,) = run_layer(llm, 1, (before, prefix[1]), [(hidden[:, rows], behind_positions(llm, left))])
-    torch.testing.assert_close(some, everything[:, rows], rtol=0, atol=2e-6)
+    bound = 2e-6 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1e-6
+    torch.testing.assert_close(some, everything[:, rows], rtol=0, atol=bound)
 
 
 @torch.inference_mode()

@@ -116,7 +116,8 @@ def test_cached_decoding_token_by_token_equals_the_full_forward(llm, untouched, 
         for position in range(3, tokens.shape[1]):
             output = llm.model(tokens[:, position : position + 1], past_key_values=output.past_key_values)
             steps.append(output.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=0, atol=2e-5)
+    bound = 2e-5 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1e-5
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("names", DROPPED, ids=len)
